@@ -1,0 +1,230 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from wush_jax.models import Llama, LlamaConfig, RopeScaling, from_tensors, to_tensors
+from wush_jax.models.llama import apply_rope, rope_frequencies
+
+SMALL = LlamaConfig(
+    vocab_size=13,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+FULL = dataclasses.replace(
+    SMALL,
+    attention_bias=True,
+    output_bias=True,
+    qk_norm=True,
+    tie_word_embeddings=False,
+    rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16),
+)
+TOKENS = np.random.default_rng(0).integers(13, size=(2, 7))
+
+
+@functools.cache
+def random_tensors(config):
+    """Weights of every kind (biases and norms too) away from their initial values."""
+    random = np.random.default_rng(1)
+    shapes = to_tensors(Llama(config, rngs=nnx.Rngs(0)))
+    return {
+        name: (0.3 * random.standard_normal(t.shape) + name.endswith("norm.weight")).astype("f4")
+        for name, t in shapes.items()
+    }
+
+
+def oracle(config, tensors, tokens):
+    """The forward pass again in numpy float64, loops over heads, pairs as complex numbers."""
+    w = {name: t.astype(np.float64) for name, t in tensors.items()}
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_scaling is not None:
+        frequencies = np.array([llama3(f, config.rope_scaling) for f in frequencies])
+    turn = np.exp(1j * np.arange(tokens.shape[1])[:, None] * frequencies)
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * w[name]
+
+    def dense(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def head(x, number, name):
+        x = x[:, number * config.head_dim : (number + 1) * config.head_dim]
+        return norm(x, f"{name}.weight") if config.qk_norm else x
+
+    def rotate(x):
+        half = config.head_dim // 2
+        z = (x[:, :half] + 1j * x[:, half:]) * turn
+        return np.concatenate([z.real, z.imag], axis=1)
+
+    def attention(x, name):
+        q, k, v = (dense(x, f"{name}.{letter}_proj") for letter in "qkv")
+        repeat = config.num_attention_heads // config.num_key_value_heads
+        out = []
+        for i in range(config.num_attention_heads):
+            query = rotate(head(q, i, f"{name}.q_norm"))
+            key = rotate(head(k, i // repeat, f"{name}.k_norm"))
+            first = i // repeat * config.head_dim
+            scores = query @ key.T / np.sqrt(config.head_dim)
+            scores[np.triu_indices(len(x), 1)] = -np.inf
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            out.append(weights @ v[:, first : first + config.head_dim])
+        return dense(np.concatenate(out, axis=1), f"{name}.o_proj")
+
+    def forward(row):
+        x = w["model.embed_tokens.weight"][row]
+        for number in range(config.num_hidden_layers):
+            layer = f"model.layers.{number}"
+            x = x + attention(norm(x, f"{layer}.input_layernorm.weight"), f"{layer}.self_attn")
+            y = norm(x, f"{layer}.post_attention_layernorm.weight")
+            gate = dense(y, f"{layer}.mlp.gate_proj")
+            y = gate / (1 + np.exp(-gate)) * dense(y, f"{layer}.mlp.up_proj")
+            x = x + dense(y, f"{layer}.mlp.down_proj")
+        last = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        return norm(x, "model.norm.weight") @ w[f"{last}.weight"].T
+
+    return np.stack([forward(row) for row in tokens])
+
+
+def llama3(frequency, scaling):
+    """The three cases of transformers' ``llama3`` rope, as it spells them."""
+    wavelength = 2 * np.pi / frequency
+    context = scaling.original_max_position_embeddings
+    if wavelength < context / scaling.high_freq_factor:
+        return frequency
+    if wavelength > context / scaling.low_freq_factor:
+        return frequency / scaling.factor
+    smooth = (context / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+@pytest.mark.parametrize("config", [SMALL, FULL], ids=["plain", "all options"])
+def test_forward_equals_numpy(config):
+    tensors = random_tensors(config)
+    with jax.default_matmul_precision("highest"):
+        logits = from_tensors(config, tensors)(jnp.asarray(TOKENS))
+    expected = oracle(config, tensors, TOKENS)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_grouped_heads_equal_repeated_heads():
+    tensors = random_tensors(SMALL)
+    wide = dataclasses.replace(SMALL, num_key_value_heads=SMALL.num_attention_heads)
+
+    def repeat(name, t):
+        if ".k_proj." not in name and ".v_proj." not in name:
+            return t
+        return t.reshape(2, 8, -1).repeat(2, axis=0).reshape(32, -1)
+
+    repeated = {name: repeat(name, t) for name, t in tensors.items()}
+    grouped = from_tensors(SMALL, tensors)(TOKENS)
+    np.testing.assert_allclose(from_tensors(wide, repeated)(TOKENS), grouped, rtol=1e-4, atol=1e-4)
+
+
+def test_causal():
+    model = from_tensors(SMALL, random_tensors(SMALL))
+    changed = TOKENS.copy()
+    changed[:, 4] = (changed[:, 4] + 1) % 13
+    before, after = model(TOKENS), model(changed)
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert np.abs(before[:, 4:] - after[:, 4:]).max(axis=-1).min() > 0
+
+
+def test_rope_depends_on_distance_only():
+    query, key = np.random.default_rng(2).standard_normal((2, 1, 1, 8)).astype(np.float32)
+
+    def score(at, distance):
+        turned = [
+            apply_rope(x, jnp.array([position]), rope_frequencies(SMALL))
+            for x, position in ((query, at + distance), (key, at))
+        ]
+        return float(jnp.vdot(*turned))
+
+    assert score(0, 5) == pytest.approx(score(900, 5), abs=1e-3)
+    assert score(0, 5) != pytest.approx(score(0, 6), abs=1e-2)
+
+
+def test_steps_equal_the_whole():
+    model = from_tensors(FULL, random_tensors(FULL))
+    hidden = model.embed(TOKENS)
+    for layer in model.layers:
+        hidden = layer(hidden)
+    np.testing.assert_array_equal(model.head(hidden), model(TOKENS))
+
+
+def test_layers_that_share_an_input_get_the_same_array():
+    model = from_tensors(SMALL, random_tensors(SMALL))
+    seen = {}
+
+    class Watched(nnx.Module):
+        def __init__(self, name, inner):
+            self.name, self.inner = name, inner
+
+        def __call__(self, x):
+            seen[self.name] = x
+            return self.inner(x)
+
+    attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
+    for module, names in ((attention, "q_proj k_proj v_proj"), (mlp, "gate_proj up_proj")):
+        for name in names.split():
+            setattr(module, name, Watched(name, getattr(module, name)))
+    model(TOKENS)
+    assert seen["q_proj"] is seen["k_proj"] is seen["v_proj"]
+    assert seen["gate_proj"] is seen["up_proj"]
+
+
+def test_bfloat16_gives_float32_logits_near_the_float32_ones():
+    tensors = random_tensors(SMALL)
+    low = from_tensors(SMALL, tensors, dtype=jnp.bfloat16)(TOKENS)
+    high = from_tensors(SMALL, tensors)(TOKENS)
+    assert low.dtype == jnp.float32
+    assert float(jnp.linalg.norm(low - high) / jnp.linalg.norm(high)) < 0.05
+
+
+@pytest.mark.parametrize("config", [SMALL, FULL], ids=["plain", "all options"])
+def test_config_survives_its_dictionary(config):
+    assert LlamaConfig.from_dict(config.to_dict()) == config
+
+
+def test_config_reads_hugging_face_dictionaries():
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    qwen2 = LlamaConfig.from_dict(sizes | {"model_type": "qwen2", "tie_word_embeddings": True})
+    assert (qwen2.attention_bias, qwen2.output_bias, qwen2.qk_norm) == (True, False, False)
+    assert LlamaConfig.from_dict(sizes | {"model_type": "qwen3", "head_dim": 32}).qk_norm
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    assert LlamaConfig.from_dict(sizes | {"rope_parameters": rope}).rope_theta == 5e5
+    for name, value in (("model_type", "gemma"), ("hidden_act", "gelu"), ("mlp_bias", True)):
+        with pytest.raises(NotImplementedError, match=name):
+            LlamaConfig.from_dict(sizes | {name: value})
+    with pytest.raises(NotImplementedError, match="yarn"):
+        LlamaConfig.from_dict(sizes | {"rope_scaling": {"rope_type": "yarn"}})
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="num_key_value_heads = 3"):
+        dataclasses.replace(SMALL, num_key_value_heads=3)
+    with pytest.raises(ValueError, match="head_dim = 7"):
+        dataclasses.replace(SMALL, head_dim=7)
+    tensors = random_tensors(SMALL)
+    first = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=r"missing \['model.layers.0.mlp.up_proj.weight'\]"):
+        from_tensors(SMALL, {name: t for name, t in tensors.items() if name != first})
+    with pytest.raises(ValueError, match="has shape"):
+        from_tensors(SMALL, tensors | {first: tensors[first].T})

@@ -1,0 +1,204 @@
+"""How well a model predicts text, and how far a quantized model has moved from its reference.
+
+A model is an NNX module or any function that maps integer tokens (batch, length) to logits
+(batch, length, vocab). Batches are such token arrays; those of one shape are compiled once.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Model = Callable[[jax.Array], jax.Array]
+Call = Callable[[Any, jax.Array], jax.Array]
+Measure = Callable[[list[jax.Array], jax.Array], jax.Array]
+Progress = Callable[[int], Any]
+
+
+def _plain_call(model: Model, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
+
+
+def _token_losses(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
+    predicted = logits[0][:, :-1]
+    chosen = jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(predicted, axis=-1) - chosen
+
+
+def _divergences(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
+    reference, model = (jax.nn.log_softmax(values) for values in logits)
+    return jnp.sum(jnp.exp(reference) * (reference - model), axis=-1)
+
+
+def _evaluate(
+    measure: Measure,
+    call: Call,
+    graphs: tuple[Any, ...],
+    states: tuple[Any, ...],
+    tokens: jax.Array,
+) -> jax.Array:
+    models = [
+        nnx.merge(g, s) if isinstance(g, nnx.GraphDef) else g
+        for g, s in zip(graphs, states, strict=True)
+    ]
+    return measure([call(m, tokens).astype(jnp.float32) for m in models], tokens)
+
+
+_compiled = jax.jit(_evaluate, static_argnums=(0, 1, 2))
+
+
+def _mean(
+    measure: Measure,
+    models: list[Model],
+    batches: Iterable[Any],
+    call: Call | None,
+    progress: Progress | None,
+) -> float:
+    """Average per-token values over all batches; float64 on the host, so that long sums hold."""
+    # Modules are split: as constants of a closure, their weights would be compiled in.
+    parts = [nnx.split(m) if isinstance(m, nnx.Module) else (m, None) for m in models]
+    graphs, states = zip(*parts, strict=True)
+    # What a plain function closes over may change between calls: never reuse its compilation.
+    plain = not all(isinstance(graph, nnx.GraphDef) for graph in graphs)
+    compiled = (
+        jax.jit(partial(_evaluate, measure, call or _plain_call, graphs))
+        if plain
+        else partial(_compiled, measure, call or _plain_call, graphs)
+    )
+    total, count = 0.0, 0
+    for done, tokens in enumerate(batches, start=1):
+        values = np.asarray(compiled(states, jnp.asarray(tokens)), np.float64)
+        total, count = total + float(values.sum()), count + values.size
+        if progress is not None:
+            progress(done)
+    if count == 0:
+        raise ValueError("batches holds no token to predict; give at least one (batch, length).")
+    return total / count
+
+
+def cross_entropy(
+    model: Model,
+    batches: Iterable[Any],
+    *,
+    call: Call | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Mean over positions of -log p(token_t+1 | tokens up to t), in nats.
+
+    Args:
+        model: tokens (batch, length) to logits (batch, length, vocab).
+        batches: integer arrays (batch, length), length at least 2; read once.
+        call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
+        progress: called with the number of batches done, after each.
+
+    Returns:
+        The mean, summed in float64.
+
+    Raises:
+        ValueError: if ``batches`` holds no position with a next token.
+
+    >>> uniform = lambda tokens: jnp.zeros((*tokens.shape, 8))
+    >>> round(cross_entropy(uniform, [np.zeros((2, 5), np.int32)]) / math.log(2), 5)
+    3.0
+    """
+    return _mean(_token_losses, [model], batches, call, progress)
+
+
+def perplexity(
+    model: Model,
+    batches: Iterable[Any],
+    *,
+    call: Call | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """exp of :func:`cross_entropy`: the number of equally likely tokens to the same surprise.
+
+    Args:
+        model: tokens (batch, length) to logits (batch, length, vocab).
+        batches: integer arrays (batch, length), length at least 2; read once.
+        call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
+        progress: called with the number of batches done, after each.
+
+    Returns:
+        A number from 1 up.
+
+    Raises:
+        ValueError: if ``batches`` holds no position with a next token.
+
+    >>> uniform = lambda tokens: jnp.zeros((*tokens.shape, 8))
+    >>> round(perplexity(uniform, [np.zeros((2, 5), np.int32)]), 4)
+    8.0
+    """
+    return math.exp(cross_entropy(model, batches, call=call, progress=progress))
+
+
+def bits_per_byte(
+    model: Model,
+    batches: Iterable[Any],
+    *,
+    bytes_per_token: float = 1.0,
+    call: Call | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """:func:`cross_entropy` / (ln 2 * bytes per token), which does not depend on the tokenizer.
+
+    Args:
+        model: tokens (batch, length) to logits (batch, length, vocab).
+        batches: integer arrays (batch, length), length at least 2; read once.
+        bytes_per_token: mean length of a token of this text; 1 for byte-level models.
+        call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
+        progress: called with the number of batches done, after each.
+
+    Returns:
+        Bits to a byte of text; 8 for a model that knows nothing.
+
+    Raises:
+        ValueError: if ``batches`` holds no position with a next token.
+
+    >>> uniform = lambda tokens: jnp.zeros((*tokens.shape, 256))
+    >>> round(bits_per_byte(uniform, [np.zeros((2, 5), np.int32)]), 4)
+    8.0
+    """
+    nats = cross_entropy(model, batches, call=call, progress=progress)
+    return nats / (math.log(2) * bytes_per_token)
+
+
+def kl_divergence(
+    reference: Model,
+    model: Model,
+    batches: Iterable[Any],
+    *,
+    call: Call | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Mean over positions of KL(p || q) = sum_v p_v (log p_v - log q_v), in nats.
+
+    p are the probabilities of ``reference``, q those of ``model``; log-softmax in float32.
+
+    Args:
+        reference: tokens (batch, length) to logits (batch, length, vocab), such as the
+            full-precision model.
+        model: the same of the quantized model.
+        batches: integer arrays (batch, length); read once.
+        call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
+        progress: called with the number of batches done, after each.
+
+    Returns:
+        The mean; 0 only if both models agree everywhere.
+
+    Raises:
+        ValueError: if ``batches`` is empty.
+
+    Source: Kullback and Leibler, On Information and Sufficiency (1951).
+
+    >>> fair = lambda tokens: jnp.zeros((*tokens.shape, 2))
+    >>> biased = lambda tokens: fair(tokens).at[..., 0].set(jnp.log(3.0))
+    >>> round(kl_divergence(fair, biased, [np.zeros((1, 4), np.int32)]), 4)
+    0.1438
+    """
+    return _mean(_divergences, [reference, model], batches, call, progress)
