@@ -131,7 +131,9 @@ class FloatElement:
         magnitude = code & (2 ** (self.bits - 1) - 1)
         field = magnitude >> m
         steps = (magnitude & (2**m - 1)) + jnp.where(field > 0, 2**m, 0)
-        value = steps.astype(jnp.float32) * exp2_int(jnp.maximum(field, 1) - 1 + self.min_exponent - m)
+        value = steps.astype(jnp.float32) * exp2_int(
+            jnp.maximum(field, 1) - 1 + self.min_exponent - m
+        )
         if self.max_code < 2 ** (self.bits - 1) - 1:
             # IEEE-like grids (E5M2) have an infinity just above the largest finite value.
             infinity = jnp.inf if self.name == "e5m2" else jnp.nan
@@ -163,7 +165,7 @@ class IntElement:
         return 2.0 ** (self.bits - 1) - (0.5 if self.midrise else 1.0)
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """Round float32 ``x`` to the nearest grid value, ties to even k; saturate; NaN gives k = 0."""
+        """Round float32 ``x`` to the nearest value, ties to even k; saturate; NaN gives k = 0."""
         x = jnp.where(x == x, x, 0.0)
         if self.midrise:
             limit = 2 ** (self.bits - 1)

@@ -1,0 +1,154 @@
+"""The one place that chooses an implementation: checks, ordered candidates, gathered reasons.
+
+An implementation that cannot serve a call raises ``NotImplementedError``; only this module catches
+it and goes on to the next candidate. A caller's mistake is a ``ValueError`` before any candidate
+is tried. A forced implementation never falls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from pallas_kernels import reference
+
+Implementation = str | Sequence[str] | None
+
+
+def transform_quantize(
+    x, transform, fmt, *, global_scale=None, implementation: Implementation = None
+):
+    """Transform each block, find each group's scale, round to codes, pack.
+
+    ``codes = pack(round(T_b x_b * g / s)), s = rule(T_b x_b)`` per group.
+
+    Args:
+      x: (..., M, K) floating point.
+      transform: (K/d, d, d) one per block, (d, d) shared, or None.
+      fmt: the number format.
+      global_scale: float32 scalar; None takes the format's own.
+      implementation: None chooses; a name, or names in order of preference, forces.
+
+    Returns:
+      Codes uint8 (..., M, K * bits / 8) and scales (..., M, K / g) in the format's scale type.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+      NotImplementedError: no permitted implementation can serve the call; all reasons are listed.
+    """
+    _check_operands(x, transform, fmt.group_size)
+    return _first_able(
+        "transform_quantize",
+        {"reference": reference.transform_quantize},
+        implementation,
+        lambda run: run(x, transform, fmt, global_scale=global_scale),
+    )
+
+
+def quantized_matmul(x, weight, *, out_dtype=None, implementation: Implementation = None):
+    """Return ``x @ dequantize(weight)^T`` for values or quantized activations.
+
+    Args:
+      x: (..., M, K) values, or quantized activations: an object with ``codes``, ``scales``,
+        ``global_scale`` and ``format``.
+      weight: quantized weight of shape (N, K), the same kind of object.
+      out_dtype: of the result; default x's dtype, float32 for quantized activations.
+      implementation: as for `transform_quantize`.
+
+    Returns:
+      (..., M, N).
+
+    Raises:
+      ValueError: K differs, or an unknown implementation.
+      NotImplementedError: no permitted implementation can serve the call.
+    """
+    _check_inner(x.shape, weight.shape)
+    return _first_able(
+        "quantized_matmul",
+        {"reference": reference.quantized_matmul},
+        implementation,
+        lambda run: run(x, weight, out_dtype=out_dtype),
+    )
+
+
+def transform_quantize_matmul(
+    x,
+    transform,
+    weight,
+    fmt,
+    *,
+    global_scale=None,
+    out_dtype=None,
+    implementation: Implementation = None,
+):
+    """Return the whole quantized linear map ``dequantize(q(T x)) @ dequantize(weight)^T``.
+
+    Args:
+      x: (..., M, K).
+      transform: (K/d, d, d), (d, d) or None.
+      weight: quantized weight of shape (N, K).
+      fmt: number format of the activations; None leaves them unquantized.
+      global_scale: of the activations; None takes the format's own.
+      out_dtype: of the result; default x's dtype.
+      implementation: as for `transform_quantize`.
+
+    Returns:
+      (..., M, N).
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+      NotImplementedError: no permitted implementation can serve the call.
+    """
+    _check_operands(x, transform, 1 if fmt is None else fmt.group_size)
+    _check_inner(x.shape, weight.shape)
+    return _first_able(
+        "transform_quantize_matmul",
+        {"reference": reference.transform_quantize_matmul},
+        implementation,
+        lambda run: run(x, transform, weight, fmt, global_scale=global_scale, out_dtype=out_dtype),
+    )
+
+
+def _first_able(
+    op: str, table: Mapping[str, Callable], implementation: Implementation, call: Callable
+):
+    """Call the first implementation that does not raise NotImplementedError."""
+    names = list(table) if implementation is None else implementation
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in table:
+            raise ValueError(f"implementation={name!r} is unknown for {op}; choose from {[*table]}")
+    reasons = []
+    for name in names:
+        try:
+            return call(table[name])
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+    raise NotImplementedError(
+        f"no implementation of {op} can serve this call: {'; '.join(reasons)}"
+    )
+
+
+def _check_operands(x, transform, group_size: int) -> None:
+    k = x.shape[-1] if x.ndim else 0
+    if k == 0 or k % group_size:
+        raise ValueError(
+            f"x has shape {x.shape}; its last axis must be a positive multiple of the group size "
+            f"{group_size}: pad it"
+        )
+    if transform is None:
+        return
+    d = transform.shape[-1]
+    tiles = transform.shape in ((k // d, d, d), (d, d)) and k % d == 0
+    if not tiles:
+        raise ValueError(
+            f"transform has shape {transform.shape}; for x {x.shape} it must be (K/d, d, d) or "
+            f"(d, d) with d dividing K={k}"
+        )
+
+
+def _check_inner(x_shape, weight_shape) -> None:
+    if len(weight_shape) != 2 or x_shape[-1] != weight_shape[-1]:
+        raise ValueError(
+            f"x {tuple(x_shape)} and weight {tuple(weight_shape)} must agree in K: "
+            "x (..., M, K), weight (N, K)"
+        )

@@ -1,0 +1,101 @@
+"""Every operation stated in plain JAX: the definition, the fallback, the oracle of all kernels.
+
+The number format is an argument: a frozen object with ``group_size``, ``encode``, ``decode``,
+``pack`` and ``unpack`` in pure jax.numpy (see `wush_jax.formats.Format`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+def apply_transform(x: jax.Array, matrix: jax.Array | None) -> jax.Array:
+    """Return ``y_b = x_b @ T_b^T`` for each block of the last axis, in float32.
+
+    Args:
+      x: (..., K).
+      matrix: (K/d, d, d), or (d, d) shared, or None for no transform.
+
+    Raises:
+      ValueError: the blocks do not tile K.
+    """
+    x = x.astype(jnp.float32)
+    if matrix is None:
+        return x
+    d = matrix.shape[-1]
+    k = x.shape[-1]
+    blocks = matrix.shape[0] if matrix.ndim == 3 else k // d
+    if matrix.ndim not in (2, 3) or matrix.shape[-2] != d or blocks * d != k:
+        raise ValueError(
+            f"matrix has shape {matrix.shape}; for x {x.shape} it must be (d, d) with d dividing "
+            f"K={k}, or (K/d, d, d)"
+        )
+    # Operands are exact in float32; HIGHEST keeps the products so on every backend.
+    xb = x.reshape(*x.shape[:-1], blocks, d)
+    spec = "...bi,bji->...bj" if matrix.ndim == 3 else "...bi,ji->...bj"
+    y = jnp.einsum(spec, xb, matrix.astype(jnp.float32), precision=HIGHEST)
+    return y.reshape(x.shape)
+
+
+def transform_quantize(x, transform, fmt, *, global_scale=None):
+    """Transform each block, find each group's scale, round, pack.
+
+    Args:
+      x: (..., K).
+      transform: (K/d, d, d), (d, d) or None.
+      fmt: the number format.
+      global_scale: scalar; None takes the format's own.
+
+    Returns:
+      Packed codes uint8 (..., K * bits / 8) and scales (..., K / g) in the format's scale type.
+    """
+    codes, scales = fmt.encode(apply_transform(x, transform), global_scale)
+    return fmt.pack(codes), scales
+
+
+def quantized_matmul(x, weight, *, out_dtype=None):
+    """Return ``x @ dequantize(weight)^T``.
+
+    Args:
+      x: (..., M, K) values, or an object with ``codes``, ``scales``, ``global_scale``, ``format``.
+      weight: the same kind of object, of shape (N, K).
+      out_dtype: dtype of the result; default: x's, or float32 for codes.
+
+    Returns:
+      (..., M, N); products accumulate in float32.
+    """
+    if hasattr(x, "codes"):
+        x, default = dequantize(x), jnp.float32
+    else:
+        default = x.dtype
+    y = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), dequantize(weight), precision=HIGHEST)
+    return y.astype(out_dtype or default)
+
+
+def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
+    """Return ``dequantize(quantize(T x)) @ dequantize(weight)^T``; ``fmt=None`` keeps T x as it is.
+
+    Args:
+      x: (..., M, K).
+      transform: (K/d, d, d), (d, d) or None.
+      weight: quantized weight of shape (N, K).
+      fmt: number format of the activations, or None.
+      global_scale: scalar; None takes the format's own.
+      out_dtype: dtype of the result; default x's.
+    """
+    y = apply_transform(x, transform)
+    if fmt is not None:
+        if global_scale is None:
+            global_scale = fmt.derive_global_scale(jnp.max(jnp.abs(y)))
+        codes, scales = fmt.encode(y, global_scale)
+        y = fmt.decode(codes, scales, global_scale)
+    return quantized_matmul(y, weight, out_dtype=out_dtype or x.dtype)
+
+
+def dequantize(q) -> jax.Array:
+    """Return the float32 values of an object with codes, scales, global scale and format."""
+    return q.format.decode(q.format.unpack(q.codes), q.scales, q.global_scale)

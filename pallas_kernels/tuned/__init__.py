@@ -1,0 +1,1 @@
+"""Tuned tile tables, one JSON file a device."""

@@ -1,0 +1,341 @@
+"""Number formats (element, group, scale, rule, global scale) and arrays quantized to them.
+
+A format stores a group of g consecutive values along the last axis as codes of one element grid
+and one scale: ``value = code_value * scale / global_scale``. The global scale *divides*. One
+emulation, `Format.encode`, is the definition that every kernel has to reproduce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wush_jax import numerics, scales
+from wush_jax.numerics import E2M1, E2M3, E4M3, Element, IntElement
+
+SCALE_DTYPES = {
+    "e8m0": jnp.float8_e8m0fnu,
+    "e4m3": jnp.float8_e4m3fn,
+    "bfloat16": jnp.bfloat16,
+    "float32": jnp.float32,
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A group-scaled number format: static, hashable, usable as a jit-static argument.
+
+    Attributes:
+      name: how reports and files call it.
+      element: the element grid.
+      group_size: g, values per scale.
+      scale_dtype: "e8m0", "e4m3", "bfloat16" or "float32".
+      rule: name of a scale rule in `wush_jax.scales.RULES`.
+      global_scale: a constant that multiplies values before scaling and divides after decoding;
+        None derives it from the tensor: ``448 * max / amax``, the largest group's scale is E4M3's
+        largest (256 instead of 448 for rules that may pick a scale 1.5 times larger).
+
+    Raises:
+      ValueError: a rule that is unknown or does not fit the scale type, a group below 1.
+
+    >>> MXFP4.bits_per_value
+    4.25
+    """
+
+    name: str
+    element: Element
+    group_size: int
+    scale_dtype: str
+    rule: str
+    global_scale: float | None = 1.0
+
+    def __post_init__(self):
+        if self.rule not in scales.RULES:
+            raise ValueError(f"rule={self.rule!r} is unknown; choose from {sorted(scales.RULES)}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"scale_dtype={self.scale_dtype!r} is unknown; choose from {sorted(SCALE_DTYPES)}"
+            )
+        if (self.rule in scales.POW2_RULES) != (self.scale_dtype == "e8m0"):
+            raise ValueError(
+                f"rule={self.rule!r} does not fit scale_dtype={self.scale_dtype!r}; power-of-two "
+                f"rules {scales.POW2_RULES} go with 'e8m0', the others with the rest"
+            )
+        if self.rule in ("four_over_six", "three_candidates") and (
+            self.scale_dtype != "e4m3" or self.element.name != "e2m1"
+        ):
+            raise ValueError(f"rule={self.rule!r} is defined for E2M1 elements with E4M3 scales")
+        if self.rule == "gaussian_mse" and not getattr(self.element, "midrise", False):
+            raise ValueError("rule='gaussian_mse' needs a mid-rise integer element")
+        if self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be at least 1")
+        if self.global_scale is not None and not 0 < self.global_scale < float("inf"):
+            raise ValueError(
+                f"global_scale={self.global_scale} must be positive and finite, or None"
+            )
+
+    def replace(self, **changes) -> Format:
+        """Return this format with some fields changed: ``MXFP4.replace(rule="ceil", ...)``."""
+        return replace(self, **changes)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits per value, the group's scale included."""
+        scale_bits = jnp.dtype(SCALE_DTYPES[self.scale_dtype]).itemsize * 8
+        return self.element.bits + scale_bits / self.group_size
+
+    def derive_global_scale(self, amax: jax.Array) -> jax.Array:
+        """Return the global scale of a tensor whose largest magnitude is ``amax``, float32.
+
+        The format's constant where it has one; else ``448 * max / amax`` (compressed-tensors) or
+        ``256 * max / amax`` (4-over-6), and 1 for an all-zero or non-finite tensor.
+        """
+        if self.global_scale is not None:
+            return jnp.full(jnp.shape(amax), self.global_scale, jnp.float32)
+        top = 448.0 if self.rule not in ("four_over_six", "three_candidates") else 256.0
+        amax = jnp.asarray(amax, jnp.float32)
+        g = top * self.element.max / jnp.maximum(amax, 1e-30)
+        return jnp.where((amax > 0) & jnp.isfinite(amax), g, 1.0)
+
+    def scale_candidates(self, y: jax.Array, global_scale: jax.Array) -> list[jax.Array]:
+        """Return the rule's candidate scales of groups ``y`` (..., g): float32 (...) each."""
+        amax = jnp.max(jnp.abs(y), axis=-1)
+        return scales.RULES[self.rule](y, amax, global_scale, self)
+
+    def encode_with(self, y: jax.Array, scale: jax.Array, global_scale: jax.Array) -> jax.Array:
+        """Round groups ``y`` (..., g) to codes under given scales (...): uint8 (..., g).
+
+        ``code = round(y * (global_scale / scale))``: one division a group, one product a value.
+        """
+        # Halving g and doubling 1/s keeps the reciprocal of the largest power of two normal.
+        inverse = (global_scale * 0.5) * (2.0 / scale)
+        if self.scale_dtype == "e8m0":
+            inverse = (global_scale * 0.5) * numerics.exp2_int(1 - numerics.floor_log2(scale))
+        return self.element.encode(y * inverse[..., None])
+
+    def decode_with(self, codes: jax.Array, scale: jax.Array, global_scale: jax.Array) -> jax.Array:
+        """Return ``code_value * (scale / global_scale)``, codes (..., g), scales (...): float32."""
+        return self.element.decode(codes) * (scale / global_scale)[..., None]
+
+    def encode_groups(self, y: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Quantize float32 groups ``y`` (..., g): uint8 codes (..., g) and float32 scales (...).
+
+        Subnormal values count as zero. A group that holds an infinity or a NaN gets a NaN scale
+        and zero codes, so that it decodes to NaN: damage stays visible.
+        """
+        y = jnp.where(jnp.abs(y) < numerics.TINY, 0.0, y)
+        finite = jnp.max(jnp.abs(y), axis=-1) < jnp.inf
+        y = jnp.where(finite[..., None], y, 0.0)
+        candidates = self.scale_candidates(y, global_scale)
+        scale = candidates[0]
+        codes = self.encode_with(y, scale, global_scale)
+        if len(candidates) > 1:
+            error = self._squared_error(y, codes, scale, global_scale)
+            for other in candidates[1:]:
+                other_codes = self.encode_with(y, other, global_scale)
+                other_error = self._squared_error(y, other_codes, other, global_scale)
+                better = other_error < error
+                error = jnp.where(better, other_error, error)
+                scale = jnp.where(better, other, scale)
+                codes = jnp.where(better[..., None], other_codes, codes)
+        return codes, jnp.where(finite, scale, jnp.nan)
+
+    def _squared_error(self, y, codes, scale, global_scale):
+        difference = y - self.decode_with(codes, scale, global_scale)
+        return jnp.sum(difference * difference, axis=-1)
+
+    def encode(
+        self, x: jax.Array, global_scale: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Quantize along the last axis: uint8 codes (..., K), one a value, and scales (..., K/g).
+
+        Args:
+          x: (..., K), K a multiple of the group size.
+          global_scale: float32, scalar or one per leading index; None takes the format's constant
+            or derives it from ``x``.
+
+        Returns:
+          Unpacked codes, and scales in the format's own scale type.
+        """
+        groups = _grouped(x.astype(jnp.float32), self.group_size)
+        if global_scale is None:
+            global_scale = self.derive_global_scale(jnp.max(jnp.abs(x)).astype(jnp.float32))
+        codes, scale = self.encode_groups(groups, _align(global_scale, groups.ndim - 1))
+        return codes.reshape(x.shape), self.store_scales(scale)
+
+    def decode(
+        self, codes: jax.Array, stored_scales: jax.Array, global_scale: jax.Array
+    ) -> jax.Array:
+        """Undo `encode`: float32 values (..., K) of unpacked codes and stored scales."""
+        groups = _grouped(codes, self.group_size)
+        scale = self.load_scales(stored_scales)
+        values = self.decode_with(groups, scale, _align(global_scale, scale.ndim))
+        return values.reshape(codes.shape)
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        """Pack codes (..., K) into bytes (..., K * bits / 8): `wush_jax.numerics.pack`."""
+        return numerics.pack(codes, self.element.bits)
+
+    def unpack(self, packed: jax.Array) -> jax.Array:
+        """Undo `pack`."""
+        return numerics.unpack(packed, self.element.bits)
+
+    def store_scales(self, scale: jax.Array) -> jax.Array:
+        """Turn float32 scales, already representable, into the stored type, bit by bit."""
+        if self.scale_dtype == "e8m0":
+            byte = jnp.where(scale == scale, numerics.floor_log2(scale) + 127, 255)
+            return lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e8m0fnu)
+        if self.scale_dtype == "e4m3":
+            return lax.bitcast_convert_type(E4M3.encode(scale), jnp.float8_e4m3fn)
+        if self.scale_dtype == "bfloat16":
+            bits = lax.bitcast_convert_type(scale, jnp.uint32) >> 16
+            return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+        return scale
+
+    def load_scales(self, stored: jax.Array) -> jax.Array:
+        """Return stored scales as float32 values."""
+        if self.scale_dtype == "e8m0":
+            byte = lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.int32)
+            value = numerics.exp2_int(jnp.maximum(byte, 1) - 127)
+            return jnp.where(byte == 255, jnp.nan, value)
+        if self.scale_dtype == "e4m3":
+            return E4M3.decode(lax.bitcast_convert_type(stored, jnp.uint8))
+        return stored.astype(jnp.float32)
+
+
+MXFP4 = Format("MXFP4", E2M1, 32, "e8m0", "pow2_div3", 3.0)
+NVFP4 = Format("NVFP4", E2M1, 16, "e4m3", "absmax", 10.0)
+INT4 = Format("INT4", IntElement("int4_midrise", 4, midrise=True), 32, "bfloat16", "gaussian_mse")
+INT8 = Format("INT8", IntElement("int8", 8), 32, "bfloat16", "absmax")
+MXFP8 = Format("MXFP8", E4M3, 32, "e8m0", "ocp_floor")
+MXFP6 = Format("MXFP6", E2M3, 32, "e8m0", "ocp_floor")
+# The symmetric 4-bit integer format of most other libraries.
+INT4_ABSMAX = Format("INT4_ABSMAX", IntElement("int4", 4), 32, "bfloat16", "absmax")
+
+FORMATS = {f.name: f for f in (MXFP4, NVFP4, INT4, INT8, MXFP8, MXFP6, INT4_ABSMAX)}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedArray:
+    """An array stored as packed codes and group scales: a pytree with a static format.
+
+    Invariants, with K the last axis of the array and g the group size:
+
+    - ``codes`` is uint8 (..., K * bits / 8), packed by `wush_jax.numerics.pack`;
+    - ``scales`` is (..., K / g) in the format's scale type;
+    - ``global_scale`` is float32, a scalar or one per leading index, and divides;
+    - the array is ``code_value * scale / global_scale``.
+
+    Attributes:
+      codes: packed codes.
+      scales: stored scales.
+      global_scale: see above.
+      format: the static `Format`.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    global_scale: jax.Array
+    format: Format = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that is stored, (..., K)."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.format.element.bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and global scale."""
+        return self.codes.nbytes + self.scales.nbytes + self.global_scale.nbytes
+
+
+def quantize(
+    x: jax.Array, fmt: Format, *, global_scale: jax.Array | float | None = None
+) -> QuantizedArray:
+    """Round ``x`` to the nearest values of a format, groups along the last axis.
+
+    Per group, with the rule's scale s: ``code = round(x * global_scale / s)``, ties to even.
+
+    Args:
+      x: (..., K) floating point, K a multiple of ``fmt.group_size``.
+      fmt: the format.
+      global_scale: scalar that replaces the format's own.
+
+    Returns:
+      A `QuantizedArray` of shape (..., K).
+
+    Raises:
+      ValueError: K is not a multiple of the group size.
+
+    Source: FORMATS of OCP MX v1.0 and NVFP4; WUSH paper, section 2.
+
+    >>> q = quantize(jnp.arange(32.0), MXFP4)
+    >>> q.codes.shape, q.scales.shape, q.shape
+    ((16,), (1,), (32,))
+    """
+    x = jnp.asarray(x)
+    _check_groups(x, fmt)
+    if global_scale is None:
+        global_scale = fmt.derive_global_scale(jnp.max(jnp.abs(x)).astype(jnp.float32))
+    global_scale = jnp.asarray(global_scale, jnp.float32)
+    codes, stored = fmt.encode(x, global_scale)
+    return QuantizedArray(fmt.pack(codes), stored, global_scale, fmt)
+
+
+def dequantize(q: QuantizedArray, dtype=jnp.float32) -> jax.Array:
+    """Return the values of a quantized array: ``code_value * scale / global_scale``, (..., K).
+
+    >>> dequantize(quantize(jnp.full((32,), 2.0), MXFP4)).max().item()
+    2.0
+    """
+    return q.format.decode(q.format.unpack(q.codes), q.scales, q.global_scale).astype(dtype)
+
+
+@jax.custom_jvp
+def _straight_through(x, quantized):
+    return quantized
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return primals[1], tangents[0]
+
+
+def fake_quantize(
+    x: jax.Array, fmt: Format, *, global_scale: jax.Array | float | None = None
+) -> jax.Array:
+    """Quantize and dequantize, keeping ``x``'s dtype; the gradient passes straight through.
+
+    Args and errors as for `quantize`. ``d fake_quantize(x) / dx = 1`` (straight-through estimator).
+
+    >>> fake_quantize(jnp.float32([1.0, 5.2] * 16), MXFP4)[:2].tolist()
+    [1.0, 5.333333492279053]
+    """
+    x = jnp.asarray(x)
+    frozen = lax.stop_gradient(x)
+    rounded = dequantize(quantize(frozen, fmt, global_scale=global_scale), x.dtype)
+    return _straight_through(x, rounded)
+
+
+def _grouped(x: jax.Array, group_size: int) -> jax.Array:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+
+
+def _align(global_scale: jax.Array, ndim: int) -> jax.Array:
+    """Give a global scale, one per leading index, trailing axes up to ``ndim``."""
+    global_scale = jnp.asarray(global_scale, jnp.float32)
+    return global_scale.reshape(global_scale.shape + (1,) * (ndim - global_scale.ndim))
+
+
+def _check_groups(x: jax.Array, fmt: Format) -> None:
+    if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % fmt.group_size:
+        raise ValueError(
+            f"x has shape {x.shape}; {fmt.name} needs a last axis that is a positive multiple of "
+            f"group_size={fmt.group_size}: pad it, or use fmt.replace(group_size=...)"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}; quantize floating-point values: cast x first")

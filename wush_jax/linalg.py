@@ -1,0 +1,187 @@
+"""Linear algebra of small blocks: Hadamard matrices, damping, Cholesky, spectral factors.
+
+Construction runs in float64 through a local x64 context and is cast down on leaving; nothing here
+changes the global switch. Every matmul states its precision.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+def hadamard_matrix(n: int, dtype=jnp.float32) -> jax.Array:
+    """Return an orthonormal Hadamard matrix: entries ``±1/sqrt(n)``, ``H H^T = I``.
+
+    Sylvester's doubling ``[[H, H], [H, -H]]`` of a core of size 1, ``q + 1`` (Paley I, q = 3 mod 4)
+    or ``2 (q + 1)`` (Paley II, q = 1 mod 4), q prime. So all powers of two, and 12, 20, 24, 28, 36,
+    40, 44, 48, 56, 60, 68, ...
+
+    Args:
+      n: size, at least 1.
+      dtype: of the result.
+
+    Returns:
+      (n, n).
+
+    Raises:
+      ValueError: no such construction reaches n.
+
+    Source: Paley, "On orthogonal matrices" (1933).
+
+    >>> hadamard_matrix(2).round(3).tolist()
+    [[0.7070000171661377, 0.7070000171661377], [0.7070000171661377, -0.7070000171661377]]
+    """
+    return jnp.asarray(_hadamard_signs(n) / np.sqrt(n), dtype)
+
+
+@functools.cache
+def _hadamard_signs(n: int) -> np.ndarray:
+    """±1 Hadamard matrix of size n, as an immutable numpy array (a pure function's memo)."""
+    core, doublings = n, 0
+    while n >= 1:
+        signs = _paley(core)
+        if signs is not None:
+            break
+        if core % 2 or core < 1:
+            raise ValueError(
+                f"n={n}: no Hadamard matrix of this size is known here; use a power of two, or "
+                "2**k (q+1) with a prime q = 3 mod 4, or 2**(k+1) (q+1) with a prime q = 1 mod 4"
+            )
+        core, doublings = core // 2, doublings + 1
+    else:
+        raise ValueError(f"n={n} must be at least 1")
+    for _ in range(doublings):
+        signs = np.block([[signs, signs], [signs, -signs]])
+    signs.setflags(write=False)
+    return signs
+
+
+def _paley(n: int) -> np.ndarray | None:
+    """Paley's construction of size n, the trivial one for 1, or None."""
+    if n == 1:
+        return np.ones((1, 1))
+    q = n - 1
+    if q % 4 == 3 and _is_prime(q):
+        skew = np.zeros((n, n))
+        skew[0, 1:], skew[1:, 0] = 1, -1
+        skew[1:, 1:] = _residue_matrix(q)
+        return skew + np.eye(n)
+    q = n // 2 - 1
+    if n % 2 == 0 and q % 4 == 1 and _is_prime(q):
+        symmetric = np.zeros((q + 1, q + 1))
+        symmetric[0, 1:] = symmetric[1:, 0] = 1
+        symmetric[1:, 1:] = _residue_matrix(q)
+        zero, sign = np.array([[1, -1], [-1, -1]]), np.array([[1, 1], [1, -1]])
+        return np.kron(np.eye(q + 1), zero) + np.kron(symmetric, sign)
+    return None
+
+
+def _is_prime(q: int) -> bool:
+    return q > 1 and all(q % f for f in range(2, int(q**0.5) + 1))
+
+
+def _residue_matrix(q: int) -> np.ndarray:
+    """Jacobsthal matrix: Legendre symbol of (row - column) modulo the prime q."""
+    symbol = -np.ones(q)
+    symbol[np.unique(np.arange(1, q) ** 2 % q)] = 1
+    symbol[0] = 0
+    return symbol[(np.arange(q)[:, None] - np.arange(q)) % q]
+
+
+def float64_construction(function):
+    """Run ``function`` on float64 copies of its array arguments; cast floating results down.
+
+    The x64 switch is set for the duration of the call (or trace) only. Results come back as
+    float32, or as float64 where the caller works in float64 himself. Works under jit, vmap and
+    scan. It is not differentiable: JAX transposes a traced function outside the local context.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        wide = jax.config.jax_enable_x64 and any(
+            getattr(a, "dtype", None) == "float64" for a in args
+        )
+        out_dtype = jnp.float64 if wide else jnp.float32
+        with jax.enable_x64(True):
+            args = [jnp.asarray(a).astype(jnp.float64) if _is_floating(a) else a for a in args]
+            out = function(*args, **kwargs)
+            return jax.tree.map(
+                lambda leaf: leaf.astype(out_dtype) if _is_floating(leaf) else leaf, out
+            )
+
+    return wrapped
+
+
+def _is_floating(x) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def damp(moment: jax.Array, damping: float) -> jax.Array:
+    """Return ``M + damping * mean(diag M) * I`` for each block (..., d, d).
+
+    A block of zeros has no scale of its own and becomes the identity.
+
+    Source: WUSH paper, section 4 (lambda = 1e-2).
+    """
+    d = moment.shape[-1]
+    mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / d
+    eye = jnp.eye(d, dtype=moment.dtype)
+    return jnp.where(mean > 0, moment + damping * mean * eye, eye)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Matrix product at the highest precision."""
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def spectral_factors(
+    weight_moment: jax.Array, activation_moment: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return ``(U^T W'^T, S, V^T X'^T)`` with ``W' W'^T = M_W, X' X'^T = M_X, W'^T X' = U S V^T``.
+
+    S descends. Signs are fixed so that the largest entry of each row of the first factor is
+    positive, which makes the result the same for every backend's SVD.
+
+    Args:
+      weight_moment: (..., d, d), positive definite.
+      activation_moment: (..., d, d), positive definite.
+
+    Returns:
+      (..., d, d), (..., d), (..., d, d).
+
+    Source: WUSH paper, eq. 5-7.
+    """
+    w = jnp.linalg.cholesky(weight_moment)
+    x = jnp.linalg.cholesky(activation_moment)
+    u, s, vt = jnp.linalg.svd(matmul(w.mT, x))
+    left, right = matmul(u.mT, w.mT), matmul(vt, x.mT)
+    flip = -jnp.min(left, axis=-1, keepdims=True) > jnp.max(left, axis=-1, keepdims=True)
+    sign = jnp.where(flip, -1.0, 1.0).astype(left.dtype)
+    return left * sign, s, right * sign
+
+
+def singular_values(weight_moment: jax.Array, activation_moment: jax.Array) -> jax.Array:
+    """Return S of `spectral_factors` alone, (..., d), descending."""
+    w = jnp.linalg.cholesky(weight_moment)
+    x = jnp.linalg.cholesky(activation_moment)
+    return jnp.linalg.svd(matmul(w.mT, x), compute_uv=False)
+
+
+def diagonal_blocks(moment: jax.Array, block: int) -> jax.Array:
+    """Return the diagonal blocks of (..., K, K): (..., K/block, block, block).
+
+    >>> diagonal_blocks(jnp.arange(16.0).reshape(4, 4), 2)[1].tolist()
+    [[10.0, 11.0], [14.0, 15.0]]
+    """
+    k = moment.shape[-1]
+    if k % block:
+        raise ValueError(f"block={block} does not divide K={k} of the moment {moment.shape}")
+    tiles = moment.reshape(*moment.shape[:-2], k // block, block, k // block, block)
+    return jnp.moveaxis(jnp.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)

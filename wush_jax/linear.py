@@ -1,0 +1,116 @@
+"""The quantized linear map: forward through the kernels, backward straight through."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from wush_jax import linalg
+from wush_jax.quantize import PackedWeight, effective_weight
+
+
+def quantized_dot(
+    x: jax.Array, packed: PackedWeight, *, implementation: str | None = None
+) -> jax.Array:
+    """Return ``y = dequantize(q(x T_X^T)) @ dequantize(weight)^T``.
+
+    The gradient with respect to x passes straight through the activation quantizer:
+    ``dL/dx = dL/dy @ (dequantize(weight) T_X)``. Packed weights get no gradient.
+
+    Args:
+      x: (..., K).
+      packed: quantized weight (N, K).
+      implementation: None lets the dispatch choose; a name such as "reference" forces one.
+
+    Returns:
+      (..., N) in x's dtype.
+
+    Raises:
+      ValueError: K of x and of the weight differ.
+      NotImplementedError: a forced implementation cannot run here.
+
+    Source: WUSH paper, eq. 1.
+
+    >>> from wush_jax import Recipe, quantize_weight
+    >>> packed = quantize_weight(jnp.eye(32), None, Recipe(transform="hadamard"))
+    >>> quantized_dot(jnp.ones((2, 32)), packed).shape
+    (2, 32)
+    """
+    if x.ndim == 0 or x.shape[-1] != packed.shape[-1]:
+        raise ValueError(
+            f"x has shape {x.shape}; its last axis must be K={packed.shape[-1]} of the weight "
+            f"{packed.shape}"
+        )
+    return _dot(implementation, x, packed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot(implementation, x, packed):
+    return pallas_kernels.transform_quantize_matmul(
+        x,
+        packed.transform,
+        packed.weight,
+        packed.input_format,
+        global_scale=packed.input_global_scale,
+        implementation=implementation,
+    )
+
+
+def _dot_forward(implementation, x, packed):
+    # An empty array carries x's dtype: only arrays may be residuals.
+    return _dot(implementation, x, packed), (packed, jnp.zeros((0,), x.dtype))
+
+
+def _dot_backward(implementation, residuals, cotangent):
+    packed, like = residuals
+    dx = jnp.einsum(
+        "...n,nk->...k",
+        cotangent.astype(jnp.float32),
+        effective_weight(packed),
+        precision=linalg.HIGHEST,
+    )
+    return dx.astype(like.dtype), jax.tree.map(_zero_cotangent, packed)
+
+
+def _zero_cotangent(leaf):
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def layer_loss(
+    weight: jax.Array,
+    inputs: jax.Array,
+    packed: PackedWeight,
+    *,
+    implementation: str | None = "reference",
+) -> jax.Array:
+    """Return the layer's output loss ``||q(W)q(X) - W X||_F^2 / (N * tokens)``.
+
+    Args:
+      weight: the original W (N, K).
+      inputs: X (..., K).
+      packed: the quantized layer.
+      implementation: of `quantized_dot`.
+
+    Returns:
+      float32 scalar.
+
+    Source: WUSH paper, eq. 1.
+
+    >>> from wush_jax import Recipe, quantize_weight
+    >>> w = jnp.eye(32)
+    >>> packed = quantize_weight(w, None, Recipe(transform="identity"))
+    >>> layer_loss(w, jnp.ones((4, 32)), packed).item()
+    0.0
+    """
+    exact = jnp.einsum("...k,nk->...n", inputs, weight, precision=linalg.HIGHEST)
+    error = quantized_dot(inputs, packed, implementation=implementation) - exact
+    return jnp.mean(error.astype(jnp.float32) ** 2)

@@ -1,0 +1,115 @@
+"""Second moments of the inputs of a site: block-diagonal or full, streamed and mergeable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from wush_jax import linalg
+from wush_jax.transforms import check_finite
+
+
+def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
+    """Return the second moment over all leading axes: ``M = sum_t x_t x_t^T / T``.
+
+    Of activations (..., K) it is M_X; of weights (N, K) it is M_W.
+
+    Args:
+      x: (..., K).
+      block: block size d for the diagonal blocks only; None for the full matrix.
+
+    Returns:
+      float32 (K, K), or (K/d, d, d); products at the highest precision.
+
+    Raises:
+      ValueError: x is a scalar or has no rows, or the block does not divide K.
+
+    Source: WUSH paper, eq. 4.
+
+    >>> second_moment(jnp.float32([[1.0, 2.0], [3.0, 4.0]])).tolist()
+    [[5.0, 7.0], [7.0, 10.0]]
+    """
+    rows = _rows(x)
+    return _gram(rows, block) / rows.shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Moments:
+    """A running second moment: a pytree, so it can live in a scan, a jit or on a mesh.
+
+    ``mean = sum_t x_t x_t^T / count``. Keeping the mean, not the sum, keeps float32 accurate for
+    any number of tokens.
+
+    Attributes:
+      mean: float32 (K, K) or (K/d, d, d).
+      count: int32 scalar, tokens seen.
+
+    >>> m = Moments.init(4, block=2).update(jnp.ones((3, 4))).update(jnp.zeros((1, 4)))
+    >>> m.finalize()[0].tolist()
+    [[0.75, 0.75], [0.75, 0.75]]
+    """
+
+    mean: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def init(cls, size: int, block: int | None = None) -> Moments:
+        """Return empty moments of K = ``size`` channels, full or in blocks of ``block``."""
+        if block is not None and (block < 1 or size % block):
+            raise ValueError(f"block={block} does not divide size={size}; choose a divisor")
+        shape = (size, size) if block is None else (size // block, block, block)
+        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32))
+
+    @property
+    def block(self) -> int | None:
+        """Block size d, or None for a full moment."""
+        return None if self.mean.ndim == 2 else self.mean.shape[-1]
+
+    def update(self, x: jax.Array) -> Moments:
+        """Return the moments with the tokens of ``x`` (..., K) added."""
+        rows = _rows(x)
+        batch = Moments(_gram(rows, self.block) / rows.shape[0], jnp.int32(rows.shape[0]))
+        return self.merge(batch)
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of both streams together: count-weighted mean."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"other has shape {other.mean.shape}, expected {self.mean.shape}")
+        count = self.count + other.count
+        share = other.count.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
+        return Moments(self.mean + (other.mean - self.mean) * share, count)
+
+    def finalize(self) -> jax.Array:
+        """Return the second moment.
+
+        Raises:
+          ValueError: no token was seen, or a value was not finite (outside jit).
+        """
+        if not isinstance(self.count, jax.core.Tracer) and int(self.count) == 0:
+            raise ValueError("moments are empty: no calibration token was seen; pass some batches")
+        check_finite("moments", self.mean)
+        return self.mean
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(f"x has shape {x.shape}; it must be (..., K) with at least one row")
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gram(rows: jax.Array, block: int | None) -> jax.Array:
+    """``sum_t x_t x_t^T`` of (T, K) in float32, full or diagonal blocks."""
+    k = rows.shape[-1]
+    # bfloat16 products are exact in the float32 accumulator; anything wider needs HIGHEST.
+    if rows.dtype not in (jnp.bfloat16, jnp.float16):
+        rows = rows.astype(jnp.float32)
+    options = {"precision": linalg.HIGHEST, "preferred_element_type": jnp.float32}
+    if block is None:
+        return jnp.einsum("ti,tj->ij", rows, rows, **options)
+    if k % block:
+        raise ValueError(f"block={block} does not divide K={k} of x {rows.shape}")
+    blocks = rows.reshape(-1, k // block, block)
+    return jnp.einsum("tbi,tbj->bij", blocks, blocks, **options)

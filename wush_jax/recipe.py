@@ -1,0 +1,131 @@
+"""What to do with a layer: format, transform, solver; and rules that give layers their recipes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from wush_jax.formats import MXFP4, Format
+
+TRANSFORMS = ("identity", "random", "hadamard", "calibrated_hadamard", "whitening", "wus", "wush")
+SOLVERS = ("rtn", "gptq")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one layer is quantized. Static and hashable.
+
+    Attributes:
+      format: number format of the weights.
+      activation_format: format of the activations; "same" as the weights' (W4A4), or None to leave
+        them unquantized (W4A16).
+      transform: one of `TRANSFORMS`.
+      solver: "rtn" or "gptq".
+      block_size: channels per block d, a multiple of the group size; None means d = group.
+      damping: lambda of the transform (and of GPTQ's Hessian).
+      transform_dtype: "bfloat16" or "float32": what the run-time transform is rounded to, before
+        the weights meet its inverse transpose.
+      share_transform: layers that share an input share one transform (and one transform+quantize
+        pass at run time).
+
+    Raises:
+      ValueError: an unknown name, a block that is not a multiple of the group, negative damping.
+
+    >>> Recipe(transform="hadamard").block
+    32
+    """
+
+    format: Format = MXFP4
+    activation_format: Format | Literal["same"] | None = "same"
+    transform: str = "wush"
+    solver: str = "rtn"
+    block_size: int | None = None
+    damping: float = 1e-2
+    transform_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    share_transform: bool = True
+
+    def __post_init__(self):
+        _check_choice("transform", self.transform, TRANSFORMS)
+        _check_choice("solver", self.solver, SOLVERS)
+        _check_choice("transform_dtype", self.transform_dtype, ("bfloat16", "float32"))
+        for fmt in (self.format, self.input_format):
+            if fmt is not None and not isinstance(fmt, Format):
+                raise ValueError(f"format={fmt!r} is not a Format; use wush_jax.MXFP4 and the like")
+            if fmt is not None and (self.block < 1 or self.block % fmt.group_size):
+                raise ValueError(
+                    f"block_size={self.block_size} must be a multiple of group_size="
+                    f"{fmt.group_size} of {fmt.name}"
+                )
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping={self.damping} must be finite and non-negative; try 1e-2")
+
+    @property
+    def block(self) -> int:
+        """Block size d."""
+        return self.format.group_size if self.block_size is None else self.block_size
+
+    @property
+    def input_format(self) -> Format | None:
+        """Format of the activations, "same" resolved."""
+        return self.format if self.activation_format == "same" else self.activation_format
+
+    def replace(self, **changes) -> Recipe:
+        """Return this recipe with some fields changed."""
+        return replace(self, **changes)
+
+
+Rules = Recipe | Sequence[tuple[str, Recipe | None]]
+
+
+class RuleBook:
+    """Path rules: ``(pattern, recipe)`` pairs; the first full match wins, None skips a layer.
+
+    Patterns are regular expressions over dotted module paths such as
+    ``layers.0.self_attn.q_proj``. A bare `Recipe` stands for ``[(".*", recipe)]``.
+
+    >>> book = RuleBook([(".*head", None), (".*", Recipe())])
+    >>> book.match("lm_head") is None, book.unused(["lm_head"])
+    (True, ['.*'])
+    """
+
+    def __init__(self, rules: Rules):
+        pairs = [(".*", rules)] if isinstance(rules, Recipe) else list(rules)
+        if not pairs:
+            raise ValueError("rules is empty; pass a Recipe or a list of (pattern, Recipe or None)")
+        self._rules = []
+        for item in pairs:
+            try:
+                pattern, recipe = item
+                compiled = re.compile(pattern)
+            except (TypeError, ValueError, re.error) as error:
+                raise ValueError(
+                    f"rules has the entry {item!r} ({error}); each must be a (regular expression, "
+                    "Recipe or None) pair"
+                ) from error
+            if recipe is not None and not isinstance(recipe, Recipe):
+                raise ValueError(f"rules[{pattern!r}] is {recipe!r}; it must be a Recipe or None")
+            self._rules.append((compiled, recipe))
+
+    def match(self, path: str) -> Recipe | None:
+        """Return the recipe of the first rule that matches the whole path, or None."""
+        for pattern, recipe in self._rules:
+            if pattern.fullmatch(path):
+                return recipe
+        return None
+
+    def unused(self, paths: Iterable[str]) -> list[str]:
+        """Return the patterns that decide none of the given paths."""
+        used = set()
+        for path in paths:
+            for pattern, _ in self._rules:
+                if pattern.fullmatch(path):
+                    used.add(pattern.pattern)
+                    break
+        return [p.pattern for p, _ in self._rules if p.pattern not in used]
+
+
+def _check_choice(name: str, value, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
