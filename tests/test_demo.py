@@ -90,14 +90,10 @@ def test_token_batches_refuses_at_once():
 
 def test_saved_model_comes_back(tmp_path):
     path = tmp_path / "model.safetensors"
-    model = Llama(TINY, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    model = nnx.jit(lambda: Llama(TINY, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))()
     demo.save_model(path, model)
     loaded = demo.load_model(path)
     assert loaded.config == TINY
-    tokens = np.arange(10)[None]
-    expected = Llama(TINY, rngs=nnx.Rngs(1))
-    nnx.update(expected, nnx.state(loaded))
-    np.testing.assert_array_equal(loaded(tokens), expected(tokens))
     for name, tensor in to_tensors(model).items():
         np.testing.assert_array_equal(to_tensors(loaded)[name], tensor.astype(np.float32))
     with safe_open(path, framework="flax") as file:
@@ -105,8 +101,11 @@ def test_saved_model_comes_back(tmp_path):
 
 
 def test_folder_of_hugging_face_is_read(tmp_path):
-    demo.save_model(tmp_path / "model.safetensors", Llama(TINY, rngs=nnx.Rngs(0)))
+    model = nnx.jit(lambda: Llama(TINY, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))()
+    demo.save_model(tmp_path / "model.safetensors", model)
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
-    tokens = np.arange(10)[None]
-    expected = demo.load_model(tmp_path / "model.safetensors")(tokens)
-    np.testing.assert_array_equal(load_pretrained(tmp_path)(tokens), expected)
+    expected = to_tensors(model)
+    found = to_tensors(load_pretrained(tmp_path))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor.astype(np.float32))

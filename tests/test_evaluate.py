@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,13 +19,18 @@ RANDOM = np.random.default_rng(0)
 BATCHES = [RANDOM.integers(11, size=shape) for shape in ((3, 6), (2, 9))]
 
 
+@partial(nnx.jit, static_argnums=0)
+def make(seed):
+    return Llama(CONFIG, rngs=nnx.Rngs(seed))
+
+
 @pytest.fixture(scope="module")
 def models():
-    return [Llama(CONFIG, rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+    return [make(seed) for seed in (0, 1)]
 
 
 def log_probabilities(model, tokens):
-    logits = np.asarray(model(tokens), np.float64)
+    logits = np.asarray(nnx.jit(lambda m: m(tokens))(model), np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -59,7 +66,7 @@ def test_functions_and_modules_give_the_same(models):
 
 
 def test_changed_weights_are_seen(models):
-    model = Llama(CONFIG, rngs=nnx.Rngs(2))
+    model = make(2)
 
     def function(tokens):
         return model(tokens)

@@ -30,11 +30,21 @@ FULL = dataclasses.replace(
 TOKENS = np.random.default_rng(0).integers(13, size=(2, 7))
 
 
+@functools.partial(nnx.jit, static_argnums=0)
+def init(config):
+    return Llama(config, rngs=nnx.Rngs(0))
+
+
+@nnx.jit
+def run(model, tokens):
+    return model(tokens)
+
+
 @functools.cache
 def random_tensors(config):
     """Weights of every kind (biases and norms too) away from their initial values."""
     random = np.random.default_rng(1)
-    shapes = to_tensors(Llama(config, rngs=nnx.Rngs(0)))
+    shapes = to_tensors(init(config))
     return {
         name: (0.3 * random.standard_normal(t.shape) + name.endswith("norm.weight")).astype("f4")
         for name, t in shapes.items()
@@ -112,7 +122,7 @@ def llama3(frequency, scaling):
 def test_forward_equals_numpy(config):
     tensors = random_tensors(config)
     with jax.default_matmul_precision("highest"):
-        logits = from_tensors(config, tensors)(jnp.asarray(TOKENS))
+        logits = run(from_tensors(config, tensors), TOKENS)
     expected = oracle(config, tensors, TOKENS)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
@@ -128,15 +138,16 @@ def test_grouped_heads_equal_repeated_heads():
         return t.reshape(2, 8, -1).repeat(2, axis=0).reshape(32, -1)
 
     repeated = {name: repeat(name, t) for name, t in tensors.items()}
-    grouped = from_tensors(SMALL, tensors)(TOKENS)
-    np.testing.assert_allclose(from_tensors(wide, repeated)(TOKENS), grouped, rtol=1e-4, atol=1e-4)
+    grouped = run(from_tensors(SMALL, tensors), TOKENS)
+    wide_logits = run(from_tensors(wide, repeated), TOKENS)
+    np.testing.assert_allclose(wide_logits, grouped, rtol=1e-4, atol=1e-4)
 
 
 def test_causal():
     model = from_tensors(SMALL, random_tensors(SMALL))
     changed = TOKENS.copy()
     changed[:, 4] = (changed[:, 4] + 1) % 13
-    before, after = model(TOKENS), model(changed)
+    before, after = run(model, TOKENS), run(model, changed)
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert np.abs(before[:, 4:] - after[:, 4:]).max(axis=-1).min() > 0
 
@@ -186,8 +197,8 @@ def test_layers_that_share_an_input_get_the_same_array():
 
 def test_bfloat16_gives_float32_logits_near_the_float32_ones():
     tensors = random_tensors(SMALL)
-    low = from_tensors(SMALL, tensors, dtype=jnp.bfloat16)(TOKENS)
-    high = from_tensors(SMALL, tensors)(TOKENS)
+    low = run(from_tensors(SMALL, tensors, dtype=jnp.bfloat16), TOKENS)
+    high = run(from_tensors(SMALL, tensors), TOKENS)
     assert low.dtype == jnp.float32
     assert float(jnp.linalg.norm(low - high) / jnp.linalg.norm(high)) < 0.05
 
