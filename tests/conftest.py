@@ -1,0 +1,34 @@
+"""The tests' world: reproducible examples, eight CPU devices, and strictness for the core.
+
+Eight virtual devices let the tests of sharding run without hardware.
+"""
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Before the first array: the number is fixed once the backend starts.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# A first example compiles, so no deadline; a fixed seed, so that two runs agree.
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
+settings.register_profile("long", max_examples=1000, **COMMON)
+settings.load_profile("ci")
+
+
+@pytest.fixture
+def strict():
+    """Mixed dtypes and unequal ranks raise. The core survives this; flax's own layers do not."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU; the backend is {jax.default_backend()}")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
