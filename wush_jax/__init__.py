@@ -10,7 +10,6 @@ from wush_jax.formats import Format as Format
 from wush_jax.formats import QuantizedArray as QuantizedArray
 from wush_jax.formats import dequantize as dequantize
 from wush_jax.formats import fake_quantize as fake_quantize
-from wush_jax.formats import quantize as quantize
 from wush_jax.linalg import hadamard_matrix as hadamard_matrix
 from wush_jax.linear import layer_loss as layer_loss
 from wush_jax.linear import quantized_dot as quantized_dot
@@ -27,3 +26,7 @@ from wush_jax.transforms import predicted_gain as predicted_gain
 from wush_jax.transforms import predicted_loss as predicted_loss
 from wush_jax.transforms import random_transform as random_transform
 from wush_jax.transforms import wush_transform as wush_transform
+
+# isort: split
+# Last: importing the module wush_jax.quantize bound its own name in this package.
+from wush_jax.formats import quantize as quantize
