@@ -1,5 +1,7 @@
 """Near-optimal adaptive transforms (WUSH) for 4-bit quantization in JAX: the public names."""
 
+from wush_jax.evaluate import kl_divergence as kl_divergence
+from wush_jax.evaluate import perplexity as perplexity
 from wush_jax.formats import INT4 as INT4
 from wush_jax.formats import INT8 as INT8
 from wush_jax.formats import MXFP4 as MXFP4
@@ -13,6 +15,8 @@ from wush_jax.formats import fake_quantize as fake_quantize
 from wush_jax.linalg import hadamard_matrix as hadamard_matrix
 from wush_jax.linear import layer_loss as layer_loss
 from wush_jax.linear import quantized_dot as quantized_dot
+from wush_jax.model import plan as plan
+from wush_jax.model import quantize_model as quantize_model
 from wush_jax.moments import Moments as Moments
 from wush_jax.moments import second_moment as second_moment
 from wush_jax.quantize import PackedWeight as PackedWeight

@@ -312,8 +312,8 @@ def fake_quantize(
 
     Args and errors as for `quantize`. ``d fake_quantize(x) / dx = 1`` (straight-through estimator).
 
-    >>> fake_quantize(jnp.float32([1.0, 5.2] * 16), MXFP4)[:2].tolist()
-    [1.0, 5.333333492279053]
+    >>> fake_quantize(jnp.float32([2.0, 5.2] * 16), MXFP4)[:2].tolist()
+    [2.0, 5.333333492279053]
     """
     x = jnp.asarray(x)
     frozen = lax.stop_gradient(x)

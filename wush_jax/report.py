@@ -1,0 +1,142 @@
+"""What quantization did, layer by layer: a table, JSON, a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a plan or a quantized model.
+
+    Attributes:
+      path: dotted module path.
+      site: path of the first layer that shares its input.
+      shape: (N, K).
+      format: weight and activation formats, such as "MXFP4/MXFP4".
+      transform: name of the transform.
+      solver: "rtn" or "gptq".
+      block: channels per transform block.
+      bytes_before: of the original weight.
+      bytes_after: of codes, scales and the layer's share of the transform.
+      predicted_gain: loss of WUSH relative to no transform, from the moments; None in a dry run.
+      loss: output loss (paper eq. 1); None in a dry run.
+      relative_loss: loss over the output's mean square; None in a dry run.
+    """
+
+    path: str
+    site: str
+    shape: tuple[int, int]
+    format: str
+    transform: str
+    solver: str
+    block: int
+    bytes_before: int
+    bytes_after: int
+    predicted_gain: float | None = None
+    loss: float | None = None
+    relative_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The layers of a plan or of a quantized model, and what was left alone.
+
+    Attributes:
+      layers: one entry a quantized layer.
+      skipped: reason by path for dense layers that stay as they are.
+      unused_rules: patterns that decided no layer.
+      details: anything else worth keeping, such as times and memory.
+    """
+
+    layers: Sequence[LayerReport]
+    skipped: dict[str, str] = field(default_factory=dict)
+    unused_rules: Sequence[str] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the weights before."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the weights and transforms after."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def table(self) -> Table:
+        """Return a `rich` table, one row a layer."""
+        table = Table(title=self._title())
+        for name in (
+            "layer",
+            "N x K",
+            "format",
+            "transform",
+            "solver",
+            "d",
+            "bytes",
+            "gain",
+            "loss",
+        ):
+            table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+        for layer in self.layers:
+            shared = "" if layer.site == layer.path else " *"
+            table.add_row(
+                layer.path + shared,
+                f"{layer.shape[0]} x {layer.shape[1]}",
+                layer.format,
+                layer.transform,
+                layer.solver,
+                str(layer.block),
+                f"{layer.bytes_before:,} -> {layer.bytes_after:,}",
+                _number(layer.predicted_gain),
+                _number(layer.relative_loss),
+            )
+        table.caption = self._caption()
+        return table
+
+    def to_json(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    def plot(self, path: str | Path) -> None:
+        """Write a bar chart of the layers' relative losses, or of their bytes in a dry run."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(6.0, 0.18 * len(self.layers)), 4.0), layout="constrained")
+        axes = figure.subplots()
+        measured = [layer for layer in self.layers if layer.relative_loss is not None]
+        if measured:
+            axes.bar([m.path for m in measured], [m.relative_loss for m in measured])
+            axes.set_yscale("log")
+            axes.set_ylabel("output loss / output power")
+        else:
+            axes.bar([m.path for m in self.layers], [m.bytes_after for m in self.layers])
+            axes.set_ylabel("bytes")
+        axes.tick_params(axis="x", labelrotation=90, labelsize=6)
+        axes.set_title(self._title())
+        figure.savefig(path, dpi=150)
+
+    def _title(self) -> str:
+        ratio = self.bytes_before / max(self.bytes_after, 1)
+        return f"{len(self.layers)} layers, weights {ratio:.1f}x smaller"
+
+    def _caption(self) -> str:
+        lines = ["* shares the transform of the site's first layer"] if self._has_sharing() else []
+        lines += [f"left alone: {path}: {reason}" for path, reason in self.skipped.items()]
+        lines += [f"rule without a layer: {rule}" for rule in self.unused_rules]
+        return "\n".join(lines)
+
+    def _has_sharing(self) -> bool:
+        return any(layer.site != layer.path for layer in self.layers)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
