@@ -95,7 +95,8 @@ def find_sites(
 
     >>> layer = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
     >>> pair = nnx.List([layer, nnx.Linear(32, 8, rngs=nnx.Rngs(1))])
-    >>> [s.layers for s in find_sites(pair, jnp.ones((1, 32)), call=lambda m, x: (m[0](x), m[1](x)))]
+    >>> both = lambda model, x: (model[0](x), model[1](x))
+    >>> [site.layers for site in find_sites(pair, jnp.ones((1, 32)), call=both)]
     [('0', '1')]
     """
     graph, state = nnx.split(model)

@@ -98,7 +98,7 @@ def plan(
 
     >>> layer = nnx.List([nnx.Linear(64, 32, rngs=nnx.Rngs(0))])
     >>> plan(layer, Recipe()).report.layers[0].bytes_after
-    5252
+    5188
     """
     book = RuleBook(rules)
     layers, skipped = dense_layers(model, dense_types)

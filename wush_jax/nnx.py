@@ -1,4 +1,4 @@
-"""Flax NNX: dense layers seen as ``y = x W^T``, quantized twins, and the swap of one for the other."""
+"""Flax NNX: dense layers seen as ``y = x W^T``, their quantized twins, and the swap."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Contraction:
         return weight.reshape(self._sizes(axes)).transpose(order)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """Return the layer's input as (..., K). An input that is so already is returned as it is."""
+        """Return the layer's input as (..., K): the same array where it is so already."""
         axes, wanted = self._axes[0], self._lead + self._contracted
         x = _transpose(x, axes, wanted)
         if len(self._contracted) == 1:
