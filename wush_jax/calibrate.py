@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -141,25 +142,27 @@ def collect_moments(
       ValueError: no batches, or inputs that are not finite, with the name of the site.
     """
     graph, state = nnx.split(model)
-    sites = tuple(blocks)
-
-    @jax.jit
-    def step(state, totals, batch):
-        _, inputs = run_and_capture(nnx.merge(graph, state), batch, call, dense_types)
-        layers, _ = dense_layers(nnx.merge(graph, state), dense_types)
-        return [add_inputs(m, s, inputs, layers) for s, m in zip(sites, totals, strict=True)]
-
-    totals = [Moments.init(s.size, blocks[s]) for s in sites]
+    totals = {site: Moments.init(site.size, block) for site, block in blocks.items()}
+    ordered = list(totals.values())
     done = 0
     for done, batch in enumerate(batches, start=1):
-        totals = step(state, totals, batch)
+        ordered = _add_batch(graph, tuple(totals), call, dense_types, state, ordered, batch)
         if progress is not None:
             progress(done)
     if not done:
         raise ValueError("batches is empty; pass at least one calibration batch")
-    for site, moments in zip(sites, totals, strict=True):
+    totals = dict(zip(totals, ordered, strict=True))
+    for site, moments in totals.items():
         check_moments_finite(site, moments)
-    return dict(zip(sites, totals, strict=True))
+    return totals
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _add_batch(graph, sites, call, dense_types, state, totals, batch):
+    model = nnx.merge(graph, state)
+    layers, _ = dense_layers(model, dense_types)
+    _, inputs = run_and_capture(model, batch, call, dense_types)
+    return [add_inputs(m, s, inputs, layers) for s, m in zip(sites, totals, strict=True)]
 
 
 def add_inputs(

@@ -6,6 +6,7 @@ A model is an NNX module or any function that maps integer tokens (batch, length
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -202,3 +203,86 @@ def kl_divergence(
     0.1438
     """
     return _mean(_divergences, [reference, model], batches, call, progress)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts text and how far it is from its reference.
+
+    Attributes:
+        cross_entropy: mean of -log p of the next token, nats.
+        kl: mean KL divergence from the reference, nats.
+    """
+
+    cross_entropy: float
+    kl: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the cross entropy."""
+        return math.exp(self.cross_entropy)
+
+    @property
+    def bits_per_token(self) -> float:
+        """Cross entropy in bits."""
+        return self.cross_entropy / math.log(2)
+
+
+def reference_logits(
+    model: nnx.Module, batches: Iterable[Any], *, call: Call | None = None
+) -> list[jax.Array]:
+    """Return a model's float32 logits on every batch, to be compared with again and again.
+
+    Args:
+        model: an NNX module, tokens (batch, length) to logits (batch, length, vocab).
+        batches: integer arrays (batch, length).
+        call: how to run a model; None: ``model(tokens)``.
+    """
+    graph, state = nnx.split(model)
+    return [_logits(call or _plain_call, graph, state, jnp.asarray(b)) for b in batches]
+
+
+def score(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    reference: Iterable[jax.Array],
+    *,
+    call: Call | None = None,
+    progress: Progress | None = None,
+) -> Score:
+    """Measure :func:`cross_entropy` and :func:`kl_divergence` in one pass over the text.
+
+    Args:
+        model: an NNX module, tokens (batch, length) to logits (batch, length, vocab).
+        batches: integer arrays (batch, length).
+        reference: logits of the reference on the same batches: :func:`reference_logits`.
+        call: how to run a model; None: ``model(tokens)``.
+        progress: called with the number of batches done, after each.
+
+    Raises:
+        ValueError: if ``batches`` holds no position with a next token.
+    """
+    graph, state = nnx.split(model)
+    losses, divergences = [], []
+    for done, (tokens, logits) in enumerate(zip(batches, reference, strict=True), start=1):
+        loss, divergence = _score(
+            call or _plain_call, graph, state, jnp.asarray(tokens), jnp.asarray(logits)
+        )
+        losses.append(np.asarray(loss, np.float64).ravel())
+        divergences.append(np.asarray(divergence, np.float64).ravel())
+        if progress is not None:
+            progress(done)
+    if not losses or not sum(x.size for x in losses):
+        raise ValueError("batches holds no token to predict; give at least one (batch, length).")
+    return Score(float(np.concatenate(losses).mean()), float(np.concatenate(divergences).mean()))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _logits(call, graph, state, tokens):
+    return call(nnx.merge(graph, state), tokens).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _score(call, graph, state, tokens, reference):
+    logits = call(nnx.merge(graph, state), tokens).astype(jnp.float32)
+    return _token_losses([logits], tokens), _divergences([reference, logits], tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -172,18 +172,46 @@ def quantize_model(
         dense_types=dense_types,
         progress=progress,
     )
+    options = {"call": call, "dense_types": dense_types, "implementation": implementation}
+    return quantize_with(model, planned, moments, first, **options)
+
+
+def quantize_with(
+    model: nnx.Module,
+    planned: ModelPlan,
+    moments: Mapping[Site, Moments],
+    batch: Any,
+    *,
+    call: Call = plain_call,
+    dense_types: DenseTypes = DENSE_TYPES,
+    implementation: str | None = None,
+) -> tuple[nnx.Module, Report]:
+    """Quantize a planned model from moments that were collected before.
+
+    Args:
+      model: the NNX module that was planned.
+      planned: what `plan` returned.
+      moments: of every planned site; full moments serve every recipe.
+      batch: the batch on whose inputs the report's layer losses are measured.
+      call: how to run the model on a batch.
+      dense_types: module types that are dense layers.
+      implementation: of the quantized layers.
+
+    Returns:
+      As `quantize_model`.
+    """
     layers, _ = dense_layers(model, dense_types)
     packed: dict[str, PackedWeight] = {}
     for item in planned.sites:
         packed |= quantize_planned(item, layers, moments[item.site])
-    quantized = swap(model, layers, packed, implementation)
-    losses = layer_losses(model, first, packed, call=call, dense_types=dense_types)
+    losses = layer_losses(model, batch, packed, call=call, dense_types=dense_types)
     rows = [
-        _measured_row(item, path, layers, packed, moments[item.site], losses[path])
+        _measured_row(item, path, layers, moments[item.site], losses[path])
         for item in planned.sites
         for path in item.site.layers
     ]
-    return quantized, Report(rows, planned.report.skipped, planned.report.unused_rules)
+    report = Report(rows, planned.report.skipped, planned.report.unused_rules)
+    return swap(model, layers, packed, implementation), report
 
 
 def quantize_planned(
@@ -249,23 +277,22 @@ def layer_losses(
     Loss as in `layer_loss` (paper eq. 1).
     """
     graph, state = nnx.split(model)
+    return jax.tree.map(float, _measure_losses(graph, call, dense_types, state, batch, packed))
 
-    @jax.jit
-    def measure(state, batch, packed):
-        model = nnx.merge(graph, state)
-        _, inputs = run_and_capture(model, batch, call, dense_types)
-        layers, _ = dense_layers(model, dense_types)
-        out = {}
-        for path, item in packed.items():
-            dense = layers[path]
-            x = dense.contraction.rows(inputs[path][0]).astype(jnp.float32)
-            weight = dense.weight.astype(jnp.float32)
-            exact = jnp.einsum("...k,nk->...n", x, weight, precision=linalg.HIGHEST)
-            loss = layer_loss(weight, x, item)
-            out[path] = (loss, loss / jnp.mean(exact**2))
-        return out
 
-    return jax.tree.map(float, measure(state, batch, packed))
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _measure_losses(graph, call, dense_types, state, batch, packed):
+    model = nnx.merge(graph, state)
+    layers, _ = dense_layers(model, dense_types)
+    _, inputs = run_and_capture(model, batch, call, dense_types)
+    out = {}
+    for path, item in packed.items():
+        x = layers[path].contraction.rows(inputs[path][0]).astype(jnp.float32)
+        weight = layers[path].weight.astype(jnp.float32)
+        exact = jnp.einsum("...k,nk->...n", x, weight, precision=linalg.HIGHEST)
+        loss = layer_loss(weight, x, item)
+        out[path] = (loss, loss / jnp.mean(exact**2))
+    return out
 
 
 def _check_fits(item: SitePlan) -> None:
@@ -301,7 +328,7 @@ def _nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _measured_row(item, path, layers, packed, moments, losses) -> LayerReport:
+def _measured_row(item, path, layers, moments, losses) -> LayerReport:
     weights = [layers[p].weight for p in item.site.layers]
     blocks = moments.mean
     if blocks.ndim == 2:

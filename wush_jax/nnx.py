@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -149,7 +148,7 @@ class Dense:
         return self.contraction.weight(self.kernel)
 
 
-DenseTypes = Mapping[type, Callable[[Any], Dense]]
+DenseTypes = tuple[tuple[type, Callable[[Any], Dense]], ...]
 
 
 def _linear(module: nnx.Linear) -> Dense:
@@ -177,10 +176,13 @@ def _einsum(module: nnx.Einsum) -> Dense:
     return Dense(Contraction(module.einsum_str, kernel.shape), kernel, module.bias, module.dtype)
 
 
-# Which layers are dense. To add one of yours, pass ``{**DENSE_TYPES, MyDense: view}`` with a
-# function that returns its `Dense` view, or raises ValueError for what it cannot express.
-DENSE_TYPES: DenseTypes = MappingProxyType(
-    {nnx.Linear: _linear, nnx.LinearGeneral: _linear_general, nnx.Einsum: _einsum}
+# Which layers are dense. To add one of yours, pass ``(*DENSE_TYPES, (MyDense, view))`` with a
+# function that returns its `Dense` view, or raises ValueError for what it cannot express. A tuple,
+# since it has to be hashable: compiled functions are cached by it.
+DENSE_TYPES: DenseTypes = (
+    (nnx.Linear, _linear),
+    (nnx.LinearGeneral, _linear_general),
+    (nnx.Einsum, _einsum),
 )
 
 
@@ -257,8 +259,9 @@ def dense_layers(
     {'0': (3, 2)}
     """
     layers, skipped = {}, {}
+    views = dict(dense_types)
     for path, module in nnx.iter_modules(model):
-        view = dense_types.get(type(module))
+        view = views.get(type(module))
         if view is None:
             continue
         try:
