@@ -13,7 +13,12 @@ from safetensors import safe_open
 from wush_jax.models.llama import Llama, LlamaConfig
 
 
-def _hugging_face_name(path: tuple[str | int, ...]) -> str:
+def tensor_name(path: tuple[str | int, ...]) -> str:
+    """Return Hugging Face's name of the variable at a path of :class:`Llama`.
+
+    >>> tensor_name(("layers", 0, "mlp", "up_proj", "kernel"))
+    'model.layers.0.mlp.up_proj.weight'
+    """
     *modules, _ = path  # kernel, scale and embedding are all called weight there
     name = ".".join(map(str, [*modules, "bias" if path[-1] == "bias" else "weight"]))
     return name if name.startswith("lm_head.") else f"model.{name}"
@@ -31,7 +36,7 @@ def to_tensors(model: Llama) -> dict[str, np.ndarray]:
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = np.asarray(variable[...])
         value = value.T if path[-1] == "kernel" else value
-        tensors[_hugging_face_name(path)] = np.ascontiguousarray(value)
+        tensors[tensor_name(path)] = np.ascontiguousarray(value)
     return tensors
 
 
@@ -55,7 +60,7 @@ def from_tensors(
         )
     )
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    names = {path: _hugging_face_name(path) for path, _ in state}
+    names = {path: tensor_name(path) for path, _ in state}
     if set(names.values()) != set(tensors):
         missing = sorted(set(names.values()) - set(tensors))
         extra = sorted(set(tensors) - set(names.values()))
