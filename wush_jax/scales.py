@@ -106,9 +106,10 @@ def gaussian_mse(y, amax, g, spec):
     """``s = 2 c_b / (2**b - 1) * rms(group)`` with c_b from `GAUSSIAN_CLIP`."""
     bits = spec.element.bits
     step = GAUSSIAN_CLIP[bits] * 2.0 / (2**bits - 1)
-    # Relative to amax, so that squares neither overflow nor vanish.
-    unit = y * jnp.where(amax > 0, 1.0 / jnp.maximum(amax, numerics.TINY), 0.0)[..., None]
-    rms = amax * jnp.sqrt(jnp.mean(unit * unit, axis=-1))
+    # Relative to amax's power of two, so that squares neither overflow nor vanish.
+    e = jnp.clip(numerics.floor_log2(amax), -126, 126)
+    unit = y * numerics.exp2_int(-e)[..., None]
+    rms = numerics.exp2_int(e) * jnp.sqrt(jnp.mean(unit * unit, axis=-1))
     return [_representable(g * step * rms, spec)]
 
 
