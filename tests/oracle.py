@@ -157,7 +157,10 @@ def quantize(y, fmt, g):
     best = errors.argmin(0)  # the first on a tie
     others = np.where(np.arange(len(errors))[:, None] == best, np.inf, errors)
     decided &= (others - errors.min(0) > 1e-5 * errors.min(0)).all(0)
-    decided &= (margin.min(-1) > 1e-6).all(0)
+    # Zeros, and ties of exact products, are the same decision in any precision.
+    exact = (y == 0) | ((margin == 0) & (fmt.scale_dtype == "e8m0"))
+    tolerance = 0 if fmt.scale_dtype == "e8m0" and g == 1 else 1e-6
+    decided &= (exact | (margin > tolerance)).all((0, 2))
     pick = (best, np.arange(len(y)))
     return grid_codes[position][pick], scales[pick], values[pick], decided
 
