@@ -20,8 +20,8 @@ def hadamard_matrix(n: int, dtype=jnp.float32) -> jax.Array:
     """Return an orthonormal Hadamard matrix: entries ``±1/sqrt(n)``, ``H H^T = I``.
 
     Sylvester's doubling ``[[H, H], [H, -H]]`` of a core of size 1, ``q + 1`` (Paley I, q = 3 mod 4)
-    or ``2 (q + 1)`` (Paley II, q = 1 mod 4), q prime. So all powers of two, and 12, 20, 24, 28, 36,
-    40, 44, 48, 56, 60, 68, ...
+    or ``2 (q + 1)`` (Paley II, q = 1 mod 4), q prime. So all powers of two (Sylvester's symmetric
+    matrix itself, as in other libraries), and 12, 20, 24, 28, 36, 40, 44, 48, 56, 60, 68, ...
 
     Args:
       n: size, at least 1.
@@ -45,6 +45,8 @@ def hadamard_matrix(n: int, dtype=jnp.float32) -> jax.Array:
 def _hadamard_signs(n: int) -> np.ndarray:
     """±1 Hadamard matrix of size n, as an immutable numpy array (a pure function's memo)."""
     core, doublings = n, 0
+    if n >= 1 and n & (n - 1) == 0:  # Sylvester's own, though Paley reaches 4, 8, 32 as well
+        core, doublings = 1, n.bit_length() - 1
     while n >= 1:
         signs = _paley(core)
         if signs is not None:
@@ -132,7 +134,7 @@ def damp(moment: jax.Array, damping: float) -> jax.Array:
     """
     d = moment.shape[-1]
     mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / d
-    eye = jnp.eye(d, dtype=moment.dtype)
+    eye = jnp.broadcast_to(jnp.eye(d, dtype=moment.dtype), moment.shape)
     return jnp.where(mean > 0, moment + damping * mean * eye, eye)
 
 
