@@ -204,7 +204,8 @@ def quantize_with(
     packed: dict[str, PackedWeight] = {}
     for item in planned.sites:
         packed |= quantize_planned(item, layers, moments[item.site])
-    losses = layer_losses(model, batch, packed, call=call, dense_types=dense_types)
+    sites = [item.site for item in planned.sites]
+    losses = layer_losses(model, batch, sites, packed, call=call, dense_types=dense_types)
     rows = [
         _measured_row(item, path, layers, moments[item.site], losses[path])
         for item in planned.sites
@@ -267,7 +268,8 @@ def swap(
 def layer_losses(
     model: nnx.Module,
     batch: Any,
-    packed: dict[str, PackedWeight],
+    sites: Sequence[Site],
+    packed: Mapping[str, PackedWeight],
     *,
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
@@ -277,22 +279,30 @@ def layer_losses(
     Loss as in `layer_loss` (paper eq. 1).
     """
     graph, state = nnx.split(model)
-    return jax.tree.map(float, _measure_losses(graph, call, dense_types, state, batch, packed))
+    layers, _ = dense_layers(model, dense_types)
+    inputs = _site_inputs(graph, tuple(sites), call, dense_types, state, batch)
+    # One small compilation per shape of layer, not one large one per model.
+    return {
+        path: jax.tree.map(float, _loss_and_share(layers[path].weight, rows, packed[path]))
+        for site, rows in zip(sites, inputs, strict=True)
+        for path in site.layers
+    }
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _measure_losses(graph, call, dense_types, state, batch, packed):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _site_inputs(graph, sites, call, dense_types, state, batch):
     model = nnx.merge(graph, state)
     layers, _ = dense_layers(model, dense_types)
     _, inputs = run_and_capture(model, batch, call, dense_types)
-    out = {}
-    for path, item in packed.items():
-        x = layers[path].contraction.rows(inputs[path][0]).astype(jnp.float32)
-        weight = layers[path].weight.astype(jnp.float32)
-        exact = jnp.einsum("...k,nk->...n", x, weight, precision=linalg.HIGHEST)
-        loss = layer_loss(weight, x, item)
-        out[path] = (loss, loss / jnp.mean(exact**2))
-    return out
+    return [layers[site.name].contraction.rows(inputs[site.name][0]) for site in sites]
+
+
+@jax.jit
+def _loss_and_share(weight, rows, packed):
+    weight, rows = weight.astype(jnp.float32), rows.astype(jnp.float32)
+    exact = jnp.einsum("...k,nk->...n", rows, weight, precision=linalg.HIGHEST)
+    loss = layer_loss(weight, rows, packed)
+    return loss, loss / jnp.mean(exact**2)
 
 
 def _check_fits(item: SitePlan) -> None:
