@@ -135,12 +135,18 @@ def damp(moment: jax.Array, damping: float) -> jax.Array:
     d = moment.shape[-1]
     mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / d
     eye = jnp.broadcast_to(jnp.eye(d, dtype=moment.dtype), moment.shape)
-    return jnp.where(mean > 0, moment + damping * mean * eye, eye)
+    return jnp.where(mean != 0, moment + damping * mean * eye, eye)
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Matrix product at the highest precision."""
-    return jnp.matmul(a, b, precision=HIGHEST)
+    """Matrix product (..., n, k) x (..., k, m) at the highest precision, leading axes broadcast.
+
+    Unlike ``jnp.matmul`` it records no result type, so that a traced float64 construction can be
+    batched outside its x64 context (a vmap of a jit).
+    """
+    batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (jnp.broadcast_to(m, batch + m.shape[-2:]) for m in (a, b))
+    return lax.batch_matmul(a, b, precision=HIGHEST)
 
 
 def spectral_factors(
@@ -187,3 +193,38 @@ def diagonal_blocks(moment: jax.Array, block: int) -> jax.Array:
         raise ValueError(f"block={block} does not divide K={k} of the moment {moment.shape}")
     tiles = moment.reshape(*moment.shape[:-2], k // block, block, k // block, block)
     return jnp.moveaxis(jnp.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)
+
+
+def upper_factor(matrix: jax.Array) -> jax.Array:
+    """Return the upper triangular R with ``R R^T = M``: Cholesky from the last row upwards.
+
+    ``L = R^-T`` is the lower Cholesky factor of ``M^-1``, so nothing needs to be inverted.
+
+    Args:
+      matrix: (..., K, K), positive definite; only its upper triangle is read.
+
+    Returns:
+      (..., K, K); NaN where the matrix is not positive definite.
+
+    >>> r = upper_factor(jnp.float32([[5.0, 2.0], [2.0, 4.0]]))
+    >>> r.tolist(), (r @ r.T).tolist()
+    ([[2.0, 1.0], [0.0, 2.0]], [[5.0, 2.0], [2.0, 4.0]])
+    """
+    flipped = lax.linalg.cholesky(matrix[..., ::-1, ::-1], symmetrize_input=False)
+    return flipped[..., ::-1, ::-1]
+
+
+def unit_blocks(r: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Return ``R_ij R_jj^-1`` (..., K, K) and ``R_jj`` (..., K/d, d, d), R upper triangular.
+
+    >>> unit, roots = unit_blocks(jnp.float32([[2.0, 3.0], [0.0, 4.0]]), 1)
+    >>> unit.tolist(), roots.ravel().tolist()
+    ([[1.0, 0.75], [0.0, 1.0]], [2.0, 4.0])
+    """
+    k = r.shape[-1]
+    roots = diagonal_blocks(r, block)
+    eye = jnp.broadcast_to(jnp.eye(block, dtype=r.dtype), roots.shape)
+    inverse = lax.linalg.triangular_solve(roots, eye, left_side=True, lower=False)
+    columns = r.reshape(*r.shape[:-1], k // block, block)
+    unit = jnp.einsum("...kbi,...bij->...kbj", columns, inverse, precision=HIGHEST)
+    return unit.reshape(r.shape), roots

@@ -5,14 +5,17 @@ The only place that turns the names of a recipe into transforms and solvers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from wush_jax import linalg, moments, transforms
+from wush_jax import linalg, moments, scale_search, transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
+from wush_jax.gptq import gptq
 from wush_jax.recipe import Recipe
 from wush_jax.rtn import rtn
 from wush_jax.transforms import BlockTransform
@@ -54,53 +57,61 @@ def quantize_weight(
     recipe: Recipe,
     *,
     transform: BlockTransform | None = None,
+    name: str = "weight",
 ) -> PackedWeight:
     """Quantize one layer's weight under a recipe.
 
     Args:
       weight: W (N, K), outputs first.
-      activation_moment: M_X of the layer's input, full (K, K) or diagonal blocks (K/d, d, d); may
-        be None where neither the transform nor the solver looks at data.
+      activation_moment: M_X of the layer's input, full (K, K) or diagonal blocks (K/d, d, d); GPTQ
+        needs it full; may be None where neither the transform nor the solver looks at data.
       recipe: what to do.
       transform: the pair to use in place of the recipe's, such as one shared by a site; already
         rounded to its run-time dtype.
+      name: of the layer, for messages.
 
     Returns:
       `PackedWeight` (N, K).
 
     Raises:
       ValueError: wrong shapes or orientation, a block that does not divide K, non-finite values, a
-        moment that the recipe needs and that is missing.
+        moment that the recipe needs and that is missing or not full, a Hessian that is not
+        positive definite.
 
-    Source: WUSH paper, eq. 5-8 and algorithm 1.
+    Source: WUSH paper, eq. 5-8, algorithms 1 and 2.
 
     >>> w = jax.random.normal(jax.random.key(0), (8, 64))
     >>> quantize_weight(w, jnp.eye(64), Recipe()).shape
     (8, 64)
     """
     blocks = _check_site([weight], activation_moment, recipe)
+    solver_transform = transform
     if transform is None:
-        transform = build_transform([weight], blocks, recipe)
-    if recipe.solver == "rtn":
-        quantized = rtn(weight, transform, recipe.format)
-    else:
-        raise ValueError("solver='gptq' is not available yet; use 'rtn'")
-    run_time = None if recipe.transform == "identity" else transform.activation
-    return PackedWeight(quantized, run_time, None, recipe.input_format)
+        own = TransformRule(recipe.transform, recipe.transform_dtype)
+        interleaved = recipe.solver == "gptq" and recipe.interleave and own.needs_data
+        solver_transform = own if interleaved else build_transform([weight], blocks, recipe)
+    quantized, used = _solve(weight, activation_moment, blocks, solver_transform, recipe, name)
+    return _packed(quantized, used, blocks, recipe)
 
 
 def quantize_site(
-    weights: Sequence[jax.Array], activation_moment: jax.Array | None, recipe: Recipe
+    weights: Sequence[jax.Array],
+    activation_moment: jax.Array | None,
+    recipe: Recipe,
+    *,
+    names: Sequence[str] | None = None,
 ) -> list[PackedWeight]:
     """Quantize all weights that share one input, with one transform.
 
     Each layer's moment is first scaled to unit output power ``tr(M_W M_X) = 1``: without that a
-    layer with large weights would decide the transform for its neighbours.
+    layer with large weights would decide the transform for its neighbours. The rows of all layers
+    are solved together; a global scale derived from data is therefore one for the site.
 
     Args:
       weights: (N_i, K) each.
       activation_moment: as for `quantize_weight`.
       recipe: for all of them; ``share_transform=False`` gives each its own transform.
+      names: of the layers, for messages.
 
     Returns:
       One `PackedWeight` per weight. With a shared transform they hold the same array.
@@ -108,11 +119,100 @@ def quantize_site(
     Raises:
       ValueError: as for `quantize_weight`.
     """
-    if not recipe.share_transform:
-        return [quantize_weight(w, activation_moment, recipe) for w in weights]
+    names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
+    if not recipe.share_transform or len(weights) == 1:
+        return [
+            quantize_weight(w, activation_moment, recipe, name=name)
+            for w, name in zip(weights, names, strict=True)
+        ]
     blocks = _check_site(weights, activation_moment, recipe)
     transform = build_transform(weights, blocks, recipe)
-    return [quantize_weight(w, activation_moment, recipe, transform=transform) for w in weights]
+    stacked = jnp.concatenate(weights)
+    quantized, used = _solve(
+        stacked, activation_moment, blocks, transform, recipe, ", ".join(names)
+    )
+    stops = np.cumsum([w.shape[0] for w in weights])
+    rows = [slice(stop - w.shape[0], stop) for w, stop in zip(weights, stops, strict=True)]
+    whole = _packed(quantized, used, blocks, recipe)
+    return [
+        replace(
+            whole, weight=replace(quantized, codes=quantized.codes[r], scales=quantized.scales[r])
+        )
+        for r in rows
+    ]
+
+
+def _solve(weight, activation_moment, blocks, transform, recipe: Recipe, name: str):
+    """Run the recipe's solver: the quantized weight and the transform that was used."""
+    if recipe.solver == "rtn":
+        quantized = _rtn(
+            weight,
+            transform,
+            recipe.format,
+            scales=recipe.scale_search,
+            activation_moment=blocks,
+        )
+        return quantized, transform
+    return gptq(
+        weight,
+        activation_moment,
+        transform,
+        recipe.format,
+        block_size=recipe.block,
+        damping=recipe.damping,
+        scales=recipe.scale_search,
+        activation_order=recipe.activation_order,
+        dtype=recipe.solver_dtype,
+        name=name,
+    )
+
+
+# One compilation a shape: step by step the temporaries of a large layer would not fit.
+_rtn = jax.jit(rtn, static_argnames=("fmt", "scales"))
+
+
+def _packed(quantized, transform: BlockTransform, blocks, recipe: Recipe) -> PackedWeight:
+    run_time = None if recipe.transform == "identity" else transform.activation
+    fmt = recipe.input_format
+    input_scale = None
+    if blocks is not None:
+        # Without a moment a derived scale stays None: found anew for each batch at run time.
+        input_scale = scale_search.input_global_scale(
+            fmt, activation_moment=blocks, transform=run_time
+        )
+    return PackedWeight(quantized, run_time, input_scale, fmt)
+
+
+@dataclass(frozen=True)
+class TransformRule:
+    """From the moments of blocks to their transform, rounded for run time; static and hashable.
+
+    Attributes:
+      name: one of `wush_jax.recipe.TRANSFORMS`.
+      dtype: what the run-time transform is rounded to.
+
+    >>> TransformRule("wush", "bfloat16")(jnp.eye(4), jnp.eye(4), 1e-2).activation.dtype
+    dtype(bfloat16)
+    """
+
+    name: str
+    dtype: str
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the moments matter."""
+        return self.name not in ("identity", "random", "hadamard")
+
+    def __call__(self, weight_moment, activation_moment, damping) -> BlockTransform:
+        """Return the transform of moments (..., d, d)."""
+        build = {
+            "wush": transforms.wush_transform,
+            "wus": functools.partial(transforms.wush_transform, hadamard=False),
+            "calibrated_hadamard": transforms.calibrated_hadamard_transform,
+            "whitening": transforms.whitening_transform,
+        }[self.name]
+        built = build(weight_moment, activation_moment, damping=damping)
+        return built.astype(jnp.dtype(self.dtype))
 
 
 def build_transform(
@@ -135,16 +235,8 @@ def build_transform(
     if pair is not None:
         return pair().astype(jnp.dtype(recipe.transform_dtype))
     m_w = site_weight_moment(weights, activation_blocks)
-    options = {"damping": recipe.damping}
-    built = {
-        "wush": lambda: transforms.wush_transform(m_w, activation_blocks, **options),
-        "wus": lambda: transforms.wush_transform(m_w, activation_blocks, hadamard=False, **options),
-        "calibrated_hadamard": lambda: transforms.calibrated_hadamard_transform(
-            m_w, activation_blocks, **options
-        ),
-        "whitening": lambda: transforms.whitening_transform(m_w, activation_blocks, **options),
-    }[recipe.transform]()
-    return built.astype(jnp.dtype(recipe.transform_dtype))
+    rule = TransformRule(recipe.transform, recipe.transform_dtype)
+    return rule(m_w, activation_blocks, recipe.damping)
 
 
 def site_weight_moment(weights: Sequence[jax.Array], activation_blocks: jax.Array) -> jax.Array:
@@ -206,6 +298,11 @@ def _check_site(weights, activation_moment, recipe: Recipe) -> jax.Array | None:
         raise ValueError(
             f"activation_moment has shape {shape}; for weight {weights[0].shape} and block size "
             f"{d} it must be {(k, k)} or {(k // d, d, d)}{hint}"
+        )
+    if recipe.solver == "gptq" and shape != (k, k):
+        raise ValueError(
+            f"activation_moment has shape {shape}; solver='gptq' needs the full moment {(k, k)}: "
+            "collect it with block=None, or use solver='rtn'"
         )
     transforms.check_finite("activation_moment", activation_moment)
     if len(shape) == 2:

@@ -11,6 +11,7 @@ from wush_jax.formats import MXFP4, Format
 
 TRANSFORMS = ("identity", "random", "hadamard", "calibrated_hadamard", "whitening", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
+SCALE_SEARCHES = ("rule", "sweep")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class Recipe:
         the weights meet its inverse transpose.
       share_transform: layers that share an input share one transform (and one transform+quantize
         pass at run time).
+      scale_search: of the weights' scales: "rule" takes the format's rule; "sweep" tries the scales
+        next to it and keeps the least error weighted by the activation moment.
+      interleave: with GPTQ and a transform of the layer's own, build each block's transform from
+        the weights as updated by the blocks before (the paper's algorithm 2); False builds all of
+        them from the original weights, in one batch. A shared transform is always built so.
+      activation_order: GPTQ treats the blocks with the most input power first.
+      solver_dtype: of GPTQ's weights and feedback, "float32" or "float64".
 
     Raises:
       ValueError: an unknown name, a block that is not a multiple of the group, negative damping.
@@ -45,11 +53,17 @@ class Recipe:
     damping: float = 1e-2
     transform_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     share_transform: bool = True
+    scale_search: str = "rule"
+    interleave: bool = True
+    activation_order: bool = False
+    solver_dtype: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self):
         _check_choice("transform", self.transform, TRANSFORMS)
         _check_choice("solver", self.solver, SOLVERS)
         _check_choice("transform_dtype", self.transform_dtype, ("bfloat16", "float32"))
+        _check_choice("scale_search", self.scale_search, SCALE_SEARCHES)
+        _check_choice("solver_dtype", self.solver_dtype, ("float32", "float64"))
         for fmt in (self.format, self.input_format):
             if fmt is not None and not isinstance(fmt, Format):
                 raise ValueError(f"format={fmt!r} is not a Format; use wush_jax.MXFP4 and the like")

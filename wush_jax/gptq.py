@@ -1,0 +1,306 @@
+"""GPTQ with block transforms: quantize column by column, later columns absorb the error.
+
+Algorithm 2 of the WUSH paper, rearranged so that it needs one Cholesky factor and no inverse. With
+the damped Hessian ``H = R R^T`` (R upper triangular) and the error so far ``D = What - W`` the
+weights that minimise the loss over everything not yet quantized are, for block j (rows of W are
+outputs)::
+
+    W(j) <- W(j) - (sum_{i<j} D_i R_ij) R_jj^-1
+
+which is the paper's running update ``W(j) += L_ji L_ii^-1 E(i)`` with ``L = R^-T``, summed up. The
+conditional Hessian of a block is ``(L_ii L_ii^T)^-1 = R_ii R_ii^T``; under a transform it becomes
+``(T R_ii) (T R_ii)^T`` and the same identity serves groups and single columns inside the block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wush_jax import feedback, linalg, scale_search
+from wush_jax.formats import Format, QuantizedArray
+from wush_jax.moments import second_moment
+from wush_jax.transforms import BlockTransform, apply_transform, check_finite
+
+# Builds a block's transform from (M_W, M_X, damping), each (d, d); hashable, so that it can be
+# static under jit.
+TransformRule = Callable[[jax.Array, jax.Array, jax.Array], BlockTransform]
+
+# Escalation multiplies the damping by 10 up to this; any Hessian that is a second moment up to
+# rounding is positive definite long before.
+MAX_DAMPING = 1.0
+# The updates enlarge weights: headroom of a global scale derived from the original ones.
+HEADROOM = 2.0
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The static arguments of one compilation."""
+
+    fmt: Format
+    block: int
+    dampings: tuple[float, ...]
+    steps: tuple[int, ...]
+    order: bool
+    dtype: str
+    rule: TransformRule | None
+
+
+def gptq(
+    weight: jax.Array,
+    hessian: jax.Array,
+    transform: BlockTransform | TransformRule,
+    fmt: Format,
+    *,
+    block_size: int | None = None,
+    damping: float = 1e-2,
+    scales: str = "rule",
+    activation_order: bool = False,
+    dtype: str = "float32",
+    name: str = "weight",
+) -> tuple[QuantizedArray, BlockTransform]:
+    """Quantize a weight with error feedback; each block in the coordinates of its own transform.
+
+    Blocks in order; the columns of a block in order; a group's scale is fixed when its first column
+    is reached, from the weights as updated by then. Column c, with the conditional factor R'::
+
+        w_c <- w_c - sum_{b<c} (what_b - w_b) R'_bc / R'_cc ;  what_c = decode(encode(w_c))
+
+    Channels that calibration never saw (zero diagonal) get the mean diagonal: they neither receive
+    nor cause feedback and end as round-to-nearest.
+
+    Args:
+      weight: W (N, K).
+      hessian: second moment of the inputs, (K, K), undamped.
+      transform: pairs that tile K, already rounded to their run-time dtype; or a hashable function
+        ``(M_W, M_X, damping) -> BlockTransform`` of (d, d) moments, called for each block with the
+        moment of the weights as updated so far and the marginal block of the Hessian.
+      fmt: the weight's format. A derived global scale (``global_scale=None``) comes from the
+        transformed original weights with a factor 2 of headroom.
+      block_size: d where ``transform`` is a function; None means the group size.
+      damping: lambda of the Hessian, relative to its mean diagonal; multiplied by 10, up to 1,
+        while the Hessian is not positive definite (a warning says so).
+      scales: "rule" takes the format's scale; "sweep" tries the neighbours of
+        `wush_jax.scale_search.OFFSETS` and keeps the least error of the group, feedback included.
+      activation_order: treat blocks in descending order of ``tr M_X``. The result is laid out as
+        ever; nothing is permuted at run time.
+      dtype: "float32" or "float64" of weights and feedback. Factors are always built in float64.
+      name: of the layer, for messages.
+
+    Returns:
+      `QuantizedArray` (N, K) in transformed coordinates, and the transforms used. Finite for
+      finite weights; under jit a hopeless Hessian acts as the identity (no feedback).
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown option, non-finite input, or a Hessian that is
+        not positive definite at damping 1 (outside jit).
+
+    Source: WUSH paper, algorithm 2; GPTQ (arXiv 2210.17323).
+
+    >>> from wush_jax import MXFP4, hadamard_transform
+    >>> w = jax.random.normal(jax.random.key(0), (4, 64))
+    >>> gptq(w, jnp.eye(64), hadamard_transform(32), MXFP4)[0].shape
+    (4, 64)
+    """
+    rule = None if isinstance(transform, BlockTransform) else transform
+    block = transform.block_size if rule is None else (block_size or fmt.group_size)
+    _check(weight, hessian, block, fmt, damping, scales, dtype, name)
+    steps = scale_search.offsets(fmt, scales)
+    options = _Options(
+        fmt, block, _dampings(damping), steps, activation_order, jnp.dtype(dtype).name, rule
+    )
+    # A context only where it is needed: inside an outer jit it would not cover the lowering.
+    with jax.enable_x64(True) if options.dtype == "float64" else contextlib.nullcontext():
+        quantized, used, attempts = _solve(
+            weight, hessian, transform if rule is None else None, options
+        )
+    _report(attempts, options.dampings, name)
+    check_finite(f"quantized {name}", quantized.scales.astype(jnp.float32))
+    return quantized, used
+
+
+def _check(weight, hessian, block, fmt, damping, scales, dtype, name) -> None:
+    shape = jnp.shape(weight)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"weight has shape {shape} ({name}); it must be (N, K), both at least 1")
+    k = shape[1]
+    if jnp.shape(hessian) != (k, k):
+        raise ValueError(
+            f"hessian has shape {jnp.shape(hessian)}; for the weight {shape} of {name} it must be "
+            f"{(k, k)}: collect full moments (block=None) for GPTQ"
+        )
+    if k % block or block % fmt.group_size:
+        raise ValueError(
+            f"block_size={block} must divide K={k} of {name} and be a multiple of group_size="
+            f"{fmt.group_size}; choose another block_size or format"
+        )
+    if not damping >= 0:
+        raise ValueError(f"damping={damping} must be non-negative; try 1e-2")
+    for argument, value, choices in (
+        ("scales", scales, ("rule", "sweep")),
+        ("dtype", jnp.dtype(dtype).name, ("float32", "float64")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{argument}={value!r} is unknown; choose one of {choices}")
+    check_finite(f"weight of {name}", weight)
+    check_finite(f"hessian of {name}", hessian)
+
+
+def _dampings(damping: float) -> tuple[float, ...]:
+    """The dampings to try in turn: the given one, then tenfold each up to `MAX_DAMPING`."""
+    tried = [float(damping)]
+    while (following := max(10.0 * tried[-1], 1e-6)) <= MAX_DAMPING * (1 + 1e-9):
+        tried.append(following)
+    return tuple(tried)
+
+
+def _report(attempts: jax.Array, dampings: tuple[float, ...], name: str) -> None:
+    """Say when the damping had to grow; raise when it could not grow enough (tracers pass)."""
+    if isinstance(attempts, jax.core.Tracer):
+        return
+    if (used := int(attempts)) > len(dampings):
+        raise ValueError(
+            f"hessian of {name} is not positive definite at any damping of {list(dampings)}: it is "
+            "not a second moment; recompute it from the layer's inputs"
+        )
+    if used > 1:
+        warnings.warn(
+            f"hessian of {name} is not positive definite at damping={dampings[0]:g}; "
+            f"{dampings[used - 1]:g} was used",
+            stacklevel=3,
+        )
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _solve(weight, hessian, transform, options: _Options):
+    """Everything of `gptq` but the checks; also the number of dampings tried."""
+    d, n = options.block, weight.shape[0]
+    weight, hessian = weight.astype(options.dtype), hessian.astype(options.dtype)
+    blocks = weight.shape[1] // d
+    marginal = linalg.diagonal_blocks(hessian, d)
+    order = jnp.arange(blocks, dtype=jnp.int32)
+    if options.order:
+        energy = jnp.trace(marginal, axis1=-2, axis2=-1)
+        order = lax.sort((-energy, order), num_keys=1)[1]
+        marginal, weight = marginal[order], _take_blocks(weight, order, d)
+        hessian = _take_blocks(_take_blocks(hessian, order, d).T, order, d).T
+    if transform is not None and transform.activation.ndim == 3:
+        transform = jax.tree.map(lambda t: t[order], transform)
+    unit, roots, attempts = _factor(hessian, d, options.dampings)
+    global_scale = _global_scale(weight, marginal, transform, options)
+    codes, scale, used = _blocks(weight, unit, roots, marginal, transform, global_scale, options)
+    back = lax.sort((order, jnp.arange(blocks, dtype=jnp.int32)), num_keys=1)[1]
+    # (B, G, g, N) and (B, G, N) to rows of outputs, blocks back in their places.
+    codes = codes[back].reshape(-1, n).T
+    scale = scale[back].reshape(-1, n).T
+    if used.activation.ndim == 3:
+        used = jax.tree.map(lambda t: t[back], used)
+    fmt = options.fmt
+    packed = QuantizedArray(fmt.pack(codes), fmt.store_scales(scale), global_scale, fmt)
+    return packed, used, attempts
+
+
+def _take_blocks(x: jax.Array, order: jax.Array, d: int) -> jax.Array:
+    """Permute the blocks of the last axis."""
+    return x.reshape(x.shape[0], -1, d)[:, order].reshape(x.shape)
+
+
+@linalg.float64_construction
+def _factor(hessian, d: int, dampings: tuple[float, ...]):
+    """Factor the damped Hessian ``R R^T``.
+
+    Returns:
+      ``R_ij R_jj^-1`` (K, K), the blocks ``R_jj`` (K/d, d, d), and how many dampings were tried,
+      one more than there are when none succeeded; R is then the identity.
+    """
+    k = hessian.shape[0]
+    diagonal = jnp.diagonal(hessian)
+    dead = diagonal <= 0
+    mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead, dtype=jnp.int32), 1)
+    mean = jnp.where((mean > 0) & jnp.isfinite(mean), mean, 1.0)
+    table = jnp.asarray(dampings, jnp.float64)
+
+    def attempt(state):
+        tried, _ = state
+        shift = jnp.where(dead, mean - diagonal, 0.0) + table[tried] * mean
+        return tried + 1, linalg.upper_factor(hessian + jnp.diag(shift))
+
+    def failed(state):
+        tried, r = state
+        return (tried < len(dampings)) & ~jnp.all(jnp.isfinite(jnp.diagonal(r)))
+
+    start = jnp.int32(0), jnp.full((k, k), jnp.nan, jnp.float64)
+    tried, r = lax.while_loop(failed, attempt, start)
+    good = jnp.all(jnp.isfinite(r))
+    r = jnp.where(good, r, jnp.eye(k, dtype=jnp.float64))
+    unit, roots = linalg.unit_blocks(r, d)
+    return unit, roots, tried + (~good).astype(jnp.int32)
+
+
+def _global_scale(weight, marginal, transform, options: _Options) -> jax.Array:
+    if options.fmt.global_scale is not None:
+        return jnp.float32(options.fmt.global_scale)
+    if transform is None:
+        m_w = second_moment(weight, options.block)
+        transform = jax.vmap(lambda w, x: _build(options, w, x))(m_w, marginal)
+    amax = jnp.max(jnp.abs(apply_transform(weight, transform.weight)))
+    return options.fmt.derive_global_scale((HEADROOM * amax).astype(jnp.float32))
+
+
+def _build(options: _Options, weight_moment, activation_moment) -> BlockTransform:
+    """The rule's transform of one block, at the first damping that gives a finite one."""
+    table = jnp.asarray(options.dampings)
+    shape = jax.eval_shape(options.rule, weight_moment, activation_moment, table[0])
+
+    def attempt(state):
+        tried, _ = state
+        return tried + 1, options.rule(weight_moment, activation_moment, table[tried])
+
+    def failed(state):
+        tried, pair = state
+        finite = [jnp.all(jnp.isfinite(t.astype(jnp.float32))) for t in jax.tree.leaves(pair)]
+        return (tried < len(options.dampings)) & ~functools.reduce(jnp.logical_and, finite)
+
+    nothing = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shape)
+    return lax.while_loop(failed, attempt, (jnp.int32(0), nothing))[1]
+
+
+def _blocks(weight, unit, roots, marginal, transform, global_scale, options: _Options):
+    """Scan over blocks: codes (B, G, g, N), scales (B, G, N) and the transforms used."""
+    d, g = options.block, options.fmt.group_size
+    if transform is not None:
+        inner = feedback.inner_factor(transform.activation, roots, g)
+        per_block = transform.activation.ndim == 3
+
+    def step(delta, xs):
+        i, root, m_x, given = xs
+        original = lax.dynamic_slice_in_dim(weight, i * d, d, axis=1)
+        column = lax.dynamic_slice_in_dim(unit, i * d, d, axis=1)
+        current = original - linalg.matmul(delta, column)
+        if transform is None:
+            pair = _build(options, second_moment(current), m_x)
+            factors = feedback.inner_factor(pair.activation, root, g)
+        else:
+            factors, pair = given
+            pair = pair if per_block else transform
+        t_x, t_w = (t.astype(weight.dtype) for t in (pair.activation, pair.weight))
+        moved = linalg.matmul(t_w, current.T)
+        codes, scale, error = feedback.quantize_block(
+            moved, factors, options.fmt, options.steps, global_scale
+        )
+        error = linalg.matmul((moved + error).T, t_x) - original
+        delta = lax.dynamic_update_slice_in_dim(delta, error, i * d, axis=1)
+        return delta, (codes, scale, pair if transform is None else None)
+
+    index = jnp.arange(weight.shape[1] // d, dtype=jnp.int32)
+    given = None if transform is None else (inner, transform if per_block else None)
+    xs = (index, roots, marginal if transform is None else None, given)
+    _, (codes, scale, built) = lax.scan(step, jnp.zeros_like(weight), xs)
+    return codes, scale, built if transform is None else transform
