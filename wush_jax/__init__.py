@@ -1,5 +1,7 @@
 """Near-optimal adaptive transforms (WUSH) for 4-bit quantization in JAX: the public names."""
 
+from wush_jax.checkpoint import load as load
+from wush_jax.checkpoint import save as save
 from wush_jax.evaluate import kl_divergence as kl_divergence
 from wush_jax.evaluate import perplexity as perplexity
 from wush_jax.formats import INT4 as INT4

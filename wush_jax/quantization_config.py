@@ -1,0 +1,206 @@
+"""What ``config.json`` says about quantized layers: formats and records, to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wush_jax import numerics
+from wush_jax.formats import Format
+from wush_jax.numerics import Element, FloatElement, IntElement
+
+METHOD = "wush"
+LAYOUT = 1
+FLOAT_ELEMENTS = (numerics.E2M1, numerics.E2M3, numerics.E3M2, numerics.E4M3, numerics.E5M2)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What a quantized layer's tensors do not say themselves.
+
+    Attributes:
+      shape: (N, K).
+      format: of the weight.
+      input_format: of the activations, or None.
+      block: channels per transform block d, or None without a transform.
+      site: name of the layer with which it shares one transform variable (the first of a site, so
+        its own name there), or None without a transform.
+      global_scale: of the weight, dividing; exact, where the stored reciprocal is rounded. A
+        float, or nested lists of them.
+      input_global_scale: of the activations, dividing, or None for the format's own.
+    """
+
+    shape: tuple[int, int]
+    format: Format
+    input_format: Format | None
+    block: int | None
+    site: str | None
+    global_scale: Any
+    input_global_scale: Any
+
+
+def records_to_json(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of some layers, by their names.
+
+    >>> from wush_jax import MXFP4
+    >>> record = LayerRecord((8, 32), MXFP4, None, None, None, 3.0, None)
+    >>> stored = records_to_json({"up": record})
+    >>> stored["formats"]["MXFP4"]["rule"], records_from_json(stored) == {"up": record}
+    ('pow2_div3', True)
+    """
+    keys: dict[Format, str] = {}
+    layers = {}
+    for name, record in records.items():
+        for fmt in (record.format, record.input_format):
+            if fmt is not None and fmt not in keys:
+                taken = fmt.name in keys.values()
+                keys[fmt] = f"{fmt.name}-{len(keys)}" if taken else fmt.name
+        layers[name] = {
+            "shape": list(record.shape),
+            "format": keys[record.format],
+            "input_format": keys.get(record.input_format),
+            "block": record.block,
+            "site": record.site,
+            "global_scale": record.global_scale,
+            "input_global_scale": record.input_global_scale,
+        }
+    formats = {key: format_to_json(fmt) for fmt, key in keys.items()}
+    return {"quant_method": METHOD, "layout": LAYOUT, "formats": formats, "layers": layers}
+
+
+def records_from_json(config: Mapping[str, Any]) -> dict[str, LayerRecord]:
+    """Undo `records_to_json`, checking everything.
+
+    Args:
+      config: a ``quantization_config``.
+
+    Raises:
+      ValueError: the entry that is missing or wrong, and what was expected.
+    """
+    if config.get("quant_method") != METHOD or config.get("layout") != LAYOUT:
+        raise ValueError(
+            f"quantization_config has quant_method={config.get('quant_method')!r}, layout="
+            f"{config.get('layout')!r}; expected {METHOD!r} and {LAYOUT}: written by another "
+            "library or a later version"
+        )
+    stored = _take(config, "formats", dict)
+    formats = {key: format_from_json(_take(stored, key, dict)) for key in stored}
+    layers = _take(config, "layers", dict)
+    records = {}
+    for name in layers:
+        try:
+            records[name] = _record(_take(layers, name, dict), formats)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    for name, record in records.items():
+        first = records.get(record.site or name)
+        if first is None or first.site != record.site or first.block != record.block:
+            raise ValueError(f"layer {name!r}: site={record.site!r} is not the first of a site")
+    return records
+
+
+def format_to_json(fmt: Format) -> dict[str, Any]:
+    """Return a format as plain values.
+
+    Raises:
+      ValueError: an element of one's own, which no reader would know.
+    """
+    element = fmt.element
+    if isinstance(element, FloatElement) and element not in FLOAT_ELEMENTS:
+        raise ValueError(f"format {fmt.name}: element {element} has no name in files")
+    values = {field.name: getattr(fmt, field.name) for field in dataclasses.fields(fmt)}
+    if isinstance(element, IntElement):
+        return values | {"element": dataclasses.asdict(element)}
+    return values | {"element": element.name}
+
+
+def format_from_json(values: Mapping[str, Any]) -> Format:
+    """Undo `format_to_json`.
+
+    >>> from wush_jax import NVFP4
+    >>> format_from_json(format_to_json(NVFP4)) == NVFP4
+    True
+    """
+    scale = _take(values, "global_scale", (int, float, type(None)))
+    return Format(
+        name=_take(values, "name", str),
+        element=_element(_take(values, "element", (str, dict))),
+        group_size=_take(values, "group_size", int),
+        scale_dtype=_take(values, "scale_dtype", str),
+        rule=_take(values, "rule", str),
+        global_scale=scale if scale is None else float(scale),
+    )
+
+
+def _element(value: str | Mapping[str, Any]) -> Element:
+    if isinstance(value, str):
+        for element in FLOAT_ELEMENTS:
+            if element.name == value:
+                return element
+        raise ValueError(f"element={value!r} is unknown; expected e2m1, e4m3 or the like")
+    bits = _take(value, "bits", int)
+    if bits not in (4, 6, 8):
+        raise ValueError(f"element has bits={bits}, expected 4, 6 or 8")
+    return IntElement(_take(value, "name", str), bits, _take(value, "midrise", bool))
+
+
+def _record(values: Mapping[str, Any], formats: Mapping[str, Format]) -> LayerRecord:
+    shape = _take(values, "shape", list)
+    if len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"shape={shape!r}, expected [N, K]")
+    key = _take(values, "format", str)
+    input_key = _take(values, "input_format", (str, type(None)))
+    for name in (key, input_key):
+        if name is not None and name not in formats:
+            raise ValueError(f"format {name!r} is not among {sorted(formats)}")
+    block = _take(values, "block", (int, type(None)))
+    site = _take(values, "site", (str, type(None)))
+    if (block is None) != (site is None):
+        raise ValueError(f"block={block} and site={site!r}, expected both or neither")
+    record = LayerRecord(
+        shape=(shape[0], shape[1]),
+        format=formats[key],
+        input_format=None if input_key is None else formats[input_key],
+        block=block,
+        site=site,
+        global_scale=_scale(values, "global_scale"),
+        input_global_scale=_scale(values, "input_global_scale", optional=True),
+    )
+    _check_tiling(record)
+    return record
+
+
+def _check_tiling(record: LayerRecord) -> None:
+    k = record.shape[1]
+    for fmt in (record.format, record.input_format):
+        if fmt is not None and (k % fmt.group_size or k * fmt.element.bits % 8):
+            raise ValueError(f"groups of {fmt.group_size} ({fmt.name}) do not tile K={k}")
+    if record.block is not None and (record.block < 1 or k % record.block):
+        raise ValueError(f"block={record.block} does not divide K={k}")
+
+
+def _scale(values: Mapping[str, Any], key: str, *, optional: bool = False) -> Any:
+    if optional and key in values and values[key] is None:
+        return None
+    value = _take(values, key, (int, float, list))
+    try:
+        array = np.asarray(value, np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{key}={value!r} is not numeric") from error
+    if not (np.isfinite(array) & (array > 0)).all():
+        raise ValueError(f"{key}={value!r}, expected positive finite numbers")
+    return value
+
+
+def _take(values: Mapping[str, Any], key: str, kinds: type | tuple[type, ...]) -> Any:
+    """Return an entry of exactly one of some types (a bool is no int)."""
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if key not in values or type(values[key]) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        found = repr(values[key])[:80] if key in values else "missing"
+        raise ValueError(f"entry {key!r} is {found}, expected {names}")
+    return values[key]
