@@ -168,6 +168,7 @@ def _spectral_transform(weight_moment, activation_moment, damping, power, hadama
     signs = np.asarray(linalg._hadamard_signs(d)) if hadamard else None
     activation, weight = _construct(weight_moment, activation_moment, damping, power, signs)
     check_finite_result("damping", activation, damping)
+    check_finite_result("damping", weight, damping)
     return BlockTransform(activation, weight)
 
 
@@ -209,7 +210,9 @@ def predicted_gain(
     1.0
     """
     check_moments(weight_moment, activation_moment, damping)
-    return _gain(weight_moment, activation_moment, damping)
+    gain = _gain(weight_moment, activation_moment, damping)
+    check_finite_result("damping", gain, damping)
+    return gain
 
 
 @linalg.float64_construction
@@ -264,7 +267,8 @@ def predicted_loss(
 @linalg.float64_construction
 def _loss(weight_moment, activation_moment, activation, weight, *, model):
     def power(t, m):
-        return jnp.sum(linalg.matmul(t, m) * t, axis=-1)
+        product = linalg.matmul(t, m)
+        return jnp.sum(product * jnp.broadcast_to(t, product.shape), axis=-1)
 
     a, b = power(activation, activation_moment), power(weight, weight_moment)
     return jnp.sum(a * b, -1) if model == "fp" else jnp.sum(a, -1) * jnp.sum(b, -1)
