@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from weights import random_model
 
-from wush_jax.models import Llama, LlamaConfig, RopeScaling, from_tensors, to_tensors
+from wush_jax.models import LlamaConfig, RopeScaling, from_tensors, to_tensors
 from wush_jax.models.llama import apply_rope, rope_frequencies
 
 SMALL = LlamaConfig(
@@ -21,6 +22,7 @@ SMALL = LlamaConfig(
 )
 FULL = dataclasses.replace(
     SMALL,
+    num_hidden_layers=1,
     attention_bias=True,
     output_bias=True,
     qk_norm=True,
@@ -30,25 +32,15 @@ FULL = dataclasses.replace(
 TOKENS = np.random.default_rng(0).integers(13, size=(2, 7))
 
 
-@functools.partial(nnx.jit, static_argnums=0)
-def init(config):
-    return Llama(config, rngs=nnx.Rngs(0))
-
-
 @nnx.jit
 def run(model, tokens):
-    return model(tokens)
+    with jax.default_matmul_precision("highest"):
+        return model(tokens)
 
 
 @functools.cache
 def random_tensors(config):
-    """Weights of every kind (biases and norms too) away from their initial values."""
-    random = np.random.default_rng(1)
-    shapes = to_tensors(init(config))
-    return {
-        name: (0.3 * random.standard_normal(t.shape) + name.endswith("norm.weight")).astype("f4")
-        for name, t in shapes.items()
-    }
+    return to_tensors(random_model(config))
 
 
 def oracle(config, tensors, tokens):
@@ -121,8 +113,7 @@ def llama3(frequency, scaling):
 @pytest.mark.parametrize("config", [SMALL, FULL], ids=["plain", "all options"])
 def test_forward_equals_numpy(config):
     tensors = random_tensors(config)
-    with jax.default_matmul_precision("highest"):
-        logits = run(from_tensors(config, tensors), TOKENS)
+    logits = run(from_tensors(config, tensors), TOKENS)
     expected = oracle(config, tensors, TOKENS)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
@@ -144,7 +135,7 @@ def test_grouped_heads_equal_repeated_heads():
 
 
 def test_causal():
-    model = from_tensors(SMALL, random_tensors(SMALL))
+    model = random_model(SMALL)
     changed = TOKENS.copy()
     changed[:, 4] = (changed[:, 4] + 1) % 13
     before, after = run(model, TOKENS), run(model, changed)
@@ -167,15 +158,20 @@ def test_rope_depends_on_distance_only():
 
 
 def test_steps_equal_the_whole():
-    model = from_tensors(FULL, random_tensors(FULL))
-    hidden = model.embed(TOKENS)
-    for layer in model.layers:
-        hidden = layer(hidden)
-    np.testing.assert_array_equal(model.head(hidden), model(TOKENS))
+    model = random_model(SMALL)
+
+    def steps(tokens):
+        hidden = model.embed(tokens)
+        for layer in model.layers:
+            hidden = layer(hidden)
+        return model.head(hidden)
+
+    # The same program, so the same values, without compiling it twice.
+    assert str(jax.make_jaxpr(steps)(TOKENS)) == str(jax.make_jaxpr(model.__call__)(TOKENS))
 
 
 def test_layers_that_share_an_input_get_the_same_array():
-    model = from_tensors(SMALL, random_tensors(SMALL))
+    model = random_model(SMALL)
     seen = {}
 
     class Watched(nnx.Module):
@@ -190,7 +186,7 @@ def test_layers_that_share_an_input_get_the_same_array():
     for module, names in ((attention, "q_proj k_proj v_proj"), (mlp, "gate_proj up_proj")):
         for name in names.split():
             setattr(module, name, Watched(name, getattr(module, name)))
-    model(TOKENS)
+    jax.eval_shape(model.__call__, TOKENS)
     assert seen["q_proj"] is seen["k_proj"] is seen["v_proj"]
     assert seen["gate_proj"] is seen["up_proj"]
 
