@@ -64,6 +64,10 @@ class Recipe:
         _check_choice("transform_dtype", self.transform_dtype, ("bfloat16", "float32"))
         _check_choice("scale_search", self.scale_search, SCALE_SEARCHES)
         _check_choice("solver_dtype", self.solver_dtype, ("float32", "float64"))
+        if self.format is None:
+            raise ValueError(
+                "format=None is not a Format; exclude a layer with a rule (path, None)"
+            )
         for fmt in (self.format, self.input_format):
             if fmt is not None and not isinstance(fmt, Format):
                 raise ValueError(f"format={fmt!r} is not a Format; use wush_jax.MXFP4 and the like")
