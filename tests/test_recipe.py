@@ -1,0 +1,85 @@
+"""Recipes check themselves; rules match first come, first served."""
+
+import dataclasses
+import re
+
+import pytest
+
+import wush_jax as wush
+from wush_jax.recipe import SOLVERS, TRANSFORMS, RuleBook
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+def test_recipes_are_static():
+    recipe = wush.Recipe(format=wush.NVFP4)
+    assert recipe == wush.Recipe(format=wush.NVFP4)
+    assert hash(recipe) == hash(wush.Recipe(format=wush.NVFP4))
+    assert recipe.replace(damping=0.1).damping == 0.1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.damping = 1.0
+
+
+def test_defaults_follow_the_format():
+    assert wush.Recipe().block == 32
+    assert wush.Recipe(format=wush.NVFP4).block == 16
+    assert wush.Recipe(format=wush.NVFP4, block_size=64).block == 64
+    assert wush.Recipe().input_format is wush.MXFP4
+    assert wush.Recipe(activation_format=None).input_format is None
+    mixed = wush.Recipe(activation_format=wush.MXFP8)
+    assert (mixed.format, mixed.input_format) == (wush.MXFP4, wush.MXFP8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"transform": "fft"},
+            "transform='fft' is unknown; choose one of " + ", ".join(TRANSFORMS),
+        ),
+        ({"solver": "awq"}, "solver='awq' is unknown; choose one of " + ", ".join(SOLVERS)),
+        ({"transform_dtype": "int8"}, "transform_dtype='int8' is unknown; choose one of bfloat16"),
+        ({"block_size": 48}, "block_size=48 must be a multiple of group_size=32 of MXFP4"),
+        ({"block_size": 0}, "block_size=0 must be a multiple of group_size=32"),
+        ({"format": wush.NVFP4, "activation_format": wush.MXFP4}, "group_size=32 of MXFP4"),
+        ({"damping": -1.0}, "damping=-1.0 must be finite and non-negative; try 1e-2"),
+        ({"damping": float("nan")}, "damping=nan must be finite"),
+        ({"format": "mxfp4"}, "format='mxfp4' is not a Format; use wush_jax.MXFP4"),
+        ({"format": None}, "format=None is not a Format; exclude a layer with a rule (path, None)"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        wush.Recipe(**options)
+
+
+A, B = wush.Recipe(), wush.Recipe(format=wush.NVFP4)
+
+
+def test_first_full_match_wins():
+    book = RuleBook([("lm_head", None), (r"layers\.0\..*", A), (r"layers\..*_proj", B)])
+    assert book.match("lm_head") is None
+    assert book.match("layers.0.q_proj") is A
+    assert book.match("layers.1.q_proj") is B
+    assert book.match("layers.1.q_proj.weight") is None  # the whole path, not a prefix
+    assert RuleBook(A).match("anything.at.all") is A
+
+
+def test_unused_rules_are_reported():
+    book = RuleBook([(".*head", None), (".*q_proj", A), ("layers.*q_proj", B)])
+    assert book.unused(["lm_head", "layers.0.q_proj"]) == ["layers.*q_proj"]
+    assert book.unused([]) == [".*head", ".*q_proj", "layers.*q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([], "rules is empty; pass a Recipe or a list"),
+        ([("(", A)], r"entry ('(', Recipe("),
+        ([A], "must be a (regular expression, Recipe or None) pair"),
+        ([(".*", "wush")], "rules['.*'] is 'wush'; it must be a Recipe or None"),
+    ],
+)
+def test_bad_rules(rules, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RuleBook(rules)
