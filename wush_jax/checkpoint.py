@@ -237,6 +237,8 @@ def _llama(folder: TensorFolder) -> Llama:
         values = [getattr(config, field.name) for field in dataclasses.fields(config)]
         if not all(isinstance(v, (int, float, RopeScaling, type(None))) for v in values):
             raise ValueError("a value that is not a number")
+        if not all(abs(v) < 2**31 for v in values if isinstance(v, int)):
+            raise ValueError("a number beyond any size")
         if not 0 < config.num_hidden_layers <= len(folder.entries) or embedding is None:
             raise ValueError("more layers than the files hold, or no embedding")
         kinds = {"dtype": quantization["activation_dtype"], "param_dtype": embedding.dtype}

@@ -25,7 +25,7 @@ import numpy as np
 
 from wush_jax.formats import SCALE_DTYPES, Format, QuantizedArray
 from wush_jax.numerics import E2M1
-from wush_jax.quantization_config import LayerRecord
+from wush_jax.quantization_config import LayerRecord, is_scale
 from wush_jax.quantize import PackedWeight
 from wush_jax.scales import POW2_RULES
 from wush_jax.tensor_folder import TensorFolder
@@ -74,11 +74,11 @@ def record_of(name: str, packed: PackedWeight, site: str | None) -> LayerRecord:
       ValueError: a global scale that is not positive and finite.
     """
     inputs = packed.input_global_scale
-    scales = [packed.weight.global_scale, *([] if inputs is None else [inputs])]
-    if not all(np.all(np.isfinite(s) & (np.asarray(s) > 0)) for s in scales):
-        raise ValueError(
-            f"layer {name}: its global scale is not positive and finite; quantize again"
-        )
+    scale = np.asarray(packed.weight.global_scale).tolist()
+    input_scale = None if inputs is None else np.asarray(inputs).tolist()
+    for value in (scale, input_scale):
+        if value is not None and not is_scale(value):
+            raise ValueError(f"layer {name}: its global scale is {value}; quantize it again")
     n, k = packed.shape
     return LayerRecord(
         shape=(n, k),
@@ -86,8 +86,8 @@ def record_of(name: str, packed: PackedWeight, site: str | None) -> LayerRecord:
         input_format=packed.input_format,
         block=None if packed.transform is None else packed.transform.shape[-1],
         site=site,
-        global_scale=np.asarray(packed.weight.global_scale).tolist(),
-        input_global_scale=None if inputs is None else np.asarray(inputs).tolist(),
+        global_scale=scale,
+        input_global_scale=input_scale,
     )
 
 

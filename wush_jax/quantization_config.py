@@ -187,13 +187,23 @@ def _scale(values: Mapping[str, Any], key: str, *, optional: bool = False) -> An
     if optional and key in values and values[key] is None:
         return None
     value = _take(values, key, (int, float, list))
-    try:
-        array = np.asarray(value, np.float32)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{key}={value!r} is not numeric") from error
-    if not (np.isfinite(array) & (array > 0)).all():
+    if not is_scale(value):
         raise ValueError(f"{key}={value!r}, expected positive finite numbers")
     return value
+
+
+def is_scale(value: Any) -> bool:
+    """Tell whether a global scale (or nested lists of them) is positive and normal in float32.
+
+    >>> is_scale(3.0), is_scale([1.0, -1.0]), is_scale(1e39)
+    (True, False, False)
+    """
+    limits = np.finfo(np.float32)
+    try:
+        array = np.asarray(value, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return bool(((array >= limits.tiny) & (array <= limits.max)).all())
 
 
 def _take(values: Mapping[str, Any], key: str, kinds: type | tuple[type, ...]) -> Any:
