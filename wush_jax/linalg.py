@@ -38,7 +38,12 @@ def hadamard_matrix(n: int, dtype=jnp.float32) -> jax.Array:
     >>> hadamard_matrix(2).round(3).tolist()
     [[0.7070000171661377, 0.7070000171661377], [0.7070000171661377, -0.7070000171661377]]
     """
-    return jnp.asarray(_hadamard_signs(n) / np.sqrt(n), dtype)
+    return jnp.asarray(hadamard_numpy(n), dtype)
+
+
+def hadamard_numpy(n: int) -> np.ndarray:
+    """Return `hadamard_matrix` as a float64 numpy array: a constant, whatever the x64 switch."""
+    return _hadamard_signs(n) / np.sqrt(n)
 
 
 @functools.cache
@@ -166,6 +171,10 @@ def spectral_factors(
 
     Source: WUSH paper, eq. 5-7.
     """
+    return map_blocks(_spectral_factors, weight_moment, activation_moment)
+
+
+def _spectral_factors(weight_moment, activation_moment):
     w = jnp.linalg.cholesky(weight_moment)
     x = jnp.linalg.cholesky(activation_moment)
     u, s, vt = jnp.linalg.svd(matmul(w.mT, x))
@@ -177,9 +186,38 @@ def spectral_factors(
 
 def singular_values(weight_moment: jax.Array, activation_moment: jax.Array) -> jax.Array:
     """Return S of `spectral_factors` alone, (..., d), descending."""
+    return map_blocks(_singular_values, weight_moment, activation_moment)
+
+
+def _singular_values(weight_moment, activation_moment):
     w = jnp.linalg.cholesky(weight_moment)
     x = jnp.linalg.cholesky(activation_moment)
     return jnp.linalg.svd(matmul(w.mT, x), compute_uv=False)
+
+
+def inverse(matrix: jax.Array) -> jax.Array:
+    """Return the inverse of each block (..., d, d)."""
+    return map_blocks(jnp.linalg.inv, matrix)
+
+
+def map_blocks(function, *blocks: jax.Array):
+    """Apply a factorisation to blocks (..., d, d): one call for all, but one by one on the CPU.
+
+    jaxlib before 0.11 splits a batched LAPACK call among the threads of the pool that the call
+    itself occupies, and waits: as many such calls at a time as there are threads never end.
+
+    Args:
+      function: of arrays (..., d, d), any number of leading axes.
+      *blocks: arrays of one shape.
+    """
+    lead = blocks[0].shape[:-2]
+    if not lead:
+        return function(*blocks)
+    flat = [b.reshape(-1, *b.shape[-2:]) for b in blocks]
+    out = lax.platform_dependent(
+        *flat, cpu=lambda *all_: lax.map(lambda one: function(*one), all_), default=function
+    )
+    return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), out)
 
 
 def diagonal_blocks(moment: jax.Array, block: int) -> jax.Array:

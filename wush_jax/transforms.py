@@ -7,11 +7,11 @@ axis K: ``y_b = x_b @ T_b^T``.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import reference
 from wush_jax import linalg
@@ -48,13 +48,14 @@ class BlockTransform:
 
 
 @linalg.float64_construction
+@jax.jit
 def inverse_transpose(matrix: jax.Array) -> jax.Array:
     """Return ``T^-T`` of each block (..., d, d), computed in float64, as float32.
 
     >>> inverse_transpose(jnp.float32([[2.0, 0.0], [0.0, 4.0]])).tolist()
     [[0.5, 0.0], [0.0, 0.25]]
     """
-    return jnp.linalg.inv(matrix).mT
+    return linalg.inverse(matrix).mT
 
 
 def identity_transform(d: int, dtype=jnp.float32) -> BlockTransform:
@@ -163,24 +164,22 @@ def whitening_transform(
 def _spectral_transform(weight_moment, activation_moment, damping, power, hadamard):
     """``T_X = Q S^p U^T W'^T`` and ``T_W = Q S^-(1+p) V^T X'^T`` with Q = H or I."""
     check_moments(weight_moment, activation_moment, damping)
-    d = weight_moment.shape[-1]
-    # The signs are exact in any dtype; float64 normalisation happens inside.
-    signs = np.asarray(linalg._hadamard_signs(d)) if hadamard else None
-    activation, weight = _construct(weight_moment, activation_moment, damping, power, signs)
+    h = linalg.hadamard_numpy(weight_moment.shape[-1]) if hadamard else None
+    activation, weight = _construct(weight_moment, activation_moment, h, damping, power=power)
     check_finite_result("damping", activation, damping)
     check_finite_result("damping", weight, damping)
     return BlockTransform(activation, weight)
 
 
 @linalg.float64_construction
-def _construct(weight_moment, activation_moment, damping, power, signs):
+@functools.partial(jax.jit, static_argnames="power")
+def _construct(weight_moment, activation_moment, h, damping, *, power):
     left, s, right = linalg.spectral_factors(
         linalg.damp(weight_moment, damping), linalg.damp(activation_moment, damping)
     )
     activation = (s**power)[..., None] * left
     weight = (s ** -(1.0 + power))[..., None] * right
-    if signs is not None:
-        h = jnp.asarray(signs, jnp.float64) / np.sqrt(signs.shape[-1])
+    if h is not None:
         activation, weight = linalg.matmul(h, activation), linalg.matmul(h, weight)
     return activation, weight
 
@@ -216,6 +215,7 @@ def predicted_gain(
 
 
 @linalg.float64_construction
+@jax.jit
 def _gain(weight_moment, activation_moment, damping):
     s = linalg.singular_values(
         linalg.damp(weight_moment, damping), linalg.damp(activation_moment, damping)
@@ -265,6 +265,7 @@ def predicted_loss(
 
 
 @linalg.float64_construction
+@functools.partial(jax.jit, static_argnames="model")
 def _loss(weight_moment, activation_moment, activation, weight, *, model):
     def power(t, m):
         product = linalg.matmul(t, m)
