@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import pallas_kernels
 from wush_jax import linalg
@@ -77,6 +78,8 @@ def _dot_backward(implementation, residuals, cotangent):
 
 
 def _zero_cotangent(leaf):
+    if leaf.dtype == jnp.float8_e8m0fnu:  # has no zero, and a cast of zero gives NaN
+        return lax.bitcast_convert_type(jnp.zeros(leaf.shape, jnp.uint8), leaf.dtype)
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros_like(leaf)
     return np.zeros(leaf.shape, jax.dtypes.float0)
