@@ -17,10 +17,10 @@ from wush_jax.formats import fake_quantize as fake_quantize
 from wush_jax.linalg import hadamard_matrix as hadamard_matrix
 from wush_jax.linear import layer_loss as layer_loss
 from wush_jax.linear import quantized_dot as quantized_dot
-from wush_jax.model import plan as plan
 from wush_jax.model import quantize_model as quantize_model
 from wush_jax.moments import Moments as Moments
 from wush_jax.moments import second_moment as second_moment
+from wush_jax.planning import plan as plan
 from wush_jax.quantize import PackedWeight as PackedWeight
 from wush_jax.quantize import quantize_weight as quantize_weight
 from wush_jax.recipe import Recipe as Recipe

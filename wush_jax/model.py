@@ -1,128 +1,20 @@
-"""A whole model: plan (dry run) and quantize."""
+"""A whole model in, a quantized model and a report out."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from wush_jax import linalg
-from wush_jax.calibrate import (
-    Call,
-    Progress,
-    Site,
-    collect_moments,
-    find_sites,
-    plain_call,
-    run_and_capture,
-)
-from wush_jax.linear import layer_loss
+from wush_jax.calibrate import Call, Progress, Site, collect_moments, plain_call
 from wush_jax.moments import Moments
-from wush_jax.nnx import (
-    DENSE_TYPES,
-    Dense,
-    DenseTypes,
-    Packed,
-    QuantizedDense,
-    dense_layers,
-    replace_modules,
-)
-from wush_jax.quantize import PackedWeight, quantize_site, site_weight_moment
-from wush_jax.recipe import Recipe, RuleBook, Rules
-from wush_jax.report import LayerReport, Report
-from wush_jax.transforms import predicted_gain
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """A site whose layers are quantized alike.
-
-    Attributes:
-      site: the layers and their K.
-      recipe: for all of them.
-    """
-
-    site: Site
-    recipe: Recipe
-
-    @property
-    def moment_block(self) -> int | None:
-        """Block size of the moments that calibration has to keep; None for the full matrix."""
-        return None if self.recipe.solver == "gptq" else self.recipe.block
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """What `quantize_model` will do: a dry run.
-
-    Attributes:
-      sites: what is quantized, in the order of calls.
-      report: the same, with sizes, for people.
-    """
-
-    sites: Sequence[SitePlan]
-    report: Report
-
-
-def plan(
-    model: nnx.Module,
-    rules: Rules,
-    batch: Any = None,
-    *,
-    call: Call = plain_call,
-    dense_types: DenseTypes = DENSE_TYPES,
-) -> ModelPlan:
-    """Say what would be quantized and how, without computing anything.
-
-    Args:
-      model: an NNX module.
-      rules: a `Recipe`, or (pattern, Recipe or None) pairs; the first full match of a layer's
-        dotted path wins.
-      batch: one batch (or its shapes) to trace which layers share an input; without it every
-        layer is a site of its own.
-      call: how to run the model on a batch.
-      dense_types: module types that are dense layers.
-
-    Returns:
-      `ModelPlan`; its report lists layers, shapes, bytes before and after, what is skipped and
-      why, and rules that decide no layer.
-
-    Raises:
-      ValueError: malformed rules, a recipe that does not fit a layer, nothing to quantize.
-
-    >>> layer = nnx.List([nnx.Linear(64, 32, rngs=nnx.Rngs(0))])
-    >>> plan(layer, Recipe()).report.layers[0].bytes_after
-    5188
-    """
-    book = RuleBook(rules)
-    layers, skipped = dense_layers(model, dense_types)
-    recipes = {path: book.match(path) for path in layers}
-    skipped |= {path: "no rule, or a rule with None" for path, r in recipes.items() if r is None}
-    if batch is None:
-        sites = [Site((path,), layer.contraction.shape[1]) for path, layer in layers.items()]
-    else:
-        sites = find_sites(model, batch, call=call, dense_types=dense_types)
-        reached = set(itertools.chain.from_iterable(site.layers for site in sites))
-        skipped |= {path: "not reached by the call" for path in layers if path not in reached}
-    planned = []
-    for site in sites:
-        # Layers of one site may have different recipes: each recipe has its own transform.
-        for recipe in dict.fromkeys(recipes[path] for path in site.layers):
-            if recipe is not None:
-                chosen = tuple(path for path in site.layers if recipes[path] == recipe)
-                planned.append(SitePlan(Site(chosen, site.size), recipe))
-    if not planned:
-        raise ValueError(f"rules quantize none of the {len(layers)} dense layers: {skipped}")
-    for item in planned:
-        _check_fits(item)
-    rows = [_dry_row(item, path, layers[path]) for item in planned for path in item.site.layers]
-    return ModelPlan(planned, Report(rows, skipped, book.unused(layers)))
+from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.planning import ModelPlan, layer_losses, measured_rows, plan, quantize_planned, swap
+from wush_jax.quantize import PackedWeight
+from wush_jax.recipe import Rules
+from wush_jax.report import Report
 
 
 def quantize_model(
@@ -207,144 +99,9 @@ def quantize_with(
     sites = [item.site for item in planned.sites]
     losses = layer_losses(model, batch, sites, packed, call=call, dense_types=dense_types)
     rows = [
-        _measured_row(item, path, layers, moments[item.site], losses[path])
+        row
         for item in planned.sites
-        for path in item.site.layers
+        for row in measured_rows(item, layers, moments[item.site], losses)
     ]
     report = Report(rows, planned.report.skipped, planned.report.unused_rules)
     return swap(model, layers, packed, implementation), report
-
-
-def quantize_planned(
-    item: SitePlan, layers: dict[str, Dense], moments: Moments
-) -> dict[str, PackedWeight]:
-    """Quantize the layers of one planned site; errors name the site."""
-    weights = [layers[path].weight for path in item.site.layers]
-    for path, weight in zip(item.site.layers, weights, strict=True):
-        if not bool(jnp.all(jnp.isfinite(weight))):
-            raise ValueError(f"layer {path}: its weight has non-finite values; mend the checkpoint")
-    packed = _quantize_site(weights, moments.finalize(), item.recipe)
-    for path, result in zip(item.site.layers, packed, strict=True):
-        if result.transform is not None and not bool(jnp.all(jnp.isfinite(result.transform))):
-            raise ValueError(
-                f"layer {path}: damping={item.recipe.damping} leaves a moment that is not positive "
-                "definite; use a larger damping, such as 1e-2"
-            )
-    if item.recipe.share_transform:
-        # Compiled functions return copies: make the shared transform one array again.
-        packed = [replace(p, transform=packed[0].transform) for p in packed]
-    return dict(zip(item.site.layers, packed, strict=True))
-
-
-_quantize_site = jax.jit(quantize_site, static_argnums=2)
-
-
-def swap(
-    model: nnx.Module,
-    layers: dict[str, Dense],
-    packed: dict[str, PackedWeight],
-    implementation: str | None = None,
-) -> nnx.Module:
-    """Return the model with `QuantizedDense` layers in place of those that were packed.
-
-    Layers whose packed weights hold the very same transform array share one variable.
-    """
-    shared: dict[int, Packed] = {}
-
-    def quantized(path: str, module: nnx.Module) -> nnx.Module | None:
-        if path not in packed:
-            return None
-        transform = packed[path].transform
-        variable = None
-        if transform is not None:
-            variable = shared.setdefault(id(transform), Packed(transform))
-        return QuantizedDense(
-            layers[path], packed[path], transform=variable, implementation=implementation
-        )
-
-    return replace_modules(model, quantized)
-
-
-def layer_losses(
-    model: nnx.Module,
-    batch: Any,
-    sites: Sequence[Site],
-    packed: Mapping[str, PackedWeight],
-    *,
-    call: Call = plain_call,
-    dense_types: DenseTypes = DENSE_TYPES,
-) -> dict[str, tuple[float, float]]:
-    """Return (loss, loss / output power) of every packed layer on one batch's original inputs.
-
-    Loss as in `layer_loss` (paper eq. 1).
-    """
-    graph, state = nnx.split(model)
-    layers, _ = dense_layers(model, dense_types)
-    inputs = _site_inputs(graph, tuple(sites), call, dense_types, state, batch)
-    # One small compilation per shape of layer, not one large one per model.
-    return {
-        path: jax.tree.map(float, _loss_and_share(layers[path].weight, rows, packed[path]))
-        for site, rows in zip(sites, inputs, strict=True)
-        for path in site.layers
-    }
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _site_inputs(graph, sites, call, dense_types, state, batch):
-    model = nnx.merge(graph, state)
-    layers, _ = dense_layers(model, dense_types)
-    _, inputs = run_and_capture(model, batch, call, dense_types)
-    return [layers[site.name].contraction.rows(inputs[site.name][0]) for site in sites]
-
-
-@jax.jit
-def _loss_and_share(weight, rows, packed):
-    weight, rows = weight.astype(jnp.float32), rows.astype(jnp.float32)
-    exact = jnp.einsum("...k,nk->...n", rows, weight, precision=linalg.HIGHEST)
-    loss = layer_loss(weight, rows, packed)
-    return loss, loss / jnp.mean(exact**2)
-
-
-def _check_fits(item: SitePlan) -> None:
-    if item.site.size % item.recipe.block:
-        raise ValueError(
-            f"layer {item.site.name}: K={item.site.size} is not a multiple of block_size="
-            f"{item.recipe.block}; choose another block_size or exclude the layer by a rule"
-        )
-
-
-def _dry_row(item: SitePlan, path: str, dense: Dense) -> LayerReport:
-    recipe = item.recipe
-    n, k = dense.contraction.shape
-    # Shapes only: what quantizing would leave, without quantizing.
-    weights = jax.ShapeDtypeStruct((n, k), jnp.float32)
-    moment = jax.ShapeDtypeStruct((k, k), jnp.float32)
-    packed = jax.eval_shape(partial(quantize_site, recipe=recipe), [weights], moment)[0]
-    first = path == item.site.name or not recipe.share_transform
-    return LayerReport(
-        path=path,
-        site=item.site.name,
-        shape=(n, k),
-        format=f"{recipe.format.name}/{recipe.input_format.name if recipe.input_format else '-'}",
-        transform=recipe.transform,
-        solver=recipe.solver,
-        block=recipe.block,
-        bytes_before=dense.kernel.nbytes,
-        bytes_after=_nbytes(packed.weight) + (_nbytes(packed.transform) if first else 0),
-    )
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _measured_row(item, path, layers, moments, losses) -> LayerReport:
-    weights = [layers[p].weight for p in item.site.layers]
-    blocks = moments.mean
-    if blocks.ndim == 2:
-        blocks = linalg.diagonal_blocks(blocks, item.recipe.block)
-    gain = predicted_gain(site_weight_moment(weights, blocks), blocks, damping=item.recipe.damping)
-    row = _dry_row(item, path, layers[path])
-    return replace(
-        row, predicted_gain=float(jnp.mean(gain)), loss=losses[0], relative_loss=losses[1]
-    )

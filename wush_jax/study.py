@@ -16,8 +16,9 @@ from rich.table import Table
 
 from wush_jax.calibrate import Call, collect_moments, find_sites, plain_call
 from wush_jax.evaluate import Score, reference_logits, score
-from wush_jax.model import plan, quantize_with
+from wush_jax.model import quantize_with
 from wush_jax.nnx import DENSE_TYPES, DenseTypes
+from wush_jax.planning import plan
 from wush_jax.recipe import Recipe, Rules
 from wush_jax.report import Report
 
