@@ -164,22 +164,24 @@ def whitening_transform(
 def _spectral_transform(weight_moment, activation_moment, damping, power, hadamard):
     """``T_X = Q S^p U^T W'^T`` and ``T_W = Q S^-(1+p) V^T X'^T`` with Q = H or I."""
     check_moments(weight_moment, activation_moment, damping)
-    h = linalg.hadamard_numpy(weight_moment.shape[-1]) if hadamard else None
-    activation, weight = _construct(weight_moment, activation_moment, h, damping, power=power)
+    activation, weight = _construct(
+        weight_moment, activation_moment, damping, power=power, hadamard=hadamard
+    )
     check_finite_result("damping", activation, damping)
     check_finite_result("damping", weight, damping)
     return BlockTransform(activation, weight)
 
 
 @linalg.float64_construction
-@functools.partial(jax.jit, static_argnames="power")
-def _construct(weight_moment, activation_moment, h, damping, *, power):
+@functools.partial(jax.jit, static_argnames=("power", "hadamard"))
+def _construct(weight_moment, activation_moment, damping, *, power, hadamard):
     left, s, right = linalg.spectral_factors(
         linalg.damp(weight_moment, damping), linalg.damp(activation_moment, damping)
     )
     activation = (s**power)[..., None] * left
     weight = (s ** -(1.0 + power))[..., None] * right
-    if h is not None:
+    if hadamard:
+        h = jnp.asarray(linalg.hadamard_numpy(weight_moment.shape[-1]))
         activation, weight = linalg.matmul(h, activation), linalg.matmul(h, weight)
     return activation, weight
 
