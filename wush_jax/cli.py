@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import tyro
@@ -28,48 +26,44 @@ from wush_jax.study import compare, grid
 DEMO_TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
 
 
-@dataclass(frozen=True)
-class Demo:
+def demo(
+    *,
+    out: Path = Path("wush-demo"),
+    quick: bool = False,
+    calibration_tokens: int = 65536,
+    evaluation_tokens: int = 16384,
+) -> None:
     """Quantize the embedded language model in every setting and show what each transform buys.
 
     Calibrates and evaluates on held-out modules of the standard library; needs no network. Writes
-    report.json, plot.png and the quantized checkpoint of the best 4-bit setting.
+    report.json, plot.png and the quantized checkpoint of the best setting.
 
-    Attributes:
+    Args:
       out: folder for the results.
-      quick: three settings of one format and less text: under a minute.
+      quick: three settings of one format and a quarter of the text: under a minute.
       calibration_tokens: tokens for the second moments.
       evaluation_tokens: tokens for KL and perplexity.
     """
-
-    out: Path = Path("wush-demo")
-    quick: bool = False
-    calibration_tokens: int = 65536
-    evaluation_tokens: int = 16384
-
-
-def run_demo(options: Demo) -> None:
-    """Run ``wush demo``."""
     start = time.perf_counter()
     console = Console()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     window = {"batch": 16, "length": 256}
-    share = 4 if options.quick else 1
+    share = 4 if quick else 1
     per_batch = window["batch"] * window["length"]
     calibration = token_batches(
         stdlib_text("calibration"),
-        limit=max(1, options.calibration_tokens // share // per_batch),
+        limit=max(1, calibration_tokens // share // per_batch),
         **window,
     )
     evaluation = list(
         token_batches(
             stdlib_text("evaluation"),
-            limit=max(1, options.evaluation_tokens // share // per_batch),
+            limit=max(1, evaluation_tokens // share // per_batch),
             **window,
         )
     )
-    chosen = [formats.MXFP4] if options.quick else [formats.MXFP4, formats.NVFP4, formats.INT4]
-    names = ("identity", "hadamard", "wush") if options.quick else DEMO_TRANSFORMS
+    chosen = [formats.MXFP4] if quick else [formats.MXFP4, formats.NVFP4, formats.INT4]
+    names = ("identity", "hadamard", "wush") if quick else DEMO_TRANSFORMS
     settings = grid(chosen, names)
     model = load_demo_model()
     with progress_bar(console) as bar:
@@ -82,12 +76,12 @@ def run_demo(options: Demo) -> None:
         study, models = compare(model, settings, calibration, evaluation, step=step)
         bar.update(task, description="done", completed=len(settings) + 1)
     console.print(study.table())
-    study.to_json(options.out / "report.json")
-    study.plot(options.out / "plot.png")
+    study.to_json(out / "report.json")
+    study.plot(out / "plot.png")
     best = min(study.outcomes, key=lambda outcome: outcome.kl)
-    save(options.out / "checkpoint", models[best.name])
-    console.print(f"best by KL: {best.name}; its checkpoint: {options.out / 'checkpoint'}")
-    console.print(f"report.json and plot.png are in {options.out}; ", end="")
+    save(out / "checkpoint", models[best.name])
+    console.print(f"best by KL: {best.name}; its checkpoint: {out / 'checkpoint'}")
+    console.print(f"report.json and plot.png are in {out}; ", end="")
     console.print(f"{time.perf_counter() - start:.0f} s on {jax.devices()[0].device_kind}")
 
 
@@ -103,18 +97,16 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-Command = Annotated[Demo, tyro.conf.subcommand("demo")]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 for a mistake in the input.
 
     Args:
       argv: arguments; None takes the process's own.
     """
-    command = tyro.cli(tyro.conf.OmitSubcommandPrefixes[Command], args=argv, prog="wush")
+    commands = tyro.extras.SubcommandApp()
+    commands.command(demo)
     try:
-        {Demo: run_demo}[type(command)](command)
+        commands.cli(args=argv, prog="wush")
     except ValueError as error:
         print(f"wush: {error}", file=sys.stderr)
         return 2

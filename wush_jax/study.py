@@ -64,7 +64,7 @@ class Study:
         """Return a `rich` table, one row a setting."""
         table = Table(title="quantized against the original")
         for name in ("setting", "layer loss x 1e3", "KL x 1e3", "perplexity", "bits/token", "s"):
-            table.add_column(name, justify="left" if name == "setting" else "right")
+            table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=True)
         bits = f"{self.reference.bits_per_token:.4f}"
         table.add_row("unquantized", "0", "0", f"{self.reference.perplexity:.4f}", bits, "")
         for o in self.outcomes:
