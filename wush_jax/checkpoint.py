@@ -63,40 +63,31 @@ def save(
     Source: WUSH checkpoints of mid-2026, ``quant_method`` "wush".
 
     >>> import tempfile
-    >>> from wush_jax import Recipe, quantize_model
-    >>> model = nnx.List([nnx.Linear(64, 32, rngs=nnx.Rngs(0))])
-    >>> x = jax.random.normal(jax.random.key(0), (8, 64))
-    >>> quantized, _ = quantize_model(model, [x], Recipe(), call=lambda m, x: m[0](x))
+    >>> from wush_jax import Recipe, quantize_weight
+    >>> from wush_jax.nnx import dense_layers
+    >>> dense = dense_layers(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))[0][""]
+    >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
+    >>> model = nnx.List([QuantizedDense(dense, packed)])
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder, quantized)
-    ...     loaded = load(folder, model)
-    >>> bool((loaded[0](x) == quantized[0](x)).all())
-    True
+    ...     save(folder, model)
+    ...     sorted(TensorFolder(folder).entries)[:4]
+    ['0.activation_global_scale', '0.activation_scale_scale', '0.bias', '0.e2m1']
     """
     tensors: dict[str, Any] = {}
     records: dict[str, LayerRecord] = {}
     first: dict[int, str] = {}
     for module_path, module in nnx.iter_modules(qmodel):
-        if isinstance(module, QuantizedDense):
-            name = _layer_name(qmodel, dotted(module_path))
-            site = (
-                None if module.transform is None else first.setdefault(id(module.transform), name)
-            )
-            records[name] = record_of(name, module.packed, site)
-            _add(tensors, layer_tensors(name, module.packed))
+        if not isinstance(module, QuantizedDense):
+            continue
+        name, site = _layer_name(qmodel, dotted(module_path)), None
+        if module.transform is not None:
+            site = first.setdefault(id(module.transform), name)
+        records[name] = record_of(name, module.packed, site)
+        _add(tensors, layer_tensors(name, module.packed))
     if not records:
         raise ValueError("qmodel has no quantized layers; pass what quantize_model returned")
     _add(tensors, _plain_tensors(qmodel))
-    config = getattr(getattr(qmodel, "config", None), "to_dict", dict)()
-    quantization = {
-        **records_to_json(records),
-        "library": f"wush_jax {_library_version()}",
-        "naming": _naming(qmodel),
-        **({"activation_dtype": np.dtype(qmodel.dtype).name} if isinstance(qmodel, Llama) else {}),
-        "metadata": dict(metadata or {}),
-    }
-    config = {**config, "quantization_config": quantization}
-    write_folder(path, tensors, config, shard_bytes=shard_bytes)
+    write_folder(path, tensors, _config(qmodel, records, metadata), shard_bytes=shard_bytes)
 
 
 def load(
@@ -114,8 +105,8 @@ def load(
       model: the model before quantization, or its shapes
         (``nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))``); its weights are not used, and
         it is left as it is. None builds the `Llama` of ``config.json``.
-      sharding: where tensors go: one for all, or a function of the tensor's name. Default: where
-        jax puts them.
+      sharding: where tensors go: one that fits all of them, or a function of a tensor's name in
+        the files, for the array as the model holds it. None is where jax puts it.
       dense_types: module types that are dense layers.
       implementation: of the quantized layers; None lets the dispatch choose.
 
@@ -129,16 +120,16 @@ def load(
     Source: as `save`.
 
     >>> import tempfile
-    >>> from wush_jax import Recipe, quantize_model
-    >>> from wush_jax.models import LlamaConfig
-    >>> config = LlamaConfig(vocab_size=7, hidden_size=32, intermediate_size=32,
-    ...                      num_hidden_layers=1, num_attention_heads=2)
-    >>> tokens = jnp.arange(6).reshape(1, 6)
-    >>> model, _ = quantize_model(Llama(config, rngs=nnx.Rngs(0)), [tokens], Recipe())
+    >>> from wush_jax import Recipe, quantize_weight
+    >>> from wush_jax.nnx import dense_layers
+    >>> model = nnx.List([nnx.Linear(32, 8, rngs=nnx.Rngs(0))])
+    >>> dense = dense_layers(model)[0]["0"]
+    >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
+    >>> quantized = nnx.List([QuantizedDense(dense, packed)])
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder, model)
-    ...     loaded = load(folder)
-    >>> bool((loaded(tokens) == model(tokens)).all())
+    ...     save(folder, quantized)
+    ...     loaded = load(folder, model)
+    >>> bool((loaded[0].codes[...] == packed.weight.codes).all())
     True
     """
     folder = TensorFolder(path)
@@ -165,6 +156,22 @@ def load(
     _fill(loaded, folder, place)
     folder.check_all_read()
     return loaded
+
+
+def _config(
+    qmodel: nnx.Module, records: Mapping[str, LayerRecord], metadata: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the content of ``config.json``."""
+    quantization = {
+        **records_to_json(records),
+        "library": f"wush_jax {_library_version()}",
+        "naming": _naming(qmodel),
+        "metadata": dict(metadata or {}),
+    }
+    if isinstance(qmodel, Llama):
+        quantization["activation_dtype"] = np.dtype(qmodel.dtype).name
+    to_dict = getattr(getattr(qmodel, "config", None), "to_dict", dict)
+    return {**to_dict(), "quantization_config": quantization}
 
 
 def _library_version() -> str:

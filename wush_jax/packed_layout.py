@@ -176,10 +176,11 @@ def read_packed(
 def _read_transform(folder: TensorFolder, name: str, record: LayerRecord) -> np.ndarray:
     k, d = record.shape[1], record.block
     assert d is not None
-    own, first = (
-        folder.read(f"{layer}.transform", (jnp.bfloat16, jnp.float32), [(k // d, d, d), (d, d)])
-        for layer in (name, record.site)
-    )
+    dtypes, shapes = (jnp.bfloat16, jnp.float32), [(k // d, d, d), (d, d)]
+    own = folder.read(f"{name}.transform", dtypes, shapes)
+    if record.site == name:
+        return own
+    first = folder.read(f"{record.site}.transform", dtypes, shapes)
     if own.dtype != first.dtype or own.tobytes() != first.tobytes():
         raise ValueError(
             f"{folder.entries[f'{name}.transform'].file}: '{name}.transform' differs from that of "

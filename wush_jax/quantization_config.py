@@ -125,7 +125,7 @@ def format_from_json(values: Mapping[str, Any]) -> Format:
     >>> format_from_json(format_to_json(NVFP4)) == NVFP4
     True
     """
-    scale = _take(values, "global_scale", (int, float, type(None)))
+    scale = _scale(values, "global_scale", optional=True, scalar=True)
     return Format(
         name=_take(values, "name", str),
         element=_element(_take(values, "element", (str, dict))),
@@ -183,10 +183,12 @@ def _check_tiling(record: LayerRecord) -> None:
         raise ValueError(f"block={record.block} does not divide K={k}")
 
 
-def _scale(values: Mapping[str, Any], key: str, *, optional: bool = False) -> Any:
+def _scale(
+    values: Mapping[str, Any], key: str, *, optional: bool = False, scalar: bool = False
+) -> Any:
     if optional and key in values and values[key] is None:
         return None
-    value = _take(values, key, (int, float, list))
+    value = _take(values, key, (int, float) if scalar else (int, float, list))
     if not is_scale(value):
         raise ValueError(f"{key}={value!r}, expected positive finite numbers")
     return value

@@ -31,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 OWN_FILE = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|" + re.escape(INDEX))
 SHARD_FILE = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 SHARD_BYTES = 5_000_000_000
+CONFIG_BYTES = 2**28
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -175,9 +176,9 @@ def write_folder(
         text = json.dumps(config, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"config or metadata is not JSON ({error}); use plain values") from error
-    _check_replaceable(path, config)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     try:
+        _check_replaceable(path, config)
         fresh.mkdir(parents=True)
         (fresh / CONFIG).write_text(text, encoding="utf-8")
         _write_shards(fresh, tensors, shard_bytes)
@@ -196,6 +197,8 @@ def write_folder(
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file; ValueError with the file's name if there is none."""
     try:
+        if not file.is_file() or file.stat().st_size > CONFIG_BYTES:
+            raise ValueError("it is missing, not a regular file, or huge")
         content = _parse_json(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON ({error}); fetch it again") from error

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+from checkpoint_tools import change_config, llama, pair, refuse
+
+import wush_jax as wush
+
+
+@pytest.fixture
+def folder(tmp_path):
+    wush.save(tmp_path / "model", pair())
+    return tmp_path / "model"
+
+
+def record(**changes):
+    return lambda c: c["layers"]["up"].update(changes)
+
+
+def fmt(**changes):
+    return lambda c: c["formats"]["MXFP4"].update(changes)
+
+
+MISLABELS = {
+    "method": (lambda c: c.update(quant_method="fp_quant"), "expected 'wush' and 1"),
+    "layout": (lambda c: c.update(layout=2), "later version"),
+    "naming": (lambda c: c.update(naming="hugging_face"), "names are of kind"),
+    "no layers": (lambda c: c.pop("layers"), "entry 'layers' is missing"),
+    "layers": (lambda c: c.update(layers=[1]), r"'layers' is \[1\], expected dict"),
+    "layer": (lambda c: c["layers"].update(up=3), "layer 'up'.*expected dict"),
+    "stranger": (lambda c: c["layers"].update(down=c["layers"]["up"]), "no dense layer called"),
+    "shape": (record(shape=[64, 64]), r"\(64, 64\), in the model \(32, 64\)"),
+    "no shape": (record(shape=[32, -64]), r"shape=\[32, -64\], expected"),
+    "groups": (record(shape=[32, 63]), "groups of 32 .* do not tile"),
+    "block": (record(block=48), "block=48 does not divide K=64"),
+    "block zero": (record(block=0), "block=0"),
+    "smaller block": (record(block=16), "not the first of a site"),
+    "no block": (record(block=None), "expected both or neither"),
+    "site": (record(site="down"), "not the first of a site"),
+    "unknown site": (record(site="../up"), "not the first of a site"),
+    "format": (record(format="FP3"), "format 'FP3' is not among"),
+    "scale": (record(global_scale=5.0), "the config says 0.2"),
+    "scale list": (record(global_scale=["x"]), "positive finite"),
+    "scale negative": (record(global_scale=-3.0), "positive finite"),
+    "input scale": (record(input_global_scale=1e39), "positive finite"),
+    "element": (fmt(element="os.system"), "element='os.system' is unknown"),
+    "bits": (fmt(element={"name": "i", "bits": 10**9, "midrise": True}), "bits=1000000000"),
+    "rule": (fmt(rule="__import__"), "rule='__import__' is unknown"),
+    "group": (fmt(group_size=True), "'group_size' is True, expected int"),
+    "zero group": (fmt(group_size=0), "group_size=0"),
+    "fmt scale": (fmt(scale_dtype=None), "'scale_dtype' is None, expected str"),
+}
+
+
+@pytest.mark.parametrize("mislabel", MISLABELS)
+def test_mislabelled_configs_are_refused(mislabel, folder):
+    change, match = MISLABELS[mislabel]
+    change_config(change)(folder)
+    refuse(folder, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_hidden_layers": 10**9}, "more layers than"),
+        ({"hidden_size": "64"}, "describes no Llama"),
+        ({"hidden_size": -64}, "describes no Llama"),
+        ({"vocab_size": None}, "describes no Llama"),
+        ({"vocab_size": 10**30}, "describes no Llama"),
+        ({"intermediate_size": 32}, r"\(64, 96\), in the model \(64, 32\)"),
+        ({"tie_word_embeddings": True}, "surplus tensors 'lm_head.weight'"),
+        ({"num_attention_heads": 0}, "describes no Llama|in the model"),
+        ({"rope_theta": []}, "describes no Llama"),
+    ],
+)
+def test_nonsensical_model_configs_are_refused(change, match, tmp_path):
+    folder = tmp_path / "model"
+    wush.save(folder, llama("identity"))
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=match):
+        wush.load(folder)
+
+
+def test_config_beyond_the_decoder(tmp_path):
+    wush.save(tmp_path / "model", llama("identity"))
+    file = tmp_path / "model" / "config.json"
+    file.write_text(file.read_text().replace('"model_type": "llama"', '"model_type": "mamba"'))
+    with pytest.raises(NotImplementedError, match="mamba"):
+        wush.load(tmp_path / "model")
