@@ -24,6 +24,7 @@ from wush_jax.planning import plan as plan
 from wush_jax.quantize import PackedWeight as PackedWeight
 from wush_jax.quantize import quantize_weight as quantize_weight
 from wush_jax.recipe import Recipe as Recipe
+from wush_jax.sequential import Sequential as Sequential
 from wush_jax.transforms import BlockTransform as BlockTransform
 from wush_jax.transforms import apply_transform as apply_transform
 from wush_jax.transforms import hadamard_transform as hadamard_transform

@@ -19,7 +19,8 @@ from wush_jax.moments import Moments
 from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers, replace_modules
 
 Call = Callable[[nnx.Module, Any], Any]
-Progress = Callable[[int], Any]
+# Called with what is done, the total where it is known, and what is under way.
+Progress = Callable[[int, int | None, str], Any]
 
 
 def plain_call(model: nnx.Module, batch: Any) -> Any:
@@ -133,7 +134,7 @@ def collect_moments(
       blocks: the sites to observe, each with its block size d, or None for the full (K, K).
       call: how to run the model on a batch.
       dense_types: what counts as a dense layer.
-      progress: called with the number of batches done.
+      progress: called with the number of batches done, None and "calibrate".
 
     Returns:
       `Moments` by site.
@@ -148,7 +149,7 @@ def collect_moments(
     for done, batch in enumerate(batches, start=1):
         ordered = _add_batch(graph, tuple(totals), call, dense_types, state, ordered, batch)
         if progress is not None:
-            progress(done)
+            progress(done, None, "calibrate")
     if not done:
         raise ValueError("batches is empty; pass at least one calibration batch")
     totals = dict(zip(totals, ordered, strict=True))

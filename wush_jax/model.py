@@ -15,6 +15,7 @@ from wush_jax.planning import ModelPlan, layer_losses, measured_rows, plan, quan
 from wush_jax.quantize import PackedWeight
 from wush_jax.recipe import Rules
 from wush_jax.report import Report
+from wush_jax.sequential import Sequential, quantize_sequentially
 
 
 def quantize_model(
@@ -24,6 +25,7 @@ def quantize_model(
     *,
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
+    sequential: Sequential | None = None,
     implementation: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[nnx.Module, Report]:
@@ -36,8 +38,10 @@ def quantize_model(
       rules: as for `plan`.
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
+      sequential: settings to calibrate layer after layer through what is already quantized; None
+        calibrates all layers in one shot on the original model.
       implementation: of the quantized layers; None lets the dispatch choose.
-      progress: called with the number of calibration batches done.
+      progress: called with the passes done, their total where it is known, and what is under way.
 
     Returns:
       The quantized model and a `Report` with the loss of every layer on the first batch.
@@ -51,6 +55,17 @@ def quantize_model(
     >>> type(quantized[0]).__name__, report.layers[0].path
     ('QuantizedDense', '0')
     """
+    if sequential is not None:
+        return quantize_sequentially(
+            model,
+            batches,
+            rules,
+            sequential,
+            call=call,
+            dense_types=dense_types,
+            implementation=implementation,
+            progress=progress,
+        )
     batches = iter(batches)
     first = next(batches, None)
     if first is None:

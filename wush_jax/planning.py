@@ -113,7 +113,7 @@ def plan(
         raise ValueError(f"rules quantize none of the {len(layers)} dense layers: {skipped}")
     for item in planned:
         _check_fits(item)
-    rows = [_dry_row(item, path, layers[path]) for item in planned for path in item.site.layers]
+    rows = [row for item in planned for row in _dry_rows(item, layers)]
     return ModelPlan(planned, Report(rows, skipped, book.unused(layers)))
 
 
@@ -218,25 +218,37 @@ def _check_fits(item: SitePlan) -> None:
         )
 
 
-def _dry_row(item: SitePlan, path: str, dense: Dense) -> LayerReport:
+def packed_like(sites: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[str, PackedWeight]:
+    """Return what quantizing would leave, as shapes: a dry run of `quantize_planned`."""
+    out = {}
+    for item in sites:
+        shapes = [layers[path].contraction.shape for path in item.site.layers]
+        weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        moment = jax.ShapeDtypeStruct((item.site.size, item.site.size), jnp.float32)
+        packed = jax.eval_shape(partial(quantize_site, recipe=item.recipe), weights, moment)
+        out |= dict(zip(item.site.layers, packed, strict=True))
+    return out
+
+
+def _dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:
     recipe = item.recipe
-    n, k = dense.contraction.shape
-    # Shapes only: what quantizing would leave, without quantizing.
-    weights = jax.ShapeDtypeStruct((n, k), jnp.float32)
-    moment = jax.ShapeDtypeStruct((k, k), jnp.float32)
-    packed = jax.eval_shape(partial(quantize_site, recipe=recipe), [weights], moment)[0]
-    first = path == item.site.name or not recipe.share_transform
-    return LayerReport(
-        path=path,
-        site=item.site.name,
-        shape=(n, k),
-        format=f"{recipe.format.name}/{recipe.input_format.name if recipe.input_format else '-'}",
-        transform=recipe.transform,
-        solver=recipe.solver,
-        block=recipe.block,
-        bytes_before=dense.kernel.nbytes,
-        bytes_after=_nbytes(packed.weight) + (_nbytes(packed.transform) if first else 0),
-    )
+    rows = []
+    for path, packed in packed_like([item], layers).items():
+        first = path == item.site.name or not recipe.share_transform
+        rows.append(
+            LayerReport(
+                path=path,
+                site=item.site.name,
+                shape=layers[path].contraction.shape,
+                format=f"{recipe.format.name}/{getattr(recipe.input_format, 'name', '-')}",
+                transform=recipe.transform,
+                solver=recipe.solver,
+                block=recipe.block,
+                bytes_before=layers[path].kernel.nbytes,
+                bytes_after=_nbytes(packed.weight) + (_nbytes(packed.transform) if first else 0),
+            )
+        )
+    return rows
 
 
 def _nbytes(tree: Any) -> int:
@@ -257,10 +269,10 @@ def measured_rows(
     gain = predicted_gain(site_weight_moment(weights, blocks), blocks, damping=item.recipe.damping)
     return [
         replace(
-            _dry_row(item, path, layers[path]),
+            row,
             predicted_gain=float(jnp.mean(gain)),
-            loss=losses[path][0],
-            relative_loss=losses[path][1],
+            loss=losses[row.path][0],
+            relative_loss=losses[row.path][1],
         )
-        for path in item.site.layers
+        for row in _dry_rows(item, layers)
     ]

@@ -1,0 +1,139 @@
+"""The state of a long calibration on disk: finished layers, and what run they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+RUN_FILE = "run.json"
+
+
+class RunState:
+    """A folder with one file per finished stage; every file appears whole or not at all.
+
+    Args:
+      folder: created where missing.
+      fingerprint: what the run depends on, by name; see `digest`.
+      resume: continue the run that is in the folder. Without it the folder must hold none.
+
+    Raises:
+      ValueError: the folder holds a run and ``resume`` is not set, or one of another fingerprint:
+        the message names what differs.
+      OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, str], *, resume: bool):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        run = self.folder / RUN_FILE
+        if not run.exists():
+            self._write(run, lambda path: path.write_text(json.dumps(dict(fingerprint), indent=1)))
+            return
+        if not resume:
+            raise ValueError(
+                f"state_dir={str(folder)!r} holds the state of a run; pass resume=True to continue "
+                "it, or another folder"
+            )
+        try:
+            found = json.loads(run.read_text())
+            differs = [k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k)]
+        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+            raise ValueError(f"{run} is damaged ({error}); start in another folder") from error
+        if differs:
+            raise ValueError(
+                f"state_dir={str(folder)!r} belongs to another run: {', '.join(sorted(differs))} "
+                "differ; start in another folder"
+            )
+
+    def has(self, stage: int) -> bool:
+        """Whether a stage is finished."""
+        return self._file(stage).exists()
+
+    def save(self, stage: int, tree: Any, note: Mapping[str, Any]) -> None:
+        """Write a finished stage: the leaves of a pytree, and a JSON note.
+
+        Raises:
+          OSError: with the stage and what to do; stages before it are kept.
+        """
+        leaves = {f"{i:06d}": _bits(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        text = {"note": json.dumps(note)}
+        try:
+            self._write(self._file(stage), lambda path: save_file(leaves, path, metadata=text))
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"stage {stage} could not be written to {self.folder} ({error}); stages before it "
+                "are kept: make room and run again with resume=True"
+            ) from error
+
+    def load(self, stage: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Read a stage back as a pytree with the structure, shapes and types of ``like``.
+
+        Raises:
+          ValueError: the file is damaged or of another shape; delete it to redo the stage.
+        """
+        file = self._file(stage)
+        remedy = f"{file} is damaged or of another run; delete it to redo that stage"
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                note = json.loads((opened.metadata() or {})["note"])
+            stored = load_file(file)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{remedy} ({error})") from error
+        specs, structure = jax.tree.flatten(like)
+        if sorted(stored) != [f"{i:06d}" for i in range(len(specs))]:
+            raise ValueError(f"{remedy}: it holds {len(stored)} arrays, expected {len(specs)}")
+        leaves = [_from_bits(stored[f"{i:06d}"], s, remedy) for i, s in enumerate(specs)]
+        return jax.tree.unflatten(structure, leaves), note
+
+    def _file(self, stage: int) -> Path:
+        return self.folder / f"stage-{stage:05d}.safetensors"
+
+    def _write(self, target: Path, write) -> None:
+        fresh = target.with_suffix(f".tmp{os.getpid()}")
+        try:
+            write(fresh)
+            os.replace(fresh, target)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+def digest(arrays: Iterable[Any], sample: int = 4096) -> str:
+    """Return a short hash of shapes, types and some bytes of arrays, in order.
+
+    Whole small arrays and evenly spaced values of large ones: enough to notice another model or
+    other data, cheap enough for both.
+    """
+    state = hashlib.sha256()
+    for array in arrays:
+        state.update(f"{jnp.shape(array)}{jnp.asarray(array).dtype}".encode())
+        flat = jnp.ravel(jnp.asarray(array))
+        step = max(1, flat.size // sample)
+        state.update(np.ascontiguousarray(np.asarray(flat[::step])).tobytes())
+    return state.hexdigest()[:16]
+
+
+def _bits(leaf: jax.Array) -> np.ndarray:
+    """An array as numpy can store it: narrow floats as their bits."""
+    values = np.asarray(leaf)
+    return values if values.dtype.isbuiltin else values.view(f"u{values.dtype.itemsize}")
+
+
+def _from_bits(values: np.ndarray, spec: Any, remedy: str) -> jax.Array:
+    dtype = np.dtype(spec.dtype)
+    if not dtype.isbuiltin and values.dtype.itemsize == dtype.itemsize:
+        values = values.view(dtype)
+    if values.shape != spec.shape or values.dtype != dtype:
+        raise ValueError(
+            f"{remedy}: {values.dtype}{values.shape} found, {dtype}{spec.shape} expected"
+        )
+    return jnp.asarray(values)
