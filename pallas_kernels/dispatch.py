@@ -7,41 +7,80 @@ is tried. A forced implementation never falls back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
-from pallas_kernels import reference
+import jax
+
+from pallas_kernels import mosaic_gpu, reference, repack, xla
 
 Implementation = str | Sequence[str] | None
 
 
 def transform_quantize(
-    x, transform, fmt, *, global_scale=None, implementation: Implementation = None
+    x,
+    transform,
+    fmt,
+    *,
+    global_scale=None,
+    layout: str = "interchange",
+    implementation: Implementation = None,
 ):
     """Transform each block, find each group's scale, round to codes, pack.
 
-    ``codes = pack(round(T_b x_b * g / s)), s = rule(T_b x_b)`` per group.
+    ``codes = pack(round(T_b x_b * g / s)), s = rule(T_b x_b)`` per group. Codes and scales get no
+    gradient; the straight-through gradient of a quantized layer is `wush_jax.quantized_dot`'s.
 
     Args:
       x: (..., M, K) floating point.
       transform: (K/d, d, d) one per block, (d, d) shared, or None.
       fmt: the number format.
       global_scale: float32 scalar; None takes the format's own.
-      implementation: None chooses; a name, or names in order of preference, forces.
+      layout: "interchange", or what the matmul kernels want: "kernel" or "fp8"
+        (`pallas_kernels.repack`).
+      implementation: None chooses; a name, or names in order of preference, forces: "mosaic_gpu"
+        (one kernel, Hopper), "xla" (matmul in x's dtype), "reference".
 
     Returns:
-      Codes uint8 (..., M, K * bits / 8) and scales (..., M, K / g) in the format's scale type.
+      Codes uint8 (..., M, K * bits / 8) and scales (..., M, K / g) in the format's scale type, in
+      the interchange layout.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, or an unknown implementation or layout.
       NotImplementedError: no permitted implementation can serve the call; all reasons are listed.
     """
     _check_operands(x, transform, fmt.group_size)
+    if layout not in repack.LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; choose from {repack.LAYOUTS}")
+    x, transform, global_scale = jax.lax.stop_gradient((x, transform, global_scale))
+    if implementation is None and jax.default_backend() != "gpu":
+        implementation = ("mosaic_gpu", "reference")  # "xla" gains nothing on a CPU
     return _first_able(
         "transform_quantize",
-        {"reference": reference.transform_quantize},
+        {
+            "mosaic_gpu": _laid_out(
+                mosaic_gpu.transform_quantize, native=("interchange", "kernel")
+            ),
+            "xla": _laid_out(xla.transform_quantize),
+            "reference": _laid_out(reference.transform_quantize),
+        },
         implementation,
-        lambda run: run(x, transform, fmt, global_scale=global_scale),
+        lambda run: run(x, transform, fmt, global_scale, layout),
     )
+
+
+def _laid_out(run: Callable, native: tuple[str, ...] = ()) -> Callable:
+    """Let an implementation that knows some layouts, or only interchange, give any."""
+
+    @functools.wraps(run)
+    def call(x, transform, fmt, global_scale, layout):
+        if layout in native:
+            return run(x, transform, fmt, global_scale=global_scale, layout=layout)
+        only = {"layout": "interchange"} if native else {}
+        codes, scales = run(x, transform, fmt, global_scale=global_scale, **only)
+        return repack.from_interchange(codes, scales, fmt, layout)
+
+    return call
 
 
 def quantized_matmul(x, weight, *, out_dtype=None, implementation: Implementation = None):

@@ -1,0 +1,154 @@
+"""The door to the Mosaic GPU kernels: device, batching and sharding around one launch."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import tiles as tile_tables
+
+HOPPER = "9.0"
+
+
+def require_hopper() -> str:
+    """Return the device kind of the default Hopper GPU.
+
+    Raises:
+      NotImplementedError: there is none, or this jax has no Mosaic GPU for it.
+    """
+    version = jax.__version_info__
+    if version < (0, 11):
+        raise NotImplementedError(f"Mosaic GPU kernels need jax 0.11, this is {jax.__version__}")
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"needs an NVIDIA GPU; the backend is {jax.default_backend()}")
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != HOPPER:
+        raise NotImplementedError(
+            f"needs compute capability {HOPPER} (wgmma); {device.device_kind} has {capability}"
+        )
+    return device.device_kind
+
+
+def transform_quantize(x, transform, fmt, *, global_scale, layout):
+    """Run `quantize_kernel` on the default GPU, for any leading axes.
+
+    Args:
+      x: (..., M, K).
+      transform: (K/d, d, d), (d, d) or None.
+      fmt: the number format.
+      global_scale: float32 scalar; None takes the format's constant.
+      layout: "interchange" or "kernel".
+
+    Returns:
+      Codes uint8 (..., M, K/2), scales (..., M, K/g), or transposed in the kernel layout.
+
+    Raises:
+      NotImplementedError: what the kernel, the device or this jax does not cover.
+    """
+    device = require_hopper()
+    return launch(x, transform, fmt, global_scale=global_scale, layout=layout, device=device)
+
+
+def launch(x, transform, fmt, *, global_scale, layout, device, tiles=None, interpret=False):
+    """As `transform_quantize`, for a named device, with given tiles, or interpreted on CPU."""
+    from pallas_kernels import quantize_kernel
+
+    quantize_kernel.check_supported(x.reshape(-1, x.shape[-1]), transform, fmt)
+    if global_scale is None:
+        global_scale = fmt.global_scale
+    if global_scale is None:
+        raise NotImplementedError(f"{fmt.name} derives its global scale from the data: pass one")
+    if math.prod(jnp.shape(global_scale)) != 1:
+        raise NotImplementedError(
+            f"global_scale has shape {jnp.shape(global_scale)}: the kernel takes one for all rows"
+        )
+    if layout == "kernel" and x.ndim != 2:
+        raise NotImplementedError(f"layout='kernel' is for x (M, K), got {x.shape}: flatten it")
+    if transform is None:
+        # Blocks as small as the groups: an infinity stays in its own group.
+        transform = jnp.eye(fmt.group_size, dtype=x.dtype)
+    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
+    d, shared = transform.shape[-1], transform.ndim == 2
+    if tiles is None:
+        tiles = tile_tables.choose(rows, width, fmt, d, shared, layout, device)
+    run = functools.partial(_sharded, fmt, layout, tiles, interpret)
+    g = jnp.asarray(global_scale, jnp.float32).reshape(())
+    codes, scales = _batched(run, layout)(x.reshape(rows, width), transform, g)
+    if x.ndim == 2:
+        return codes, scales
+    return codes.reshape(*x.shape[:-1], -1), scales.reshape(*x.shape[:-1], -1)
+
+
+def _batched(run, layout):
+    """Under vmap, fold mapped rows into M; map over anything else one by one."""
+    call = custom_vmap(run)
+
+    @call.def_vmap
+    def rule(size, mapped, x, transform, g):
+        if layout == "interchange" and tuple(mapped) == (True, False, False):
+            codes, scales = call(x.reshape(-1, x.shape[-1]), transform, g)
+            lead = x.shape[:-1]
+            return (codes.reshape(*lead, -1), scales.reshape(*lead, -1)), (True, True)
+        operands = (x, transform, g)
+
+        def one(i):
+            return call(*(o[i] if m else o for o, m in zip(operands, mapped, strict=True)))
+
+        return jax.lax.map(one, jnp.arange(size)), (True, True)
+
+    return call
+
+
+def _sharded(fmt, layout, tiles, interpret, x, transform, g):
+    """The kernel on each shard of the rows; the other axes are gathered first."""
+    return _partitioned(x, transform, g, fmt, layout, tiles, interpret)
+
+
+@functools.partial(custom_partitioning, static_argnums=(3, 4, 5, 6))
+def _partitioned(x, transform, g, fmt, layout, tiles, interpret):
+    from pallas_kernels import quantize_kernel
+
+    return quantize_kernel.transform_quantize(
+        x, transform, fmt, global_scale=g, layout=layout, tiles=tiles, interpret=interpret
+    )
+
+
+def _row_shardings(layout, mesh, arguments):
+    rows = arguments[0].sharding.spec[0] if arguments[0].sharding.spec else None
+    scales = (rows, None) if layout == "interchange" else (None, rows)
+    named = functools.partial(NamedSharding, mesh)
+    outputs = named(PartitionSpec(rows, None)), named(PartitionSpec(*scales))
+    inputs = named(PartitionSpec(rows, None)), named(PartitionSpec()), named(PartitionSpec())
+    return inputs, outputs
+
+
+def _infer(fmt, layout, tiles, interpret, mesh, arguments, result):
+    return _row_shardings(layout, mesh, arguments)[1]
+
+
+def _partition(fmt, layout, tiles, interpret, mesh, arguments, result):
+    inputs, outputs = _row_shardings(layout, mesh, arguments)
+    run = functools.partial(_shard, fmt, layout, tiles, interpret)
+    return mesh, run, outputs, inputs
+
+
+def _shard(fmt, layout, tiles, interpret, x, transform, g):
+    return _partitioned.fun(x, transform, g, fmt, layout, tiles, interpret)
+
+
+def _rule(fmt, layout, tiles, interpret, mesh, arguments, result):
+    block = "b i j" if len(arguments[1].shape) == 3 else "i j"
+    scales = "m q" if layout == "interchange" else "q m"
+    return f"m k, {block}, -> m p, {scales}"
+
+
+_partitioned.def_partition(
+    partition=_partition, infer_sharding_from_operands=_infer, sharding_rule=_rule
+)

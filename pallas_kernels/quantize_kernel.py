@@ -1,0 +1,326 @@
+"""Fused block transform, scale, rounding and packing: one Mosaic GPU kernel for Hopper.
+
+A block of threads (CTA) holds the transforms of a slab of K in shared memory and walks down M.
+Each of its warpgroups runs its own pipeline over tiles of 64 rows:
+
+    TMA load -> wgmma with T_b -> registers: scale, round, pack (`epilogue`) -> TMA store
+
+A buffer is refilled as soon as wgmma has read it, so the next load overlaps the arithmetic of this
+tile. Rows and columns beyond the array read as zeros and are not written: TMA clips, so no size
+needs a padded copy (but for M above 8 that is no multiple of 8). The same source runs under GPU
+interpretation on CPU, where `epilogue.plain` stands in for the register part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import epilogue, group_scales
+from pallas_kernels.tiles import Tiles
+
+ROWS = 64  # rows of one wgmma
+# How scales leave the kernel, and what they are.
+SCALE_WORDS = {
+    "e8m0": (jnp.uint8, jnp.float8_e8m0fnu),
+    "e4m3": (jnp.uint8, jnp.float8_e4m3fn),
+    "bfloat16": (jnp.uint16, jnp.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The sizes of one call.
+
+    Attributes:
+      rows: M.
+      width: K.
+      block: d, width of a transform.
+      group: g, values of a scale.
+      shared: one transform for all blocks.
+      layout: "interchange" or "kernel".
+      tiles: the tuned sizes.
+    """
+
+    rows: int
+    width: int
+    block: int
+    group: int
+    shared: bool
+    layout: str
+    tiles: Tiles
+
+    @property
+    def slab(self) -> int:
+        """Columns of a slab."""
+        return self.tiles.columns * self.tiles.steps
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Slabs that cover K; CTA-high row tiles, one of 64 a warpgroup, that cover M."""
+        return -(-self.width // self.slab), -(-self.rows // (ROWS * self.tiles.warpgroups))
+
+    @property
+    def ctas(self) -> int:
+        """Thread blocks: no more than there are pairs."""
+        return min(self.tiles.ctas, math.prod(self.pairs))
+
+    def oriented(self, rows, groups) -> tuple:
+        """Order the axes of scales: (M, K/g), or transposed in the kernel layout."""
+        return (rows, groups) if self.layout == "interchange" else (groups, rows)
+
+
+def transform_quantize(x, transform, fmt, *, global_scale, layout, tiles, interpret=False):
+    """Transform, scale, round and pack in one kernel.
+
+    ``codes = pack(round(y * g / s)), s = rule(y), y_b = x_b @ T_b^T`` with float32 sums.
+
+    Values below 2**-126 count as zero in the definition; here they keep their codes in groups
+    whose largest value lies below 2**-121.
+
+    Args:
+      x: (M, K) bfloat16 or float16, K a multiple of 64.
+      transform: (K/d, d, d) or (d, d), of x's dtype; None for none.
+      fmt: the number format.
+      global_scale: float32 scalar g.
+      layout: "interchange": codes (M, K/2) with the even column in the low nibble, scales
+        (M, K/g). "kernel": byte j of each 32 columns holds columns j and j + 16, scales (K/g, M).
+      tiles: sizes, see `pallas_kernels.tiles`.
+      interpret: run under GPU interpretation, on CPU.
+
+    Returns:
+      Codes uint8 (M, K/2) and scales in the format's scale type.
+
+    Raises:
+      NotImplementedError: what this kernel does not cover, with the reason.
+    """
+    check_supported(x, transform, fmt)
+    if transform is None:
+        # Blocks as small as the groups: an infinity stays in its own group.
+        transform = jnp.eye(fmt.group_size, dtype=x.dtype)
+    m, k = x.shape
+    # TMA's view of a swizzled tile splits M by 8 rows.
+    if m > 8 and m % 8:
+        x = jnp.pad(x, ((0, -m % 8), (0, 0)))
+    d, shared = transform.shape[-1], transform.ndim == 2
+    geometry = Geometry(x.shape[0], k, d, fmt.group_size, shared, layout, tiles)
+    codes, scales = _kernel(geometry, fmt, x.dtype, interpret)(
+        x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)
+    )
+    scales = scales[:m] if layout == "interchange" else scales[:, :m]
+    return codes[:m], lax.bitcast_convert_type(scales, SCALE_WORDS[fmt.scale_dtype][1])
+
+
+def check_supported(x, transform, fmt) -> None:
+    """Raise NotImplementedError, with the reason, for what the kernel does not cover."""
+    group_scales.check_format(fmt)
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"x has dtype {x.dtype}: wgmma multiplies bfloat16 or float16 with float32 sums"
+        )
+    if x.shape[-1] % 64 or x.shape[0] == 0:
+        raise NotImplementedError(
+            f"x has shape {x.shape}: TMA needs K to be a multiple of 64, and M at least 1"
+        )
+    if transform is None:
+        return
+    if transform.dtype != x.dtype:
+        raise NotImplementedError(
+            f"transform has dtype {transform.dtype}, x {x.dtype}: wgmma needs one dtype"
+        )
+    if transform.shape[-1] not in (16, 32, 64, 128):
+        raise NotImplementedError(f"block d={transform.shape[-1]} is none of 16, 32, 64, 128")
+
+
+def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
+    """The kernel as a function of x (M, K), transforms (B, d, d) and g (1,)."""
+    tiles, d, n = geo.tiles, geo.block, geo.tiles.warpgroups
+    word = SCALE_WORDS[fmt.scale_dtype][0]
+    # TMA tiles of codes must divide K/2 bytes and are no wider than one step.
+    packed = math.gcd(math.gcd(geo.width, tiles.columns) // 2, 128)
+    operand = _swizzled(min(128, 2 * d), 2)
+    scratch = dict(
+        x_s=plgpu.SMEM((n * tiles.stages, ROWS, tiles.columns), dtype, transforms=operand),
+        t_s=plgpu.SMEM((1 if geo.shared else geo.slab // d, d, d), dtype, transforms=operand),
+        codes_s=plgpu.SMEM(
+            (n * 2, ROWS, tiles.columns // 2), jnp.uint8, transforms=_swizzled(packed, 1)
+        ),
+        x_ready=plgpu.Barrier(num_barriers=n * tiles.stages),
+        t_ready=plgpu.Barrier(),
+        together=plgpu.Barrier(num_arrivals=n),
+    )
+    if tiles.steps > 1 or interpret:
+        gathered = geo.oriented(ROWS, geo.slab // geo.group)
+        scratch["scales_s"] = plgpu.SMEM((n * 2, *gathered), word)
+    groups = geo.width // geo.group
+    return plgpu.kernel(
+        functools.partial(_body, geo, fmt, interpret),
+        out_type=(
+            jax.ShapeDtypeStruct((geo.rows, geo.width // 2), jnp.uint8),
+            jax.ShapeDtypeStruct(geo.oriented(geo.rows, groups), word),
+        ),
+        grid=(geo.ctas,),
+        grid_names=("cta",),
+        num_threads=n,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=_interpreter() if interpret else None,
+    )
+
+
+def _swizzled(swizzle: int, itemsize: int) -> tuple:
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))
+    return tiling, plgpu.SwizzleTransform(swizzle)
+
+
+def _interpreter():
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def _body(geo, fmt, interpret, x_g, t_g, g_g, codes_g, scales_g, *, t_s, t_ready, together, **own):
+    """One CTA: its share of all (slab, row tile) pairs, slab by slab."""
+    slabs, row_tiles = geo.pairs
+    total = slabs * row_tiles
+    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    end = (cta + 1) * total // geo.ctas
+    held = t_s.shape[0]
+    encode = _encoder(geo, fmt, g_g[0], interpret)
+
+    def one_slab(position):
+        slab = position // row_tiles
+        first = position - slab * row_tiles
+        count = jnp.minimum(end - position, row_tiles - first)
+        # Nobody may still read the transforms of the slab before.
+        plgpu.barrier_arrive(together)
+        plgpu.barrier_wait(together)
+
+        @pl.when(wg == 0)
+        def _():
+            at = 0 if geo.shared else pl.multiple_of(slab * held, held)
+            plgpu.copy_gmem_to_smem(t_g.at[pl.ds(at, held)], t_s, t_ready)
+
+        _walk(geo, encode, x_g, codes_g, scales_g, t_s, slab, first, count, t_ready, **own)
+        return position + count
+
+    lax.while_loop(lambda position: position < end, one_slab, cta * total // geo.ctas)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _walk(
+    geo,
+    encode,
+    x_g,
+    codes_g,
+    scales_g,
+    t_s,
+    slab,
+    first,
+    count,
+    t_ready,
+    *,
+    x_s,
+    codes_s,
+    x_ready,
+    scales_s=None,
+):
+    """One warpgroup: its row tiles ``first .. first + count`` of a slab, step by step."""
+    tiles, steps = geo.tiles, geo.tiles.steps
+    wg = lax.axis_index("wg")
+    last = count * steps
+
+    def row(tile):
+        return pl.multiple_of(((first + tile) * tiles.warpgroups + wg) * ROWS, ROWS)
+
+    def rows_columns(tile, step, per):
+        column = pl.multiple_of((slab * steps + step) * per, per)
+        return pl.ds(row(tile), ROWS), pl.ds(column, per)
+
+    def fetch(i):
+        tile, step = i // steps, lax.rem(i, steps)
+        slot = wg * tiles.stages + lax.rem(i, tiles.stages)
+        at = rows_columns(tile, step, tiles.columns)
+        plgpu.copy_gmem_to_smem(x_g.at[at], x_s.at[slot], x_ready.at[slot])
+
+    def warm_up(i, _):
+        pl.when(i < last)(lambda: fetch(i))
+
+    def advance(i, _):
+        tile, step = i // steps, lax.rem(i, steps)
+        slot = wg * tiles.stages + lax.rem(i, tiles.stages)
+        plgpu.barrier_wait(x_ready.at[slot])
+        y = _transform(geo, x_s.at[slot], t_s, step)
+        # At most the store before is still reading; and all four warps are past wgmma.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        pl.when(i + tiles.stages < last)(lambda: fetch(i + tiles.stages))
+        out = codes_s.at[wg * 2 + lax.rem(i, 2)]
+        groups = tiles.columns // geo.group
+        scales = scales_g.at[geo.oriented(*rows_columns(tile, step, groups))]
+        gathered = None if scales_s is None else scales_s.at[wg * 2 + lax.rem(tile, 2)]
+        if gathered is not None:
+            at = pl.ds(pl.multiple_of(step * groups, groups), groups)
+            scales = gathered.at[geo.oriented(slice(None), at)]
+        exist = geo.rows - row(tile), geo.width // geo.group - (slab * steps + step) * groups
+        out[...] = encode(scales, exist, y)
+        plgpu.commit_smem()
+        if gathered is not None:
+
+            @pl.when(step == steps - 1)
+            def _():
+                start = pl.multiple_of(slab * steps * groups, steps * groups)
+                at = geo.oriented(pl.ds(row(tile), ROWS), pl.ds(start, steps * groups))
+                plgpu.copy_smem_to_gmem(gathered, scales_g.at[at], commit_group=False)
+
+        codes = codes_g.at[rows_columns(tile, step, tiles.columns // 2)]
+        plgpu.copy_smem_to_gmem(out, codes)
+
+    lax.fori_loop(0, tiles.stages, warm_up, None)
+    plgpu.barrier_wait(t_ready)
+    lax.fori_loop(0, last, advance, None)
+
+
+def _transform(geo: Geometry, x_s, t_s, step):
+    """``x_b @ T_b^T`` of the blocks of one tile: float32 accumulators (64, d) each."""
+    d = geo.block
+    blocks = geo.tiles.columns // d
+
+    def multiply(*accumulators):
+        for b, acc in enumerate(accumulators):
+            t = t_s.at[0 if geo.shared else step * blocks + b]
+            plgpu.wgmma(acc, x_s.at[:, b * d : (b + 1) * d], t.T)
+        plgpu.wgmma_wait(0)
+        return [acc[...] for acc in accumulators]
+
+    return pl.run_scoped(multiply, *[plgpu.ACC((ROWS, d), jnp.float32)] * blocks)
+
+
+def _encoder(geo: Geometry, fmt, g, interpret):
+    """``encode(scales_ref, exist, y) -> codes``: scales go to the ref, codes are returned."""
+    if interpret:
+
+        def twin(scales, exist, y):
+            del exist  # TMA clips
+            codes, stored = epilogue.plain(fmt, geo.layout, jnp.concatenate(y, axis=1), g)
+            scales[...] = stored
+            return codes
+
+        return twin
+
+    def per_row(value):
+        spread = lax.broadcast(jnp.asarray(value), (ROWS,))
+        return plgpu.layout_cast(spread, plgpu.Layout.WGMMA.reduce(1))
+
+    widths = (geo.block,) * (geo.tiles.columns // geo.block)
+    in_registers = epilogue.encode_tile(fmt, ROWS, widths, geo.layout)
+    return lambda scales, exist, y: in_registers(
+        scales, per_row(g), *(per_row(e) for e in exist), *y
+    )

@@ -1,0 +1,93 @@
+"""Layouts of codes and scales: interchange, and what the matmul kernels want.
+
+``interchange``: codes (..., M, K/2), even column in the low nibble; scales (..., M, K/g).
+``kernel``: byte j of each 32 columns holds columns j and j + 16, so that both nibbles of a register
+become FP8 fragments without exchange; scales transposed, (..., K/g, M).
+``fp8``: MXFP4 with the group exponents folded into E4M3 codes, one power of two a row.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LAYOUTS = ("interchange", "kernel", "fp8")
+CHUNK = 32
+# E2M1 times 2**k is exact in E4M3 for k in [-8, 6].
+HIGHEST = 6
+
+
+def pack(codes: jax.Array, layout: str) -> jax.Array:
+    """Pack 4-bit codes (..., K), one a byte, two a byte: (..., K/2).
+
+    >>> pack(jnp.arange(32, dtype=jnp.uint8) % 16, "kernel")[:3].tolist()
+    [0, 17, 34]
+    """
+    if layout == "interchange":
+        low, high = codes[..., 0::2], codes[..., 1::2]
+    else:
+        halves = codes.reshape(*codes.shape[:-1], -1, 2, CHUNK // 2)
+        flat = (*codes.shape[:-1], codes.shape[-1] // 2)
+        low, high = halves[..., 0, :].reshape(flat), halves[..., 1, :].reshape(flat)
+    return low | (high << 4)
+
+
+def from_interchange(codes, scales, fmt, layout: str):
+    """Turn packed codes and scales of the interchange layout into another.
+
+    Args:
+      codes: uint8 (..., K/2).
+      scales: (..., M, K/g).
+      fmt: the number format.
+      layout: one of `LAYOUTS`.
+
+    Returns:
+      Codes and scales; for "fp8", E4M3 codes (..., M, K) and float32 (..., M), the power of two of
+      each row, ``value = code * row / g``.
+
+    Raises:
+      ValueError: an unknown layout.
+      NotImplementedError: a format that the layout cannot hold.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; choose from {LAYOUTS}")
+    if layout == "interchange":
+        return codes, scales
+    if fmt.element.bits != 4 or (codes.shape[-1] * 2) % CHUNK:
+        raise NotImplementedError(
+            f"layout={layout!r} holds 4-bit codes and K a multiple of {CHUNK}; got {fmt.name}, "
+            f"K={codes.shape[-1] * 8 // fmt.element.bits}"
+        )
+    if layout == "kernel":
+        return pack(fmt.unpack(codes), layout), jnp.swapaxes(scales, -1, -2)
+    if fmt.element.name != "e2m1" or fmt.scale_dtype != "e8m0":
+        raise NotImplementedError(f"layout='fp8' folds powers of two into E2M1; got {fmt.name}")
+    return fold_exponents(fmt.unpack(codes), scales, fmt)
+
+
+def fold_exponents(codes, scales, fmt):
+    """Fold E8M0 scales into E4M3 codes: ``code * 2**(e - top + 6)`` with the row's largest e.
+
+    Exact for groups at most 14 octaves below the row's largest; lower ones are rounded to E4M3's
+    subnormal steps, an error below 2**-18 of the row's largest scale. All-zero groups do not count.
+    A row with a group that is not finite gets a NaN for its power of two.
+
+    Args:
+      codes: uint8 (..., K), one E2M1 code each.
+      scales: float8_e8m0fnu (..., K/g).
+      fmt: the number format.
+
+    Returns:
+      float8_e4m3fn (..., K) and float32 (...,), the row's power of two ``2**(top - 6)``.
+    """
+    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+    groups = codes.reshape(*scales.shape, fmt.group_size)
+    used = jnp.any(groups != 0, axis=-1)
+    top = jnp.max(jnp.where(used, byte, 1), axis=-1)
+    shift = jnp.clip(byte - top[..., None] + HIGHEST, -40, HIGHEST)
+    factor = lax.bitcast_convert_type((shift + 127) << 23, jnp.float32)
+    values = fmt.element.decode(groups) * factor[..., None]
+    row = lax.bitcast_convert_type(jnp.maximum(top - HIGHEST, 1) << 23, jnp.float32)
+    row = jnp.where(jnp.max(byte, axis=-1) == 255, jnp.nan, row)
+    return values.astype(jnp.float8_e4m3fn).reshape(codes.shape), row
