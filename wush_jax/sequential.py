@@ -142,10 +142,9 @@ def quantize_sequentially(
     for index, layer in enumerate(layers):
         prefix = f"{stack.layers}.{index}."
         local = _local_sites(planned, prefix)
+        dense, _ = dense_layers(layer, dense_types)
         if state is not None and state.has(index):
-            packed, note = state.load(
-                index, packed_like(local, dense_layers(layer, dense_types)[0])
-            )
+            packed, note = state.load(index, packed_like(local, dense))
             new_rows = [LayerReport(**{**r, "shape": tuple(r["shape"])}) for r in note["rows"]]
         else:
             packed, new_rows = run.quantize_layer(layer, local, hidden, prefix)
