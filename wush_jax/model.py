@@ -79,7 +79,11 @@ def quantize_model(
         dense_types=dense_types,
         progress=progress,
     )
-    options = {"call": call, "dense_types": dense_types, "implementation": implementation}
+    options: dict[str, Any] = {
+        "call": call,
+        "dense_types": dense_types,
+        "implementation": implementation,
+    }
     return quantize_with(model, planned, moments, first, **options)
 
 

@@ -97,7 +97,7 @@ def plan(
     recipes = {path: book.match(path) for path in layers}
     skipped |= {path: "no rule, or a rule with None" for path, r in recipes.items() if r is None}
     if batch is None:
-        sites = [Site((path,), layer.contraction.shape[1]) for path, layer in layers.items()]
+        sites = tuple(Site((path,), la.contraction.shape[1]) for path, la in layers.items())
     else:
         sites = find_sites(model, batch, call=call, dense_types=dense_types)
         reached = set(itertools.chain.from_iterable(site.layers for site in sites))
@@ -220,7 +220,7 @@ def _check_fits(item: SitePlan) -> None:
 
 def packed_like(sites: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[str, PackedWeight]:
     """Return what quantizing would leave, as shapes: a dry run of `quantize_planned`."""
-    out = {}
+    out: dict[str, PackedWeight] = {}
     for item in sites:
         shapes = [layers[path].contraction.shape for path in item.site.layers]
         weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

@@ -125,12 +125,12 @@ def digest(arrays: Iterable[Any], sample: int = 4096) -> str:
 def _bits(leaf: jax.Array) -> np.ndarray:
     """An array as numpy can store it: narrow floats as their bits."""
     values = np.asarray(leaf)
-    return values if values.dtype.isbuiltin else values.view(f"u{values.dtype.itemsize}")
+    return values if values.dtype.isbuiltin == 1 else values.view(f"u{values.dtype.itemsize}")
 
 
 def _from_bits(values: np.ndarray, spec: Any, remedy: str) -> jax.Array:
     dtype = np.dtype(spec.dtype)
-    if not dtype.isbuiltin and values.dtype.itemsize == dtype.itemsize:
+    if dtype.isbuiltin != 1 and values.dtype.itemsize == dtype.itemsize:
         values = values.view(dtype)
     if values.shape != spec.shape or values.dtype != dtype:
         raise ValueError(

@@ -44,7 +44,7 @@ class Stack:
     """
 
     layers: str = "layers"
-    embed: Callable[[nnx.Module, Any], jax.Array] = lambda model, batch: model.embed(batch)
+    embed: Callable[[Any, Any], jax.Array] = lambda model, batch: model.embed(batch)
     layer: Callable[[nnx.Module, jax.Array], jax.Array] = plain_call
 
 
@@ -236,7 +236,10 @@ class _Run:
     ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
         """Quantize one layer's sites, each on what the sites before it put out."""
         layers, _ = dense_layers(layer, self.dense_types)
-        options = {"call": self.settings.stack.layer, "dense_types": self.dense_types}
+        options: dict[str, Any] = {
+            "call": self.settings.stack.layer,
+            "dense_types": self.dense_types,
+        }
         packed: dict[str, PackedWeight] = {}
         rows: list[LayerReport] = []
         stages = [[s] for s in sites] if self.settings.granularity == "site" else [list(sites)]

@@ -133,7 +133,7 @@ def compare(
     if not len(evaluation):
         raise ValueError("evaluation is empty; pass at least one token batch")
     step("calibrate")
-    options = {"call": call, "dense_types": dense_types}
+    options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     sites = find_sites(model, evaluation[0], **options)
     moments = collect_moments(model, calibration, dict.fromkeys(sites), **options)
     reference = reference_logits(model, evaluation, call=call)
