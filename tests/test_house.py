@@ -55,14 +55,18 @@ def test_kernels_import_only_jax():
     assert not {m: names for m, names in strangers.items() if names}
 
 
-# The model side; everything else works without flax.
-FLAX = re.compile(
-    r"wush_jax\.(nnx|linen|calibrate|model|planning|checkpoint|evaluate|models(\..*)?|demo|study|cli)"
-)
+CORE = "numerics scales formats linalg moments transforms rtn gptq scale_search recipe linear"
 
 
-def test_flax_stays_on_the_model_side():
-    assert not [m for m in FILES if "flax" in roots(m) and not FLAX.fullmatch(m)]
+@pytest.mark.parametrize("room", CORE.split())
+def test_the_mathematics_works_without_flax(room):
+    """Neither imported here nor by anything that is imported here."""
+    seen, todo = set(), [f"wush_jax.{room}"]
+    while todo:
+        name = todo.pop()
+        assert not {"flax", "optax", "rich", "matplotlib"} & roots(name), name
+        seen.add(name)
+        todo += IMPORTS[name] & set(FILES) - seen
 
 
 def test_no_import_cycles():

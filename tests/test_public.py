@@ -91,7 +91,8 @@ CASES = {
 }
 STATIC = {"Format", "Recipe", "MXFP4", "NVFP4", "INT4", "INT8", "MXFP8", "MXFP6"}
 RESULTS = {"QuantizedArray", "PackedWeight"}  # what the cases above take and return
-HOST = {"plan", "quantize_model", "save", "load", "kl_divergence", "perplexity"}  # models and files
+# Models and files; tested with them.
+HOST = {"Sequential", "kl_divergence", "load", "perplexity", "plan", "quantize_model", "save"}
 each = pytest.mark.parametrize("name", CASES)
 
 

@@ -20,6 +20,10 @@ MOMENT = np.asarray(INPUTS.T @ INPUTS / len(INPUTS))
 BLOCKS = np.stack([MOMENT[i : i + D, i : i + D] for i in range(0, K, D)])
 
 
+dequantize = jax.jit(wush.dequantize)
+effective = jax.jit(effective_weight)
+
+
 def recipe(**options):
     return wush.Recipe(**{"solver": "rtn", **options})
 
@@ -36,7 +40,7 @@ def test_effective_weight_is_the_weight(transform):
     step = np.abs(moved).max(-1, keepdims=True) / 253
     t_x = np.broadcast_to(np.abs(pair.activation), (K // D, D, D))
     bound = np.einsum("nbi,bij->nbj", np.broadcast_to(step, moved.shape), t_x).reshape(N, K)
-    assert (np.abs(np.asarray(effective_weight(packed)) - WEIGHT) <= bound * 1.01).all()
+    assert (np.abs(np.asarray(effective(packed)) - WEIGHT) <= bound * 1.01).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -46,10 +50,10 @@ def test_layer_equals_numpy(dtype):
         WEIGHT, MOMENT, recipe(activation_format=None, transform_dtype=dtype)
     )
     assert packed.transform.dtype == dtype
-    values = np.asarray(wush.dequantize(packed.weight), np.float64).reshape(N, -1, D)
+    values = np.asarray(dequantize(packed.weight), np.float64).reshape(N, -1, D)
     t_x = np.asarray(packed.transform, np.float64)
     expected = np.einsum("nbi,bij->nbj", values, t_x).reshape(N, K)
-    np.testing.assert_allclose(effective_weight(packed), expected, atol=1e-5)  # float32 sums
+    np.testing.assert_allclose(effective(packed), expected, atol=1e-5)  # float32 sums
 
 
 def test_full_and_block_moments_give_the_same():
@@ -143,9 +147,9 @@ def test_degenerate_layers_stay_finite():
     for w in (WEIGHT, dead, 0 * WEIGHT):
         for moment in (MOMENT, low, 0 * MOMENT):
             packed = wush.quantize_weight(w, moment, recipe())
-            assert np.isfinite(effective_weight(packed)).all()
+            assert np.isfinite(effective(packed)).all()
             if not w.any():
-                assert not np.asarray(wush.dequantize(packed.weight)).any()
+                assert not np.asarray(dequantize(packed.weight)).any()
 
 
 NAN = np.where(np.arange(K) == 3, np.float32(np.nan), WEIGHT)

@@ -45,7 +45,7 @@ def test_defaults_follow_the_format():
         ({"damping": -1.0}, "damping=-1.0 must be finite and non-negative; try 1e-2"),
         ({"damping": float("nan")}, "damping=nan must be finite"),
         ({"format": "mxfp4"}, "format='mxfp4' is not a Format; use wush_jax.MXFP4"),
-        ({"format": None}, "format=None is not a Format; exclude a layer by a rule (path, None)"),
+        ({"format": None}, "format=None is not a Format; exclude a layer with a rule (path, None)"),
     ],
 )
 def test_mistakes_are_named(options, message):

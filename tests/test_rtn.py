@@ -11,6 +11,9 @@ from wush_jax.rtn import rtn
 pytestmark = pytest.mark.usefixtures("strict")
 
 N, D = 12, 32
+run = jax.jit(rtn, static_argnums=2)
+quantize = jax.jit(wush.quantize, static_argnums=1)
+dequantize = jax.jit(wush.dequantize)
 
 
 def layer(blocks=3):
@@ -26,12 +29,12 @@ def layer(blocks=3):
 @pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.INT4], ids=lambda f: f.name)
 def test_equals_the_oracle(fmt):
     weight, pair = layer()
-    q = jax.jit(rtn, static_argnums=2)(weight, pair, fmt)
+    q = run(weight, pair, fmt)
     t_w = np.asarray(pair.weight, np.float64)
     moved = np.einsum("nbi,bji->nbj", weight.reshape(N, -1, D).astype(np.float64), t_w)
     groups = moved.reshape(-1, fmt.group_size)
     _, scales, values, _ = oracle.quantize(groups, fmt, fmt.global_scale)
-    got = np.asarray(wush.dequantize(q)).reshape(groups.shape)
+    got = np.asarray(dequantize(q)).reshape(groups.shape)
     # The float32 transform errs by 1e-6 of a group's size: about that share of the values falls
     # to the other side of a boundary, and none further than one step.
     same = np.isclose(got, values, rtol=1e-6, atol=0)
@@ -41,14 +44,14 @@ def test_equals_the_oracle(fmt):
 
 def test_identity_is_quantize():
     weight, _ = layer()
-    q = rtn(weight, wush.identity_transform(D), wush.MXFP4)
-    jax.tree.map(np.testing.assert_array_equal, q, wush.quantize(weight, wush.MXFP4))
+    q = run(weight, wush.identity_transform(D), wush.MXFP4)
+    jax.tree.map(np.testing.assert_array_equal, q, quantize(weight, wush.MXFP4))
 
 
 def test_zero_rows_stay_zero():
     weight, pair = layer()
     weight[3] = 0
-    assert not np.asarray(wush.dequantize(rtn(weight, pair, wush.NVFP4)))[3].any()
+    assert not np.asarray(dequantize(run(weight, pair, wush.NVFP4)))[3].any()
 
 
 def test_mistakes_are_named():
