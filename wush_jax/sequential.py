@@ -145,6 +145,7 @@ def quantize_sequentially(
         dense, _ = dense_layers(layer, dense_types)
         if state is not None and state.has(index):
             packed, note = state.load(index, packed_like(local, dense))
+            packed = _with_shared_transforms(local, packed)
             new_rows = [LayerReport(**{**r, "shape": tuple(r["shape"])}) for r in note["rows"]]
         else:
             packed, new_rows = run.quantize_layer(layer, local, hidden, prefix)
@@ -282,6 +283,18 @@ def _local_sites(planned: ModelPlan, prefix: str) -> list[SitePlan]:
         for i in planned.sites
         if i.site.name.startswith(prefix)
     ]
+
+
+def _with_shared_transforms(
+    sites: Sequence[SitePlan], packed: Mapping[str, PackedWeight]
+) -> dict[str, PackedWeight]:
+    """Make the transform of a site one array again, as quantizing left it."""
+    transforms = {
+        path: packed[item.site.name if item.recipe.share_transform else path].transform
+        for item in sites
+        for path in item.site.layers
+    }
+    return {path: replace(p, transform=transforms[path]) for path, p in packed.items()}
 
 
 def _with_prefix(row: LayerReport, prefix: str) -> LayerReport:
