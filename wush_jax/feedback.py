@@ -61,15 +61,15 @@ def quantize_block(w, factors, fmt: Format, steps: tuple[int, ...], global_scale
         column = lax.dynamic_slice_in_dim(between, i * g, g, axis=1)
         current = original - linalg.matmul(column.T, delta)
         _, base = fmt.encode_groups(current.T.astype(jnp.float32), global_scale)
-        scale = scale_search.neighbour(fmt, base, moves)
+        scale = scale_search.neighbour(fmt, base[None], moves) if len(steps) > 1 else base[None]
         codes, values, loss = _columns(current, scale, unit, weight_of_error, global_scale, fmt)
         # The first least loss, by hand: argmin does not lower inside a local x64 context.
         rank = jnp.arange(len(steps), dtype=jnp.int32)[:, None]
-        best = jnp.min(jnp.where(loss == jnp.min(loss, 0), rank, len(steps) - 1), 0)
-        chosen = rank == best
+        least = loss == jnp.min(loss, 0, keepdims=True)
+        chosen = rank == jnp.min(jnp.where(least, rank, len(steps) - 1), 0, keepdims=True)
         codes, values, scale = (
-            jnp.sum(jnp.where(chosen, a, jnp.zeros((), a.dtype)), axis=-2, dtype=a.dtype)
-            for a in (codes, values, scale)
+            jnp.sum(jnp.where(mask, a, jnp.zeros_like(a)), axis=-2, dtype=a.dtype)
+            for a, mask in ((codes, chosen[None]), (values, chosen[None]), (scale, chosen))
         )
         delta = lax.dynamic_update_slice_in_dim(delta, values - original, i * g, axis=0)
         return delta, (codes, scale)
@@ -89,10 +89,10 @@ def _columns(w, scale, unit, power, global_scale, fmt: Format):
     def step(state, xs):
         delta, loss = state
         c, original, coefficients, root = xs
-        column = original - jnp.tensordot(coefficients, delta, 1, precision=linalg.HIGHEST)
+        column = original[None] - jnp.tensordot(coefficients, delta, 1, precision=linalg.HIGHEST)
         code = fmt.encode_with(column.astype(jnp.float32)[..., None], scale, global_scale)
         value = fmt.decode_with(code, scale, global_scale)[..., 0].astype(w.dtype)
-        delta = lax.dynamic_update_index_in_dim(delta, value - original, c, 0)
+        delta = lax.dynamic_update_index_in_dim(delta, value - original[None], c, 0)
         return (delta, loss + (root * (value - column)) ** 2), code[..., 0]
 
     start = jnp.zeros((w.shape[0], *scale.shape), w.dtype), jnp.zeros(scale.shape, w.dtype)

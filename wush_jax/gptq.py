@@ -46,7 +46,6 @@ class _Options:
 
     fmt: Format
     block: int
-    dampings: tuple[float, ...]
     steps: tuple[int, ...]
     order: bool
     dtype: str
@@ -113,16 +112,18 @@ def gptq(
     block = transform.block_size if rule is None else (block_size or fmt.group_size)
     _check(weight, hessian, block, fmt, damping, scales, dtype, name)
     steps = scale_search.offsets(fmt, scales)
-    options = _Options(
-        fmt, block, _dampings(damping), steps, activation_order, jnp.dtype(dtype).name, rule
-    )
-    # A context only where it is needed: inside an outer jit it would not cover the lowering.
+    options = _Options(fmt, block, steps, activation_order, jnp.dtype(dtype).name, rule)
+    given, dampings = transform if rule is None else None, _dampings(damping)
+    # Under a trace the steps are traced as they are: vmap would batch the jaxpr of an inner jit
+    # outside the x64 context and lose its float64 products.
+    traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((weight, hessian, given)))
+    solve = _steps if traced else _compiled_steps
     with jax.enable_x64(True) if options.dtype == "float64" else contextlib.nullcontext():
-        quantized, used, attempts = _solve(
-            weight, hessian, transform if rule is None else None, options
+        quantized, used, attempts, finite = solve(
+            weight, hessian, given, jnp.asarray(dampings, dtype), options
         )
-    _report(attempts, options.dampings, name)
-    check_finite(f"quantized {name}", quantized.scales.astype(jnp.float32))
+    if not traced:
+        _report(int(attempts), bool(finite), dampings, name)
     return quantized, used
 
 
@@ -153,67 +154,86 @@ def _check(weight, hessian, block, fmt, damping, scales, dtype, name) -> None:
     check_finite(f"hessian of {name}", hessian)
 
 
-def _dampings(damping: float) -> tuple[float, ...]:
+def _dampings(damping: float) -> list[float]:
     """The dampings to try in turn: the given one, then tenfold each up to `MAX_DAMPING`."""
     tried = [float(damping)]
     while (following := max(10.0 * tried[-1], 1e-6)) <= MAX_DAMPING * (1 + 1e-9):
         tried.append(following)
-    return tuple(tried)
+    # One length for all, so that another damping is no other compilation.
+    return tried + tried[-1:] * (8 - len(tried))
 
 
-def _report(attempts: jax.Array, dampings: tuple[float, ...], name: str) -> None:
-    """Say when the damping had to grow; raise when it could not grow enough (tracers pass)."""
-    if isinstance(attempts, jax.core.Tracer):
-        return
-    if (used := int(attempts)) > len(dampings):
+def _report(attempts: int, finite: bool, dampings: list[float], name: str) -> None:
+    """Say when the damping had to grow; raise when it could not grow enough."""
+    if attempts > len(dampings):
         raise ValueError(
-            f"hessian of {name} is not positive definite at any damping of {list(dampings)}: it is "
-            "not a second moment; recompute it from the layer's inputs"
+            f"hessian of {name} is not positive definite at any damping up to {dampings[-1]:g}: it "
+            "is not a second moment; recompute it from the layer's inputs"
         )
-    if used > 1:
+    if not finite:
+        raise ValueError(
+            f"weight of {name} overflows float32 on the way; scale it so that squares stay finite"
+        )
+    if attempts > 1:
         warnings.warn(
             f"hessian of {name} is not positive definite at damping={dampings[0]:g}; "
-            f"{dampings[used - 1]:g} was used",
+            f"{dampings[attempts - 1]:g} was used",
             stacklevel=3,
         )
 
 
-@functools.partial(jax.jit, static_argnames="options")
-def _solve(weight, hessian, transform, options: _Options):
-    """Everything of `gptq` but the checks; also the number of dampings tried."""
+def _steps(weight, hessian, transform, dampings, options: _Options):
+    """Everything of `gptq` but the checks; also the dampings tried, and whether all is finite."""
     d, n = options.block, weight.shape[0]
     weight, hessian = weight.astype(options.dtype), hessian.astype(options.dtype)
-    blocks = weight.shape[1] // d
     marginal = linalg.diagonal_blocks(hessian, d)
-    order = jnp.arange(blocks, dtype=jnp.int32)
-    if options.order:
-        energy = jnp.trace(marginal, axis1=-2, axis2=-1)
-        order = lax.sort((-energy, order), num_keys=1)[1]
-        marginal, weight = marginal[order], _take_blocks(weight, order, d)
-        hessian = _take_blocks(_take_blocks(hessian, order, d).T, order, d).T
+    order = _order(marginal) if options.order else None
+    marginal = _permute(marginal, order)
+    weight = _permute_columns(weight, order, d)
+    hessian = _permute_columns(_permute_columns(hessian, order, d).T, order, d).T
     if transform is not None and transform.activation.ndim == 3:
-        transform = jax.tree.map(lambda t: t[order], transform)
-    unit, roots, attempts = _factor(hessian, d, options.dampings)
-    global_scale = _global_scale(weight, marginal, transform, options)
-    codes, scale, used = _blocks(weight, unit, roots, marginal, transform, global_scale, options)
-    back = lax.sort((order, jnp.arange(blocks, dtype=jnp.int32)), num_keys=1)[1]
+        transform = _permute(transform, order)
+    unit, roots, attempts = _factor(hessian, d, dampings)
+    global_scale = _global_scale(weight, marginal, transform, dampings, options)
+    codes, scale, used = _blocks(
+        weight, unit, roots, marginal, transform, dampings, global_scale, options
+    )
     # (B, G, g, N) and (B, G, N) to rows of outputs, blocks back in their places.
-    codes = codes[back].reshape(-1, n).T
-    scale = scale[back].reshape(-1, n).T
+    back = None if order is None else _inverse(order)
+    codes, scale = (_permute(a, back).reshape(-1, n).T for a in (codes, scale))
     if used.activation.ndim == 3:
-        used = jax.tree.map(lambda t: t[back], used)
+        used = _permute(used, back)
     fmt = options.fmt
     packed = QuantizedArray(fmt.pack(codes), fmt.store_scales(scale), global_scale, fmt)
-    return packed, used, attempts
+    finite = [jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in (scale, *jax.tree.leaves(used))]
+    return packed, used, attempts, functools.reduce(jnp.logical_and, finite)
 
 
-def _take_blocks(x: jax.Array, order: jax.Array, d: int) -> jax.Array:
+_compiled_steps = jax.jit(_steps, static_argnames="options")
+
+
+def _order(marginal: jax.Array) -> jax.Array:
+    """Blocks in descending order of their input power, int32 (K/d,)."""
+    energy = jnp.trace(marginal, axis1=-2, axis2=-1)
+    # Not argsort, whose index type depends on the x64 context.
+    return lax.sort((-energy, jnp.arange(len(energy), dtype=jnp.int32)), num_keys=1)[1]
+
+
+def _inverse(order: jax.Array) -> jax.Array:
+    return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
+
+
+def _permute(tree, order: jax.Array | None):
+    return tree if order is None else jax.tree.map(lambda a: a[order], tree)
+
+
+def _permute_columns(x: jax.Array, order: jax.Array | None, d: int) -> jax.Array:
     """Permute the blocks of the last axis."""
-    return x.reshape(x.shape[0], -1, d)[:, order].reshape(x.shape)
+    return x if order is None else x.reshape(len(x), -1, d)[:, order].reshape(x.shape)
 
 
 @linalg.float64_construction
-def _factor(hessian, d: int, dampings: tuple[float, ...]):
+def _factor(hessian, d: int, dampings):
     """Factor the damped Hessian ``R R^T``.
 
     Returns:
@@ -223,13 +243,13 @@ def _factor(hessian, d: int, dampings: tuple[float, ...]):
     k = hessian.shape[0]
     diagonal = jnp.diagonal(hessian)
     dead = diagonal <= 0
-    mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead, dtype=jnp.int32), 1)
+    alive = jnp.sum(~dead, dtype=diagonal.dtype)
+    mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(alive, 1.0)
     mean = jnp.where((mean > 0) & jnp.isfinite(mean), mean, 1.0)
-    table = jnp.asarray(dampings, jnp.float64)
 
     def attempt(state):
         tried, _ = state
-        shift = jnp.where(dead, mean - diagonal, 0.0) + table[tried] * mean
+        shift = jnp.where(dead, mean - diagonal, 0.0) + dampings[tried] * mean
         return tried + 1, linalg.upper_factor(hessian + jnp.diag(shift))
 
     def failed(state):
@@ -244,35 +264,34 @@ def _factor(hessian, d: int, dampings: tuple[float, ...]):
     return unit, roots, tried + (~good).astype(jnp.int32)
 
 
-def _global_scale(weight, marginal, transform, options: _Options) -> jax.Array:
+def _global_scale(weight, marginal, transform, dampings, options: _Options) -> jax.Array:
     if options.fmt.global_scale is not None:
         return jnp.float32(options.fmt.global_scale)
     if transform is None:
         m_w = second_moment(weight, options.block)
-        transform = jax.vmap(lambda w, x: _build(options, w, x))(m_w, marginal)
+        transform = jax.vmap(lambda w, x: _build(options.rule, w, x, dampings))(m_w, marginal)
     amax = jnp.max(jnp.abs(apply_transform(weight, transform.weight)))
     return options.fmt.derive_global_scale((HEADROOM * amax).astype(jnp.float32))
 
 
-def _build(options: _Options, weight_moment, activation_moment) -> BlockTransform:
+def _build(rule, weight_moment, activation_moment, dampings) -> BlockTransform:
     """The rule's transform of one block, at the first damping that gives a finite one."""
-    table = jnp.asarray(options.dampings)
-    shape = jax.eval_shape(options.rule, weight_moment, activation_moment, table[0])
+    shape = jax.eval_shape(rule, weight_moment, activation_moment, dampings[0])
 
     def attempt(state):
         tried, _ = state
-        return tried + 1, options.rule(weight_moment, activation_moment, table[tried])
+        return tried + 1, rule(weight_moment, activation_moment, dampings[tried])
 
     def failed(state):
         tried, pair = state
         finite = [jnp.all(jnp.isfinite(t.astype(jnp.float32))) for t in jax.tree.leaves(pair)]
-        return (tried < len(options.dampings)) & ~functools.reduce(jnp.logical_and, finite)
+        return (tried < len(dampings)) & ~functools.reduce(jnp.logical_and, finite)
 
     nothing = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shape)
     return lax.while_loop(failed, attempt, (jnp.int32(0), nothing))[1]
 
 
-def _blocks(weight, unit, roots, marginal, transform, global_scale, options: _Options):
+def _blocks(weight, unit, roots, marginal, transform, dampings, global_scale, options: _Options):
     """Scan over blocks: codes (B, G, g, N), scales (B, G, N) and the transforms used."""
     d, g = options.block, options.fmt.group_size
     if transform is not None:
@@ -285,7 +304,8 @@ def _blocks(weight, unit, roots, marginal, transform, global_scale, options: _Op
         column = lax.dynamic_slice_in_dim(unit, i * d, d, axis=1)
         current = original - linalg.matmul(delta, column)
         if transform is None:
-            pair = _build(options, second_moment(current), m_x)
+            m_w = linalg.matmul(current.T, current) / current.shape[0]
+            pair = _build(options.rule, m_w, m_x, dampings)
             factors = feedback.inner_factor(pair.activation, root, g)
         else:
             factors, pair = given
