@@ -94,6 +94,7 @@ def bfloat16_scale(amax, mean_square, g, step):
     value = ptx(
         f32(),
         "{ .reg .b32 e; .reg .f32 r; and.b32 e, $1, 0x7F800000; max.u32 e, e, 0x00800000;"
+        " min.u32 e, e, 0x7E800000;"
         " sqrt.rn.f32 r, $2; mul.rn.f32 r, r, $3; mul.rn.f32 r, r, e; max.f32 r, r, 0f00800000;"
         " min.f32 r, r, 0f7F61B1E6; fma.rn.f32 $0, $1, 0f00000000, r; }",
         amax,
@@ -105,9 +106,11 @@ def bfloat16_scale(amax, mean_square, g, step):
         f32(),
         "{ .reg .f32 s,r,e; shl.b32 s, $1, 16; mul.rn.f32 s, s, 0f3F000000;"
         " rcp.approx.f32 r, s; neg.f32 e, s;"
-        " fma.rn.f32 e, e, r, 0f3F800000; fma.rn.f32 r, e, r, r; mul.rn.f32 $0, r, $2; }",
+        " fma.rn.f32 e, e, r, 0f3F800000; fma.rn.f32 r, e, r, r; mul.rn.f32 r, r, $2;"
+        " .reg .pred p; setp.lt.f32 p, $3, 0f00800000; selp.f32 $0, 0f00000000, r, p; }",
         bits,
         scaled(g, 0.5),
+        amax,
     )
     return bits, factor
 
@@ -137,8 +140,9 @@ def sum_of_squares(amax, values):
     # 2**-e has the exponent field 254 - field(2**e), at least 1: a normal number.
     return ptx(
         f32(),
-        "{ .reg .f32 z,s; .reg .b32 u; and.b32 u, $1, 0x7F800000; sub.s32 u, 0x7F000000, u;"
-        " max.s32 u, u, 0x00800000; min.s32 u, u, 0x7E800000; mov.f32 s, 0f00000000; "
+        "{ .reg .f32 z,s; .reg .b32 u; and.b32 u, $1, 0x7F800000;"
+        " max.u32 u, u, 0x00800000; min.u32 u, u, 0x7E800000; sub.s32 u, 0x7F000000, u;"
+        " mov.f32 s, 0f00000000; "
         + terms
         + "mov.f32 $0, s; }",
         amax,

@@ -1,0 +1,189 @@
+"""The kernel against the definition: interpreted on CPU, lowered for CUDA, run on a GPU."""
+
+import functools
+
+import comparison
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+import wush_jax as wush
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.cases import Case
+from pallas_kernels.tiles import Tiles
+from wush_jax import formats
+
+NEEDS_MOSAIC = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
+)
+NVFP4_46 = wush.NVFP4.replace(rule="four_over_six")
+NVFP4_3 = wush.NVFP4.replace(rule="three_candidates")
+POW2 = {
+    rule: wush.MXFP4.replace(rule=rule, global_scale=g)
+    for rule, g in (("pow2_div3", 3.5), ("ocp_floor", 1.0), ("round_175", 1.0), ("ceil", 1.0))
+}
+
+
+def launch(x, t, fmt, layout="interchange", tiles=None, interpret=False):
+    return mosaic_gpu.launch(
+        *(x, t, fmt),
+        global_scale=None,
+        layout=layout,
+        device="NVIDIA H200",
+        tiles=tiles,
+        interpret=interpret,
+    )
+
+
+# Under interpretation ----------------------------------------------------------------------------
+
+INTERPRETED = {
+    "ragged rows, one step": (Case(70, 192), wush.MXFP4, "interchange", Tiles(1, 1, ctas=2)),
+    "two warpgroups, gathered scales": (
+        *(Case(136, 512, block=64), wush.NVFP4, "kernel"),
+        Tiles(2, 2, steps=2, ctas=3),
+    ),
+    "a shared transform, 16-bit scales": (
+        *(Case(3, 128, shared=True), wush.INT4, "interchange"),
+        Tiles(1, 2, ctas=1),
+    ),
+}
+
+
+@NEEDS_MOSAIC
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_kernel_equals_the_definition(name):
+    case, fmt, layout, tiles = INTERPRETED[name]
+    x, t = case.arrays()
+    got = launch(x, t, fmt, layout, tiles, interpret=True)
+    comparison.same(got, comparison.definition(x, t, fmt, layout), fmt, layout)
+
+
+@NEEDS_MOSAIC
+def test_vmap_folds_mapped_rows_into_m():
+    x, t = Case(6, 128).arrays()
+    run = functools.partial(launch, t=t, fmt=wush.MXFP4, tiles=Tiles(1, 1, ctas=1), interpret=True)
+    mapped = jax.vmap(run)(x.reshape(2, 3, 128))
+    flat = [a.reshape(6, -1) for a in mapped]
+    comparison.same(flat, comparison.definition(x, t, wush.MXFP4), wush.MXFP4)
+
+
+# Lowered for CUDA on any host --------------------------------------------------------------------
+
+LOWERED = [
+    (Case(1), wush.MXFP4, "interchange"),
+    (Case(16384), wush.NVFP4, "kernel"),
+    (Case(77, 14336, block=128), wush.INT4, "interchange"),
+    (Case(1024, block=64, dtype="float16"), NVFP4_46, "interchange"),
+]
+
+
+@NEEDS_MOSAIC
+@pytest.mark.parametrize(("case", "fmt", "layout"), LOWERED)
+def test_lowers_for_cuda_as_one_kernel(case, fmt, layout):
+    arrays = jax.eval_shape(case.arrays)
+    traced = jax.jit(functools.partial(launch, fmt=fmt, layout=layout)).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@NEEDS_MOSAIC
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda x, t: launch(x.astype(jnp.float32), t, wush.MXFP4), "dtype float32"),
+        (lambda x, t: launch(x, t.astype(jnp.float32), wush.MXFP4), "one dtype"),
+        (lambda x, t: launch(x[:, :96], t[:3], wush.MXFP4), "multiple of 64"),
+        (lambda x, t: launch(x[:, :128], t[:1, :8, :8], wush.MXFP4), "block d=8"),
+        (lambda x, t: launch(x, t, formats.MXFP8), "no register epilogue"),
+        (lambda x, t: launch(x, t, wush.NVFP4.replace(global_scale=None)), "pass one"),
+        (lambda x, t: launch(x[None], t, wush.MXFP4, "kernel"), "flatten"),
+    ],
+)
+def test_what_the_kernel_lacks_is_not_implemented(make, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        make(*Case(4, 256).arrays())
+
+
+def test_row_shards_stay_where_they_are(monkeypatch):
+    """The partitioning alone: the definition stands in for the launch."""
+    quantize_kernel = pytest.importorskip("pallas_kernels.quantize_kernel")
+    seen = []
+
+    def stand_in(x, t, fmt, *, global_scale, layout, tiles, interpret):
+        seen.append(x.shape)
+        return pallas_kernels.reference.transform_quantize(x, t, fmt, global_scale=global_scale)
+
+    monkeypatch.setattr(quantize_kernel, "transform_quantize", stand_in)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("m", "k"))
+    x, t = Case(8, 128).arrays()
+    spec = jax.sharding.PartitionSpec("m", "k")
+    sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    codes, scales = jax.jit(lambda x, t: launch(x, t, wush.MXFP4))(sharded, t)
+    assert seen[-1] == (4, 128)
+    assert codes.sharding.spec[0] == scales.sharding.spec[0] == "m"
+    comparison.same((codes, scales), comparison.definition(x, t, wush.MXFP4), wush.MXFP4)
+
+
+# On a GPU ----------------------------------------------------------------------------------------
+
+ON_GPU = [
+    *((Case(m, k), fmt, "interchange") for m, k in ((1, 4096), (16, 14336), (77, 1088))
+      for fmt in (wush.MXFP4, wush.NVFP4, wush.INT4)),
+    *((Case(1000, 4096), fmt, "kernel") for fmt in (wush.MXFP4, wush.NVFP4, wush.INT4)),
+    *((Case(1032, block=d), fmt, "interchange") for d in (64, 128)
+      for fmt in (wush.MXFP4, wush.NVFP4)),
+    *((Case(2048), fmt, "interchange") for fmt in (*POW2.values(), NVFP4_46, NVFP4_3)),
+    (Case(1000, shared=True), wush.MXFP4, "interchange"),
+    (Case(1000, dtype="float16"), wush.MXFP4, "interchange"),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "fmt", "layout"), ON_GPU)
+def test_kernel_equals_the_definition_on_gpu(case, fmt, layout):
+    x, t = case.arrays()
+    run = functools.partial(
+        pallas_kernels.transform_quantize, fmt=fmt, layout=layout, implementation="mosaic_gpu"
+    )
+    share = max(comparison.SHARE, 2 / (case.rows * case.width))
+    comparison.same(
+        jax.jit(run)(x, t), comparison.definition(x, t, fmt, layout), fmt, layout, share
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.INT4, *POW2.values()])
+def test_every_kind_of_number_on_gpu(fmt):
+    """Ties, zeros, infinities, NaN, tiny and huge values, untransformed: bit by bit."""
+    x, _ = Case(512).arrays()
+    x = x.at[0].set(0).at[1].mul(2.0**100).at[2].mul(2.0**-110)
+    x = x.at[3, 5].set(jnp.inf).at[4, 40].set(jnp.nan).at[5, 100].set(-jnp.inf)
+    x = x.at[6].set(jnp.round(x[6] * 4) / 4)  # ties
+    x = x.at[7].set(jnp.where(jnp.arange(4096) % 2, 1e-40, -1e-40)).at[8].set(3.3e38)
+    got = pallas_kernels.transform_quantize(x, None, fmt, implementation="mosaic_gpu")
+    share = 0 if fmt.scale_dtype == "e8m0" else 2e-5
+    comparison.same(got, comparison.definition(x, None, fmt), fmt, share=share)
+    bad = np.isnan(np.asarray(got[1], np.float32))
+    assert bad.any(axis=1).nonzero()[0].tolist() == [3, 4, 5]
+    assert bad.sum() == 3
+
+
+@pytest.mark.gpu
+def test_compiled_quantization_still_rounds_on_gpu():
+    """Excess precision may delete casts to narrow floats and back; ours is arithmetic."""
+    x, t = Case(256).arrays()
+
+    @jax.jit
+    def round_trip(x, t):
+        codes, scales = pallas_kernels.transform_quantize(x, t, wush.MXFP4)
+        q = wush.QuantizedArray(codes, scales, jnp.float32(3.0), wush.MXFP4)
+        return wush.dequantize(q), codes
+
+    values, codes = round_trip(x, t)
+    exact = pallas_kernels.reference.apply_transform(x, t)
+    assert 0.05 < float(jnp.linalg.norm(values - exact) / jnp.linalg.norm(exact)) < 0.2
+    assert len(np.unique(np.asarray(codes) & 15)) == 15
+    assert "mosaic_gpu" in round_trip.lower(x, t).compile().as_text()
