@@ -28,7 +28,7 @@ def plain_call(model: nnx.Module, batch: Any) -> Any:
     return model(batch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)  # ordered, so that a dictionary by site is a pytree
 class Site:
     """An input shared by some layers.
 

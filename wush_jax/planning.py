@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wush_jax import linalg
-from wush_jax.calibrate import Call, Site, find_sites, plain_call, run_and_capture
+from wush_jax.calibrate import (
+    Call,
+    Site,
+    collect_moments,
+    find_sites,
+    plain_call,
+    run_and_capture,
+)
 from wush_jax.linear import layer_loss
 from wush_jax.moments import Moments
 from wush_jax.nnx import (
@@ -67,10 +76,11 @@ def plan(
     rules: Rules,
     batch: Any = None,
     *,
+    measure: bool = False,
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
 ) -> ModelPlan:
-    """Say what would be quantized and how, without computing anything.
+    """Say what would be quantized and how, and what it takes.
 
     Args:
       model: an NNX module.
@@ -78,12 +88,16 @@ def plan(
         dotted path wins.
       batch: one batch (or its shapes) to trace which layers share an input; without it every
         layer is a site of its own.
+      measure: run the batch (twice, once timed) for every layer's predicted gain and the seconds a
+        calibration batch takes. Without it nothing is computed.
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
 
     Returns:
       `ModelPlan`; its report lists layers, shapes, bytes before and after, what is skipped and
-      why, and rules that decide no layer.
+      why, and rules that decide no layer; its details estimate memory (``moment_bytes``: of all
+      sites at once, ``largest_site_bytes``: moments and weights of one) and, where measured,
+      ``seconds_per_batch``.
 
     Raises:
       ValueError: malformed rules, a recipe that does not fit a layer, nothing to quantize.
@@ -114,7 +128,45 @@ def plan(
     for item in planned:
         _check_fits(item)
     rows = [row for item in planned for row in _dry_rows(item, layers)]
-    return ModelPlan(planned, Report(rows, skipped, book.unused(layers)))
+    details = _memory(planned, layers)
+    if measure:
+        if batch is None:
+            raise ValueError("measure=True needs a batch to run; pass one")
+        gains, details["seconds_per_batch"] = _measure(model, planned, batch, call, dense_types)
+        rows = [replace(row, predicted_gain=gains[row.path]) for row in rows]
+    return ModelPlan(planned, Report(rows, skipped, book.unused(layers), details))
+
+
+def _memory(planned: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[str, Any]:
+    """Bytes that calibration and solvers hold: float32 moments, and weights in float32."""
+    moments = [4 * i.site.size * (i.moment_block or i.site.size) for i in planned]
+    weights = [
+        4 * sum(math.prod(layers[path].contraction.shape) for path in i.site.layers)
+        for i in planned
+    ]
+    # GPTQ holds the Hessian, its factor and their float64 copies beside the weights twice.
+    solver = [
+        m * (1 if i.moment_block else 5) + 2 * w
+        for i, m, w in zip(planned, moments, weights, strict=True)
+    ]
+    return {"moment_bytes": sum(moments), "largest_site_bytes": max(solver)}
+
+
+def _measure(model, planned, batch, call, dense_types) -> tuple[dict[str, float], float]:
+    """Predicted gain by layer, and the seconds of a calibration batch once it is compiled."""
+    layers, _ = dense_layers(model, dense_types)
+    blocks = {item.site: item.moment_block for item in planned}
+    options: dict[str, Any] = {"call": call, "dense_types": dense_types}
+    jax.block_until_ready(collect_moments(model, [batch], blocks, **options))
+    start = time.perf_counter()
+    moments = jax.block_until_ready(collect_moments(model, [batch], blocks, **options))
+    seconds = time.perf_counter() - start
+    gains = {
+        path: _site_gain(item, layers, moments[item.site])
+        for item in planned
+        for path in item.site.layers
+    }
+    return gains, seconds
 
 
 def quantize_planned(
@@ -262,17 +314,23 @@ def measured_rows(
     losses: Mapping[str, tuple[float, float]],
 ) -> list[LayerReport]:
     """Return the report's rows of one quantized site."""
-    weights = [layers[path].weight for path in item.site.layers]
-    blocks = moments.mean
-    if blocks.ndim == 2:
-        blocks = linalg.diagonal_blocks(blocks, item.recipe.block)
-    gain = predicted_gain(site_weight_moment(weights, blocks), blocks, damping=item.recipe.damping)
+    gain = _site_gain(item, layers, moments)
     return [
         replace(
             row,
-            predicted_gain=float(jnp.mean(gain)),
+            predicted_gain=gain,
             loss=losses[row.path][0],
             relative_loss=losses[row.path][1],
         )
         for row in _dry_rows(item, layers)
     ]
+
+
+def _site_gain(item: SitePlan, layers: Mapping[str, Dense], moments: Moments) -> float:
+    """Mean over blocks of `predicted_gain`."""
+    weights = [layers[path].weight for path in item.site.layers]
+    blocks = moments.mean
+    if blocks.ndim == 2:
+        blocks = linalg.diagonal_blocks(blocks, item.recipe.block)
+    weight_moment = site_weight_moment(weights, blocks)
+    return float(jnp.mean(predicted_gain(weight_moment, blocks, damping=item.recipe.damping)))
