@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +34,8 @@ class Contraction:
       kernel_shape: shape of the kernel.
 
     Raises:
-      ValueError: an axis of the kernel that neither side, or both sides, have (a batch of kernels).
+      ValueError: no equation of one input and one kernel; an axis of the kernel that neither side,
+        or both sides, have (a batch of kernels).
 
     >>> Contraction("btd,dnh->btnh", (8, 2, 3)).shape
     (6, 8)
@@ -42,11 +45,16 @@ class Contraction:
     kernel_shape: tuple[int, ...]
 
     def __post_init__(self):
+        if not re.fullmatch(r"[\w.]+,\w+->[\w.]+", self.equation.replace(" ", "")):
+            raise ValueError(
+                f"equation={self.equation!r} is not of the form 'input,kernel->output'"
+            )
         x, kernel, y = self._axes
         if len(kernel) != len(self.kernel_shape):
             raise ValueError(f"equation={self.equation!r} does not fit kernel {self.kernel_shape}")
         bad = [a for a in kernel if (a in x) == (a in y)]
-        if bad or "..." in kernel or sorted(self._lead + self._outputs) != sorted(y):
+        repeated = any(len(set(axes)) < len(axes) for axes in (x, kernel, y))
+        if bad or repeated or sorted(self._lead + self._outputs) != sorted(y):
             raise ValueError(
                 f"equation={self.equation!r} is not a dense layer: every kernel axis must be in "
                 "exactly one of input and output"
@@ -133,8 +141,8 @@ class Dense:
     Attributes:
       contraction: what the layer computes, without its bias.
       kernel: the weight, in the layer's own shape.
-      bias: added to the layer's output, or None.
-      dtype: what the layer casts its input to, or None.
+      bias: N values added to the outputs, or None.
+      dtype: what the layer casts its input to; None promotes input and kernel to one dtype.
     """
 
     contraction: Contraction
@@ -162,17 +170,14 @@ def _linear_general(module: nnx.LinearGeneral) -> Dense:
     if module.batch_axis or sorted(axis) != list(range(-len(axis), 0)):
         raise ValueError(f"LinearGeneral with axis={axis}, batch_axis={dict(module.batch_axis)}")
     names = string.ascii_lowercase[: kernel.ndim]
-    # The kernel's input axes come in the order of `axis`, the input's in their own.
-    inputs = [names[axis.index(a)] for a in range(-len(axis), 0)]
-    outputs = names[len(axis) :]
-    equation = f"...{''.join(inputs)},{names}->...{outputs}"
+    # In whatever order `axis` names them, flax contracts them in the order of the input.
+    inputs, outputs = names[: len(axis)], names[len(axis) :]
+    equation = f"...{inputs},{names}->...{outputs}"
     return Dense(Contraction(equation, kernel.shape), kernel, module.bias, module.dtype)
 
 
 def _einsum(module: nnx.Einsum) -> Dense:
     kernel = module.kernel[...]
-    if module.einsum_str is None:
-        raise ValueError("Einsum without a fixed einsum_str")
     return Dense(Contraction(module.einsum_str, kernel.shape), kernel, module.bias, module.dtype)
 
 
@@ -193,7 +198,8 @@ class QuantizedDense(nnx.Module):
     straight through to x, and to the bias.
 
     Args:
-      dense: view of the layer that is replaced; its bias variable is kept, its kernel is not.
+      dense: view of the layer that is replaced; its bias is kept, in a variable of its own, its
+        kernel is not.
       packed: the quantized weight (N, K).
       transform: variable that already holds ``packed.transform``, to share it within a site.
       implementation: of `quantized_dot`; None lets the dispatch choose.
@@ -209,6 +215,7 @@ class QuantizedDense(nnx.Module):
     ):
         self.contraction = dense.contraction
         self.dtype = dense.dtype
+        self.kernel_dtype = dense.kernel.dtype
         self.weight_format = packed.weight.format
         self.input_format = packed.input_format
         self.implementation = implementation
@@ -221,7 +228,8 @@ class QuantizedDense(nnx.Module):
         self.input_global_scale = nnx.data(
             None if packed.input_global_scale is None else Packed(packed.input_global_scale)
         )
-        self.bias = nnx.data(dense.bias)
+        # A copy: training the quantized model's bias must not change the original's.
+        self.bias = nnx.data(None if dense.bias is None else dense.bias.copy())
 
     @property
     def packed(self) -> PackedWeight:
@@ -235,11 +243,14 @@ class QuantizedDense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the layer: x as the replaced layer took it."""
-        x = x if self.dtype is None else x.astype(self.dtype)
+        # Flax promotes x and the kernel to one dtype where the layer has none of its own.
+        dtype = self.dtype
+        x = x.astype(jnp.promote_types(x.dtype, self.kernel_dtype) if dtype is None else dtype)
         y = self.contraction.rows(x)
         y = quantized_dot(y, self.packed, implementation=self.implementation)
-        y = self.contraction.outputs(y)
-        return y if self.bias is None else y + jnp.asarray(self.bias[...], y.dtype)
+        if self.bias is not None:
+            y = y + jnp.asarray(self.bias[...], y.dtype).reshape(-1)
+        return self.contraction.outputs(y)
 
 
 def dense_layers(
@@ -281,6 +292,9 @@ def replace_modules(
       replace: maps (dotted path, module) to the new module, or to None to keep the old one. A
         module that stands in several places is asked for once and replaced in all.
 
+    Raises:
+      ValueError: a module to be replaced sits in something else than modules, lists, tuples, dicts.
+
     >>> twice = replace_modules(nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))]),
     ...                         lambda path, module: nnx.List([]) if path == "0" else None)
     >>> type(twice[0]).__name__
@@ -291,14 +305,34 @@ def replace_modules(
     for path, module in nnx.iter_modules(model):
         replacement = replace(dotted(path), module)
         if replacement is not None:
-            new[id(module)] = (module, replacement)
+            # The old module is kept, so that its id stays its own.
+            new[id(module)] = (dotted(path), module, replacement)
     if id(model) in new:
-        return new[id(model)][1]
+        return new[id(model)][-1]
+    placed: set[int] = set()
     for _, parent in list(nnx.iter_modules(model)):
         for name, child in list(vars(parent).items()):
-            if id(child) in new:
-                setattr(parent, name, new[id(child)][1])
+            exchanged = _exchange(child, new, placed)
+            if exchanged is not child:
+                setattr(parent, name, nnx.data(exchanged))
+    lost = [path for key, (path, *_) in new.items() if key not in placed]
+    if lost:
+        raise ValueError(f"{', '.join(lost)}: held by no module; keep submodules in an nnx.List")
     return model
+
+
+def _exchange(child: Any, new: Mapping[int, tuple], placed: set[int]) -> Any:
+    """Return an attribute with the modules in it exchanged, itself where there are none."""
+    if id(child) in new:
+        placed.add(id(child))
+        return new[id(child)][-1]
+    if type(child) is dict:
+        values = {key: _exchange(value, new, placed) for key, value in child.items()}
+        return values if any(values[key] is not child[key] for key in child) else child
+    if type(child) in (list, tuple):
+        items = [_exchange(value, new, placed) for value in child]
+        return type(child)(items) if any(map(operator.is_not, items, child)) else child
+    return child
 
 
 def dotted(path: tuple) -> str:
