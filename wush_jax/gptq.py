@@ -68,7 +68,8 @@ def gptq(
     """Quantize a weight with error feedback; each block in the coordinates of its own transform.
 
     Blocks in order; the columns of a block in order; a group's scale is fixed when its first column
-    is reached, from the weights as updated by then. Column c, with the conditional factor R'::
+    is reached, from the weights as updated by then (where a block holds several groups that is as
+    good as scales from the block's start or a few percent better). Column c, with the conditional factor R'::
 
         w_c <- w_c - sum_{b<c} (what_b - w_b) R'_bc / R'_cc ;  what_c = decode(encode(w_c))
 
@@ -250,7 +251,7 @@ def _factor(hessian, d: int, dampings):
     def attempt(state):
         tried, _ = state
         shift = jnp.where(dead, mean - diagonal, 0.0) + dampings[tried] * mean
-        return tried + 1, linalg.upper_factor(hessian + jnp.diag(shift))
+        return tried + 1, linalg.upper_factor(hessian + jnp.eye(k) * shift[None])
 
     def failed(state):
         tried, r = state
