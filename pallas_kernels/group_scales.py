@@ -61,6 +61,7 @@ def e4m3_scale(amax, g, top):
     byte = ptx(
         i32(),
         "{ .reg .f32 t,q,e; .reg .b16 h; mul.rn.f32 t, $1, $2;"
+        " min.f32 t, t, 0f7F000000;"  # an overflow is finite and saturates, too
         # one correction step makes the product with 1/top the rounded quotient
         f" mul.rn.f32 q, t, 0f{inverse:08X}; fma.rn.f32 e, q, 0f{bound:08X}, t;"
         f" fma.rn.f32 q, e, 0f{inverse:08X}, q;"
@@ -142,9 +143,7 @@ def sum_of_squares(amax, values):
         f32(),
         "{ .reg .f32 z,s; .reg .b32 u; and.b32 u, $1, 0x7F800000;"
         " max.u32 u, u, 0x00800000; min.u32 u, u, 0x7E800000; sub.s32 u, 0x7F000000, u;"
-        " mov.f32 s, 0f00000000; "
-        + terms
-        + "mov.f32 $0, s; }",
+        " mov.f32 s, 0f00000000; " + terms + "mov.f32 $0, s; }",
         amax,
         *values,
     )

@@ -31,7 +31,8 @@ def require_hopper() -> str:
     capability = getattr(device, "compute_capability", "unknown")
     if capability != HOPPER:
         raise NotImplementedError(
-            f"needs compute capability {HOPPER} (wgmma); {device.device_kind} has {capability}"
+            f"needs compute capability {HOPPER} (wgmma); {device.device_kind} has {capability}; "
+            "Blackwell is compile-tested only: `mosaic_gpu.launch(..., unit='mma')`"
         )
     return device.device_kind
 
@@ -56,8 +57,23 @@ def transform_quantize(x, transform, fmt, *, global_scale, layout):
     return launch(x, transform, fmt, global_scale=global_scale, layout=layout, device=device)
 
 
-def launch(x, transform, fmt, *, global_scale, layout, device, tiles=None, interpret=False):
-    """As `transform_quantize`, for a named device, with given tiles, or interpreted on CPU."""
+def launch(
+    x,
+    transform,
+    fmt,
+    *,
+    global_scale,
+    layout,
+    device,
+    tiles=None,
+    unit="wgmma",
+    interpret=False,
+):
+    """As `transform_quantize`, for a named device, with given tiles, or interpreted on CPU.
+
+    ``unit="mma"`` uses warp-level matrix instructions in place of Hopper's wgmma: with it the
+    kernel compiles for Blackwell (sm_100a), where it was never run.
+    """
     from pallas_kernels import quantize_kernel
 
     quantize_kernel.check_supported(x.reshape(-1, x.shape[-1]), transform, fmt)
@@ -78,7 +94,8 @@ def launch(x, transform, fmt, *, global_scale, layout, device, tiles=None, inter
     d, shared = transform.shape[-1], transform.ndim == 2
     if tiles is None:
         tiles = tile_tables.choose(rows, width, fmt, d, shared, layout, device)
-    run = functools.partial(_sharded, fmt, layout, tiles, interpret)
+    statics = (fmt, layout, tiles, unit, interpret)
+    run = functools.partial(_sharded, statics)
     g = jnp.asarray(global_scale, jnp.float32).reshape(())
     codes, scales = _batched(run, layout)(x.reshape(rows, width), transform, g)
     if x.ndim == 2:
@@ -106,46 +123,48 @@ def _batched(run, layout):
     return call
 
 
-def _sharded(fmt, layout, tiles, interpret, x, transform, g):
+def _sharded(statics, x, transform, g):
     """The kernel on each shard of the rows; the other axes are gathered first."""
-    return _partitioned(x, transform, g, fmt, layout, tiles, interpret)
+    return _partitioned(x, transform, g, statics)
 
 
-@functools.partial(custom_partitioning, static_argnums=(3, 4, 5, 6))
-def _partitioned(x, transform, g, fmt, layout, tiles, interpret):
+@functools.partial(custom_partitioning, static_argnums=(3,))
+def _partitioned(x, transform, g, statics):
     from pallas_kernels import quantize_kernel
 
+    fmt, layout, tiles, unit, interpret = statics
     return quantize_kernel.transform_quantize(
-        x, transform, fmt, global_scale=g, layout=layout, tiles=tiles, interpret=interpret
+        *(x, transform, fmt),
+        global_scale=g,
+        layout=layout,
+        tiles=tiles,
+        unit=unit,
+        interpret=interpret,
     )
 
 
-def _row_shardings(layout, mesh, arguments):
-    rows = arguments[0].sharding.spec[0] if arguments[0].sharding.spec else None
-    scales = (rows, None) if layout == "interchange" else (None, rows)
+def _row_shardings(statics, mesh, arguments):
+    spec = arguments[0].sharding.spec
+    rows = spec[0] if spec else None
+    scales = (rows, None) if statics[1] == "interchange" else (None, rows)
     named = functools.partial(NamedSharding, mesh)
     outputs = named(PartitionSpec(rows, None)), named(PartitionSpec(*scales))
     inputs = named(PartitionSpec(rows, None)), named(PartitionSpec()), named(PartitionSpec())
     return inputs, outputs
 
 
-def _infer(fmt, layout, tiles, interpret, mesh, arguments, result):
-    return _row_shardings(layout, mesh, arguments)[1]
+def _infer(statics, mesh, arguments, result):
+    return _row_shardings(statics, mesh, arguments)[1]
 
 
-def _partition(fmt, layout, tiles, interpret, mesh, arguments, result):
-    inputs, outputs = _row_shardings(layout, mesh, arguments)
-    run = functools.partial(_shard, fmt, layout, tiles, interpret)
-    return mesh, run, outputs, inputs
+def _partition(statics, mesh, arguments, result):
+    inputs, outputs = _row_shardings(statics, mesh, arguments)
+    return mesh, lambda x, t, g: _partitioned.fun(x, t, g, statics), outputs, inputs
 
 
-def _shard(fmt, layout, tiles, interpret, x, transform, g):
-    return _partitioned.fun(x, transform, g, fmt, layout, tiles, interpret)
-
-
-def _rule(fmt, layout, tiles, interpret, mesh, arguments, result):
+def _rule(statics, mesh, arguments, result):
     block = "b i j" if len(arguments[1].shape) == 3 else "i j"
-    scales = "m q" if layout == "interchange" else "q m"
+    scales = "m q" if statics[1] == "interchange" else "q m"
     return f"m k, {block}, -> m p, {scales}"
 
 

@@ -47,6 +47,7 @@ class Geometry:
       shared: one transform for all blocks.
       layout: "interchange" or "kernel".
       tiles: the tuned sizes.
+      unit: "wgmma" (Hopper) or "mma" (warp-level, any GPU with TMA).
     """
 
     rows: int
@@ -56,6 +57,7 @@ class Geometry:
     shared: bool
     layout: str
     tiles: Tiles
+    unit: str
 
     @property
     def slab(self) -> int:
@@ -77,7 +79,9 @@ class Geometry:
         return (rows, groups) if self.layout == "interchange" else (groups, rows)
 
 
-def transform_quantize(x, transform, fmt, *, global_scale, layout, tiles, interpret=False):
+def transform_quantize(
+    x, transform, fmt, *, global_scale, layout, tiles, unit="wgmma", interpret=False
+):
     """Transform, scale, round and pack in one kernel.
 
     ``codes = pack(round(y * g / s)), s = rule(y), y_b = x_b @ T_b^T`` with float32 sums.
@@ -93,6 +97,7 @@ def transform_quantize(x, transform, fmt, *, global_scale, layout, tiles, interp
       layout: "interchange": codes (M, K/2) with the even column in the low nibble, scales
         (M, K/g). "kernel": byte j of each 32 columns holds columns j and j + 16, scales (K/g, M).
       tiles: sizes, see `pallas_kernels.tiles`.
+      unit: "wgmma" for Hopper; "mma" for Blackwell, compiled for sm_100a but never run there.
       interpret: run under GPU interpretation, on CPU.
 
     Returns:
@@ -110,7 +115,7 @@ def transform_quantize(x, transform, fmt, *, global_scale, layout, tiles, interp
     if m > 8 and m % 8:
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     d, shared = transform.shape[-1], transform.ndim == 2
-    geometry = Geometry(x.shape[0], k, d, fmt.group_size, shared, layout, tiles)
+    geometry = Geometry(x.shape[0], k, d, fmt.group_size, shared, layout, tiles, unit)
     codes, scales = _kernel(geometry, fmt, x.dtype, interpret)(
         x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)
     )
@@ -292,6 +297,11 @@ def _transform(geo: Geometry, x_s, t_s, step):
     """``x_b @ T_b^T`` of the blocks of one tile: float32 accumulators (64, d) each."""
     d = geo.block
     blocks = geo.tiles.columns // d
+    if geo.unit == "mma":
+        zero = plgpu.layout_cast(jnp.zeros((ROWS, d), jnp.float32), plgpu.Layout.WGMMA)
+        held = [t_s.at[0 if geo.shared else step * blocks + b] for b in range(blocks)]
+        columns = [x_s.at[:, b * d : (b + 1) * d] for b in range(blocks)]
+        return [plgpu.mma(zero, x[...], t.T[...]) for x, t in zip(columns, held, strict=True)]
 
     def multiply(*accumulators):
         for b, acc in enumerate(accumulators):

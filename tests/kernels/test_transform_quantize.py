@@ -26,15 +26,9 @@ POW2 = {
 }
 
 
-def launch(x, t, fmt, layout="interchange", tiles=None, interpret=False):
-    return mosaic_gpu.launch(
-        *(x, t, fmt),
-        global_scale=None,
-        layout=layout,
-        device="NVIDIA H200",
-        tiles=tiles,
-        interpret=interpret,
-    )
+def launch(x, t, fmt, layout="interchange", tiles=None, **options):
+    options = {"global_scale": None, "device": "NVIDIA H200", **options}
+    return mosaic_gpu.launch(x, t, fmt, layout=layout, tiles=tiles, **options)
 
 
 # Under interpretation ----------------------------------------------------------------------------
@@ -73,18 +67,20 @@ def test_vmap_folds_mapped_rows_into_m():
 # Lowered for CUDA on any host --------------------------------------------------------------------
 
 LOWERED = [
-    (Case(1), wush.MXFP4, "interchange"),
-    (Case(16384), wush.NVFP4, "kernel"),
-    (Case(77, 14336, block=128), wush.INT4, "interchange"),
-    (Case(1024, block=64, dtype="float16"), NVFP4_46, "interchange"),
+    (Case(1), wush.MXFP4, "interchange", "wgmma"),
+    (Case(16384), wush.NVFP4, "kernel", "wgmma"),
+    (Case(77, 14336, block=128), wush.INT4, "interchange", "wgmma"),
+    (Case(1024, block=64, dtype="float16"), NVFP4_46, "interchange", "wgmma"),
+    (Case(16384), wush.MXFP4, "interchange", "mma"),
 ]
 
 
 @NEEDS_MOSAIC
-@pytest.mark.parametrize(("case", "fmt", "layout"), LOWERED)
-def test_lowers_for_cuda_as_one_kernel(case, fmt, layout):
+@pytest.mark.parametrize(("case", "fmt", "layout", "unit"), LOWERED)
+def test_lowers_for_cuda_as_one_kernel(case, fmt, layout, unit):
     arrays = jax.eval_shape(case.arrays)
-    traced = jax.jit(functools.partial(launch, fmt=fmt, layout=layout)).trace(*arrays)
+    run = functools.partial(launch, fmt=fmt, layout=layout, unit=unit)
+    traced = jax.jit(run).trace(*arrays)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
 
@@ -112,7 +108,7 @@ def test_row_shards_stay_where_they_are(monkeypatch):
     quantize_kernel = pytest.importorskip("pallas_kernels.quantize_kernel")
     seen = []
 
-    def stand_in(x, t, fmt, *, global_scale, layout, tiles, interpret):
+    def stand_in(x, t, fmt, *, global_scale, layout, tiles, unit, interpret):
         seen.append(x.shape)
         return pallas_kernels.reference.transform_quantize(x, t, fmt, global_scale=global_scale)
 
@@ -152,6 +148,14 @@ def test_kernel_equals_the_definition_on_gpu(case, fmt, layout):
     comparison.same(
         jax.jit(run)(x, t), comparison.definition(x, t, fmt, layout), fmt, layout, share
     )
+
+
+@pytest.mark.gpu
+def test_warp_level_instructions_give_the_same_on_gpu():
+    """What Blackwell would run, on the GPU that is here."""
+    x, t = Case(1000).arrays()
+    got = jax.jit(functools.partial(launch, fmt=wush.NVFP4, unit="mma"))(x, t)
+    comparison.same(got, comparison.definition(x, t, wush.NVFP4), wush.NVFP4)
 
 
 @pytest.mark.gpu
