@@ -160,12 +160,12 @@ DenseTypes = tuple[tuple[type, Callable[[Any], Dense]], ...]
 
 
 def _linear(module: nnx.Linear) -> Dense:
-    kernel = module.kernel[...]
+    kernel = module.kernel.get_value()
     return Dense(Contraction("...k,kn->...n", kernel.shape), kernel, module.bias, module.dtype)
 
 
 def _linear_general(module: nnx.LinearGeneral) -> Dense:
-    kernel = module.kernel[...]
+    kernel = module.kernel.get_value()
     axis = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
     if module.batch_axis or sorted(axis) != list(range(-len(axis), 0)):
         raise ValueError(f"LinearGeneral with axis={axis}, batch_axis={dict(module.batch_axis)}")
@@ -177,7 +177,7 @@ def _linear_general(module: nnx.LinearGeneral) -> Dense:
 
 
 def _einsum(module: nnx.Einsum) -> Dense:
-    kernel = module.kernel[...]
+    kernel = module.kernel.get_value()
     return Dense(Contraction(module.einsum_str, kernel.shape), kernel, module.bias, module.dtype)
 
 

@@ -152,7 +152,7 @@ def _memory(planned: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[st
     return {"moment_bytes": sum(moments), "largest_site_bytes": max(solver)}
 
 
-def _measure(model, planned, batch, call, dense_types) -> tuple[dict[str, float], float]:
+def _measure(model, planned, batch, call, dense_types) -> tuple[dict[str, float | None], float]:
     """Predicted gain by layer, and the seconds of a calibration batch once it is compiled."""
     layers, _ = dense_layers(model, dense_types)
     blocks = {item.site: item.moment_block for item in planned}
@@ -259,7 +259,8 @@ def _loss_and_share(weight, rows, packed):
     weight, rows = weight.astype(jnp.float32), rows.astype(jnp.float32)
     exact = jnp.einsum("...k,nk->...n", rows, weight, precision=linalg.HIGHEST)
     loss = layer_loss(weight, rows, packed)
-    return loss, loss / jnp.mean(exact**2)
+    # A dead site has neither loss nor output: no loss relative to that.
+    return loss, loss / jnp.maximum(jnp.mean(exact**2), jnp.finfo(jnp.float32).tiny)
 
 
 def _check_fits(item: SitePlan) -> None:
@@ -296,7 +297,7 @@ def _dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:
                 transform=recipe.transform,
                 solver=recipe.solver,
                 block=recipe.block,
-                bytes_before=layers[path].kernel.nbytes,
+                bytes_before=_nbytes(layers[path].kernel),
                 bytes_after=_nbytes(packed.weight) + (_nbytes(packed.transform) if first else 0),
             )
         )
@@ -326,11 +327,14 @@ def measured_rows(
     ]
 
 
-def _site_gain(item: SitePlan, layers: Mapping[str, Dense], moments: Moments) -> float:
-    """Mean over blocks of `predicted_gain`."""
+def _site_gain(item: SitePlan, layers: Mapping[str, Dense], moments: Moments) -> float | None:
+    """Mean over blocks of `predicted_gain`; None where a moment without damping has none."""
     weights = [layers[path].weight for path in item.site.layers]
     blocks = moments.mean
     if blocks.ndim == 2:
         blocks = linalg.diagonal_blocks(blocks, item.recipe.block)
     weight_moment = site_weight_moment(weights, blocks)
-    return float(jnp.mean(predicted_gain(weight_moment, blocks, damping=item.recipe.damping)))
+    try:
+        return float(jnp.mean(predicted_gain(weight_moment, blocks, damping=item.recipe.damping)))
+    except ValueError:
+        return None
