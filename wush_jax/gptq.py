@@ -68,8 +68,9 @@ def gptq(
     """Quantize a weight with error feedback; each block in the coordinates of its own transform.
 
     Blocks in order; the columns of a block in order; a group's scale is fixed when its first column
-    is reached, from the weights as updated by then (where a block holds several groups that is as
-    good as scales from the block's start or a few percent better). Column c, with the conditional factor R'::
+    is reached, from the weights as updated by then (in blocks of several groups that is as good as
+    scales from the block's start, or a few percent better). Column c, with the factor R' of the
+    conditional Hessian::
 
         w_c <- w_c - sum_{b<c} (what_b - w_b) R'_bc / R'_cc ;  what_c = decode(encode(w_c))
 
