@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+import math
 
 # What a CTA may use on Hopper, minus what the compiler keeps for itself.
 SHARED_MEMORY = 227 * 1024 - 2048
@@ -65,19 +66,33 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
     else:
         tiles = Tiles(warpgroups=1, stages=1) if rows <= 128 else Tiles()
     gathered = 16 * fmt.group_size // tiles.columns
-    scale_bytes = width // fmt.group_size if layout == "interchange" else rows
-    stages_whole_slabs = tiles.steps > 1 and gathered > 1 and scale_bytes % 16 == 0
-    steps = gathered if stages_whole_slabs and fmt.scale_dtype != "bfloat16" else 1
-    tiles = dataclasses.replace(tiles, steps=steps)
+    line = width // fmt.group_size if layout == "interchange" else rows
+    whole = fmt.scale_dtype != "bfloat16" and gathered > 1 and line % 16 == 0
+    direct = dataclasses.replace(tiles, steps=1)
+    if tiles.steps > 1 and whole:
+        tiles = dataclasses.replace(tiles, steps=gathered)
+        # Wide slabs are few: where they fill the last round badly, narrow ones are faster.
+        if _balance(rows, width, tiles) < 0.93 * _balance(rows, width, direct):
+            tiles = direct
+    else:
+        tiles = direct
     return shrink(tiles, block, fmt.group_size, shared)
 
 
+def _balance(rows: int, width: int, tiles: Tiles) -> float:
+    """Mean over largest number of (slab, row tile) pairs of a CTA."""
+    slabs = -(-width // (tiles.columns * tiles.steps))
+    share = slabs * -(-rows // (64 * tiles.warpgroups)) / tiles.ctas
+    return share / math.ceil(share)
+
+
 def shrink(tiles: Tiles, block: int, group: int, shared: bool) -> Tiles:
-    """Give up gathered scales, then stages, then warpgroups until a CTA's memory suffices."""
+    """Give up gathered scales, then stages, then warpgroups until the memory suffices."""
     if tiles.shared_memory(block, group, shared) * _resident(tiles) <= SHARED_MEMORY:
         return tiles
     if tiles.steps > 1:
-        return shrink(dataclasses.replace(tiles, steps=1), block, group, shared)
+        # Wide transforms: one CTA a multiprocessor, all its warpgroups sharing them.
+        return shrink(Tiles(columns=tiles.columns), block, group, shared)
     if tiles.stages > 1:
         return shrink(dataclasses.replace(tiles, stages=tiles.stages - 1), block, group, shared)
     return shrink(dataclasses.replace(tiles, warpgroups=tiles.warpgroups - 1), block, group, shared)
