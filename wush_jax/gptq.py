@@ -110,12 +110,14 @@ def gptq(
     >>> gptq(w, jnp.eye(64), hadamard_transform(32), MXFP4)[0].shape
     (4, 64)
     """
-    rule = None if isinstance(transform, BlockTransform) else transform
-    block = transform.block_size if rule is None else (block_size or fmt.group_size)
+    if isinstance(transform, BlockTransform):
+        rule, given, block = None, transform, transform.block_size
+    else:
+        rule, given, block = transform, None, block_size or fmt.group_size
     _check(weight, hessian, block, fmt, damping, scales, dtype, name)
     steps = scale_search.offsets(fmt, scales)
     options = _Options(fmt, block, steps, activation_order, jnp.dtype(dtype).name, rule)
-    given, dampings = transform if rule is None else None, _dampings(damping)
+    dampings = _dampings(damping)
     # Under a trace the steps are traced as they are: vmap would batch the jaxpr of an inner jit
     # outside the x64 context and lose its float64 products.
     traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((weight, hessian, given)))

@@ -6,7 +6,7 @@ The only place that turns the names of a recipe into transforms and solvers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -85,7 +85,7 @@ def quantize_weight(
     (8, 64)
     """
     blocks = _check_site([weight], activation_moment, recipe)
-    solver_transform = transform
+    solver_transform: BlockTransform | TransformRule | None = transform
     if transform is None:
         own = TransformRule(recipe.transform, recipe.transform_dtype)
         interleaved = recipe.solver == "gptq" and recipe.interleave and own.needs_data
@@ -205,13 +205,13 @@ class TransformRule:
 
     def __call__(self, weight_moment, activation_moment, damping) -> BlockTransform:
         """Return the transform of moments (..., d, d)."""
-        build = {
+        table: dict[str, Callable[..., BlockTransform]] = {
             "wush": transforms.wush_transform,
             "wus": functools.partial(transforms.wush_transform, hadamard=False),
             "calibrated_hadamard": transforms.calibrated_hadamard_transform,
             "whitening": transforms.whitening_transform,
-        }[self.name]
-        built = build(weight_moment, activation_moment, damping=damping)
+        }
+        built = table[self.name](weight_moment, activation_moment, damping=damping)
         return built.astype(jnp.dtype(self.dtype))
 
 
@@ -234,6 +234,8 @@ def build_transform(
     }.get(recipe.transform)
     if pair is not None:
         return pair().astype(jnp.dtype(recipe.transform_dtype))
+    if activation_blocks is None:
+        raise ValueError(f"activation_blocks=None: transform={recipe.transform!r} needs moments")
     m_w = site_weight_moment(weights, activation_blocks)
     rule = TransformRule(recipe.transform, recipe.transform_dtype)
     return rule(m_w, activation_blocks, recipe.damping)
