@@ -94,7 +94,7 @@ def test_no_batches(net):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_inputs_that_are_not_finite_name_the_site(net, value):
-    model = nnx.merge(*nnx.split(net))
+    model = nnx.clone(net)
     model.right.kernel[...] = model.right.kernel[...].at[3, 0, 5].set(value)
     with pytest.raises(ValueError, match="site twice: its input is not finite"):
         collect_moments(model, rows(1), dict.fromkeys(SITES))

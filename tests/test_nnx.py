@@ -219,6 +219,19 @@ def test_modules_are_replaced_wherever_they_sit():
     assert twin.child is twin.again
     assert twin.plain[1][1]["b"].was == "plain.1.1.b"
     assert type(model.plain[1][0]) is type(model.child) is nnx.Linear
+
+
+def test_the_copy_has_variables_of_its_own():
+    """Arrays are shared, since they do not change; variables are not."""
+    model = nnx.Dict(norm=nnx.RMSNorm(4, rngs=nnx.Rngs(0)))
+    twin = replace_modules(model, lambda path, module: None)
+    assert twin.norm.scale.get_value() is model.norm.scale.get_value()
+    twin.norm.scale[...] = 2 * twin.norm.scale[...]
+    assert model.norm.scale[...].tolist() == [1, 1, 1, 1]
+
+
+def test_the_model_itself_can_be_replaced():
+    model = nnx.Dict()
     assert replace_modules(model, lambda path, m: nnx.Dict() if path == "" else None) == nnx.Dict()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 
 from wush_jax.moments import Moments
 from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers, replace_modules
@@ -140,13 +141,16 @@ def collect_moments(
       `Moments` by site.
 
     Raises:
-      ValueError: no batches, or inputs that are not finite, with the name of the site.
+      ValueError: no batches, inputs that are not finite, with the name of the site, or arrays on
+        a mesh with explicit axes.
     """
     graph, state = nnx.split(model)
+    check_sharding(state)
     totals = {site: Moments.init(site.size, block) for site, block in blocks.items()}
     ordered = list(totals.values())
     done = 0
     for done, batch in enumerate(batches, start=1):
+        check_sharding(batch)
         ordered = _add_batch(graph, tuple(totals), call, dense_types, state, ordered, batch)
         if progress is not None:
             progress(done, None, "calibrate")
@@ -182,3 +186,15 @@ def check_moments_finite(site: Site, moments: Moments) -> None:
             f"site {site.name}: its input is not finite on the calibration batches; look for the "
             "batch or the weights that overflow"
         )
+
+
+def check_sharding(tree: Any) -> None:
+    """Raise ValueError when an array or a sharding has explicit mesh axes."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(leaf, "sharding", leaf), "mesh", None)
+        if AxisType.Explicit in getattr(mesh, "axis_types", ()):
+            raise ValueError(
+                f"the mesh axes {mesh.axis_names} are explicit, but reductions over tokens are the "
+                "compiler's: make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * "
+                f"{len(mesh.axis_names)}"
+            )

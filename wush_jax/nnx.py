@@ -300,7 +300,7 @@ def replace_modules(
     >>> type(twice[0]).__name__
     'List'
     """
-    model = nnx.merge(*nnx.split(model))
+    model = nnx.clone(model)  # variables of its own: training one model must not change the other
     new = {}
     for path, module in nnx.iter_modules(model):
         replacement = replace(dotted(path), module)

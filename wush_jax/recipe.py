@@ -137,11 +137,9 @@ class RuleBook:
         """Return the patterns that decide none of the given paths."""
         used = set()
         for path in paths:
-            for pattern, _ in self._rules:
-                if pattern.fullmatch(path):
-                    used.add(pattern.pattern)
-                    break
-        return [p.pattern for p, _ in self._rules if p.pattern not in used]
+            matches = (i for i, (pattern, _) in enumerate(self._rules) if pattern.fullmatch(path))
+            used.add(next(matches, None))
+        return [p.pattern for i, (p, _) in enumerate(self._rules) if i not in used]
 
 
 def _check_choice(name: str, value, choices: Sequence[str]) -> None:

@@ -112,10 +112,11 @@ class Report:
 
         figure = Figure(figsize=(max(6.0, 0.18 * len(self.layers)), 4.0), layout="constrained")
         axes = figure.subplots()
-        measured = [layer for layer in self.layers if layer.relative_loss is not None]
-        if measured:
-            axes.bar([m.path for m in measured], [m.relative_loss for m in measured])
-            axes.set_yscale("log")
+        losses = {m.path: m.relative_loss for m in self.layers if m.relative_loss is not None}
+        if losses:
+            axes.bar(list(losses), list(losses.values()))
+            if max(losses.values()) > 0:
+                axes.set_yscale("log")
             axes.set_ylabel("output loss / output power")
         else:
             axes.bar([m.path for m in self.layers], [m.bytes_after for m in self.layers])

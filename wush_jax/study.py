@@ -94,7 +94,8 @@ class Study:
         lower.bar(names, [o.layer_loss for o in self.outcomes], color="tab:orange")
         lower.set_ylabel("layer loss / output power")
         for axes in (upper, lower):
-            axes.set_yscale("log")
+            if axes.dataLim.y1 > 0:
+                axes.set_yscale("log")
             axes.grid(axis="y", alpha=0.3)
         lower.tick_params(axis="x", labelrotation=90)
         figure.savefig(path, dpi=150)
@@ -146,7 +147,7 @@ def compare(
         chosen = {item.site: moments[_site_of(item.site, sites)] for item in planned.sites}
         models[name], report = quantize_with(model, planned, chosen, evaluation[0], **options)
         measured = score(models[name], evaluation, reference, call=call)
-        losses = [layer.relative_loss for layer in report.layers]
+        losses = [r.relative_loss for r in report.layers if r.relative_loss is not None]
         seconds = time.perf_counter() - start
         outcomes.append(
             Outcome(name, float(np.mean(losses)), measured.kl, measured.perplexity, seconds, report)

@@ -1,0 +1,63 @@
+"""Reports as table, JSON and picture."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from wush_jax.report import LayerReport, Report
+
+PLAIN = {"format": "MXFP4/MXFP4", "transform": "wush", "solver": "rtn", "block": 32}
+PLANNED = [
+    LayerReport("q", "q", (64, 128), bytes_before=32768, bytes_after=8000, **PLAIN),
+    LayerReport("k", "q", (32, 128), bytes_before=16384, bytes_after=1500, **PLAIN),
+]
+RESULTS = {"predicted_gain": 0.123, "loss": 0.5, "relative_loss": 0.00625}
+MEASURED = [dataclasses.replace(layer, **RESULTS) for layer in PLANNED]
+
+
+@pytest.fixture(params=[PLANNED, MEASURED], ids=["planned", "measured"])
+def report(request):
+    return Report(request.param, {"head": "a rule"}, ["lost"], {"seconds": 1.5})
+
+
+def test_totals(report):
+    assert (report.bytes_before, report.bytes_after) == (49152, 9500)
+
+
+def test_table_shows_every_layer(report):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.table())
+    text = console.export_text()
+    assert "2 layers, weights 5.2x smaller" in text
+    assert "32,768 -> 8,000" in text
+    assert "64 x 128" in text
+    assert "k *" in text  # shares the transform of q
+    assert "q *" not in text
+    assert "left alone: head: a rule" in text
+    assert "rule without a layer: lost" in text
+    assert ("0.00625" in text) == (report.layers[0].loss is not None)
+
+
+def test_json_holds_everything(report, tmp_path):
+    report.to_json(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in content["layers"]]
+    assert layers == report.layers
+    assert content["skipped"] == {"head": "a rule"}
+    assert content["unused_rules"] == ["lost"]
+    assert content["details"] == {"seconds": 1.5}
+
+
+def test_plot_is_a_picture(report, tmp_path):
+    report.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_any_loss(tmp_path):
+    """Nothing was lost: a logarithmic axis has nothing to show, and no warning to give."""
+    layers = [dataclasses.replace(layer, relative_loss=0.0) for layer in PLANNED]
+    Report(layers).plot(tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
