@@ -40,7 +40,8 @@ def device_time(function, *arguments, repeats: int = 9) -> float:
     times = []
     for _ in range(repeats):
         (flush, _), kernels = measured(flush, arguments)
-        times.append(sum(milliseconds for _, milliseconds in kernels[1:]) / 1e3)
+        milliseconds: list[float] = [time for _, time in kernels or ()]
+        times.append(sum(milliseconds[1:]) / 1e3)
     return statistics.median(times)
 
 
@@ -66,10 +67,11 @@ def mismatch(function, case: Case, fmt) -> tuple[float, float]:
 
     got = jax.jit(function)(x, t)
     want = jax.jit(definition)(x, t, jnp.float32(fmt.global_scale))
-    return tuple(
+    codes, scales = (
         float(np.mean(np.asarray(a).view(np.uint8) != np.asarray(b).view(np.uint8)))
         for a, b in zip(got, want, strict=True)
     )
+    return codes, scales
 
 
 def kernel(fmt, tiles: Tiles | None = None):
@@ -157,7 +159,7 @@ def tune(formats) -> dict:
             for tiles in dict.fromkeys(candidates(case, fmt)):
                 timed[tiles] = device_time(kernel(fmt, tiles), x, t)
                 print(f"{fmt.name} {case.rows} {timed[tiles] * 1e6:8.2f} us {tiles}", flush=True)
-            best = min(timed, key=timed.get)
+            best = min(timed, key=lambda tiles: timed[tiles])
             entry = {"rows": limit, "scale": fmt.scale_dtype, "tiles": dataclasses.asdict(best)}
             entries.append({**entry, "microseconds": round(timed[best] * 1e6, 2)})
     command = "python -m pallas_kernels.bench --tune"
@@ -165,7 +167,11 @@ def tune(formats) -> dict:
 
 
 def main(arguments=None) -> None:
-    """Run the benchmark, or with ``--tune`` print a table of tiles."""
+    """Run the benchmark, or with ``--tune`` measure tiles.
+
+    Raises:
+      NotImplementedError: no GPU that the kernel runs on.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--provider", default="wush_jax.formats", help="module with the formats")
     parser.add_argument("--formats", default="MXFP4,NVFP4,INT4")
@@ -175,10 +181,12 @@ def main(arguments=None) -> None:
     parser.add_argument("--tune", action="store_true", help="measure tiles, write a table")
     parser.add_argument("--output", help="JSON file for the rows, or for the table")
     options = parser.parse_args(arguments)
+    mosaic_gpu.require_hopper()
     provider = importlib.import_module(options.provider)
     formats = [getattr(provider, name) for name in options.formats.split(",")]
     if options.rule:
         formats = [fmt.replace(rule=options.rule) for fmt in formats]
+    result: dict | list[dict]
     if options.tune:
         result = tune(formats)
     else:

@@ -29,8 +29,8 @@ def f32() -> ir.Type:
 def const(value: int | float) -> ir.Value:
     """An int32 or float32 constant."""
     if isinstance(value, float):
-        return arith.constant(f32(), ir.FloatAttr.get(f32(), value))
-    return arith.constant(i32(), ir.IntegerAttr.get(i32(), int(np.uint32(value).view(np.int32))))
+        return utils.c(value, f32())
+    return utils.c(int(np.uint32(value).view(np.int32)), i32())
 
 
 def ptx(result: ir.Type, code: str, *operands: ir.Value) -> ir.Value:

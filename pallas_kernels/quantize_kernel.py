@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
     # TMA tiles of codes must divide K/2 bytes and are no wider than one step.
     packed = math.gcd(math.gcd(geo.width, tiles.columns) // 2, 128)
     operand = _swizzled(min(128, 2 * d), 2)
-    scratch = dict(
+    scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM((n * tiles.stages, ROWS, tiles.columns), dtype, transforms=operand),
         t_s=plgpu.SMEM((1 if geo.shared else geo.slab // d, d, d), dtype, transforms=operand),
         codes_s=plgpu.SMEM(
@@ -182,8 +183,9 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
 
 
 def _swizzled(swizzle: int, itemsize: int) -> tuple:
-    tiling = plgpu.TilingTransform((8, swizzle // itemsize))
-    return tiling, plgpu.SwizzleTransform(swizzle)
+    # Their abstract methods are stubs.
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
 
 def _interpreter():
@@ -291,6 +293,8 @@ def _walk(
     lax.fori_loop(0, tiles.stages, warm_up, None)
     plgpu.barrier_wait(t_ready)
     lax.fori_loop(0, last, advance, None)
+    # The next slab starts with the first buffers again.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _transform(geo: Geometry, x_s, t_s, step):

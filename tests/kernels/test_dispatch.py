@@ -8,7 +8,7 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import mosaic_gpu, tiles
+from pallas_kernels import bench, mosaic_gpu, tiles
 from pallas_kernels.cases import Case
 
 X, T = Case(8, 128).arrays()
@@ -56,6 +56,13 @@ def test_only_hopper_is_taken(monkeypatch):
     reason = "compute capability" if jax.__version_info__ >= (0, 11) else "need jax 0.11"
     with pytest.raises(NotImplementedError, match=reason):
         mosaic_gpu.require_hopper()
+
+
+def test_the_benchmark_wants_the_gpu_it_measures():
+    if jax.default_backend() == "gpu":
+        pytest.skip("it would run")
+    with pytest.raises(NotImplementedError, match=r"NVIDIA GPU|jax 0.11"):
+        bench.main([])
 
 
 @pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.INT4])
