@@ -15,9 +15,9 @@ import wush_jax as wush
 from wush_jax import linalg
 from wush_jax.feedback import inner_factor, quantize_block
 from wush_jax.gptq import gptq
-from wush_jax.quantize import TransformRule, build_transform, quantize_site
 from wush_jax.rtn import rtn
 from wush_jax.scale_search import OFFSETS
+from wush_jax.site import TransformRule, build_transform, quantize_site
 
 FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
 WUSH = TransformRule("wush", "bfloat16")

@@ -10,7 +10,7 @@ from tiny import Net, rows
 
 import wush_jax as wush
 from wush_jax.nnx import Packed, QuantizedDense, dense_layers
-from wush_jax.quantize import quantize_site
+from wush_jax.site import quantize_site
 
 RECIPE = wush.Recipe()
 BATCHES = rows(2)

@@ -11,7 +11,7 @@ from jax import lax
 
 import pallas_kernels
 from wush_jax import linalg
-from wush_jax.quantize import PackedWeight, effective_weight
+from wush_jax.site import PackedWeight, effective_weight
 
 
 def quantized_dot(

@@ -12,10 +12,10 @@ from wush_jax.calibrate import Call, Progress, Site, collect_moments, plain_call
 from wush_jax.moments import Moments
 from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.planning import ModelPlan, layer_losses, measured_rows, plan, quantize_planned, swap
-from wush_jax.quantize import PackedWeight
 from wush_jax.recipe import Rules
 from wush_jax.report import Report
 from wush_jax.sequential import Sequential, quantize_sequentially
+from wush_jax.site import PackedWeight
 
 
 def quantize_model(

@@ -16,7 +16,7 @@ from flax import nnx
 
 from wush_jax.formats import QuantizedArray
 from wush_jax.linear import quantized_dot
-from wush_jax.quantize import PackedWeight
+from wush_jax.site import PackedWeight
 
 
 class Packed(nnx.Variable):

@@ -26,8 +26,8 @@ import numpy as np
 from wush_jax.formats import SCALE_DTYPES, Format, QuantizedArray
 from wush_jax.numerics import E2M1
 from wush_jax.quantization_config import LayerRecord, is_scale
-from wush_jax.quantize import PackedWeight
 from wush_jax.scales import POW2_RULES
+from wush_jax.site import PackedWeight
 from wush_jax.tensor_folder import TensorFolder
 
 Place = Callable[[str, np.ndarray], jax.Array]

@@ -34,9 +34,9 @@ from wush_jax.nnx import (
     dense_layers,
     replace_modules,
 )
-from wush_jax.quantize import PackedWeight, quantize_site, site_weight_moment
 from wush_jax.recipe import Recipe, RuleBook, Rules
 from wush_jax.report import LayerReport, Report
+from wush_jax.site import PackedWeight, quantize_site, site_weight_moment
 from wush_jax.transforms import predicted_gain
 
 

@@ -27,10 +27,10 @@ from wush_jax.planning import (
     quantize_planned,
     swap,
 )
-from wush_jax.quantize import PackedWeight
 from wush_jax.recipe import Rules
 from wush_jax.report import LayerReport, Report
 from wush_jax.resume import RunState, digest
+from wush_jax.site import PackedWeight
 
 
 @dataclass(frozen=True)
