@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 from wush_jax.moments import Moments
@@ -156,7 +157,7 @@ def collect_moments(
             progress(done, None, "calibrate")
     if not done:
         raise ValueError("batches is empty; pass at least one calibration batch")
-    totals = dict(zip(totals, ordered, strict=True))
+    totals = dict(zip(totals, _local(ordered), strict=True))
     for site, moments in totals.items():
         check_moments_finite(site, moments)
     return totals
@@ -168,6 +169,18 @@ def _add_batch(graph, sites, call, dense_types, state, totals, batch):
     layers, _ = dense_layers(model, dense_types)
     _, inputs = run_and_capture(model, batch, call, dense_types)
     return [add_inputs(m, s, inputs, layers) for s, m in zip(sites, totals, strict=True)]
+
+
+def _local(tree: Any) -> Any:
+    """Bring what several processes hold together to each of them."""
+    return jax.tree.map(
+        lambda x: (
+            x
+            if x.is_fully_addressable
+            else jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
+        ),
+        tree,
+    )
 
 
 def add_inputs(
@@ -192,7 +205,7 @@ def check_sharding(tree: Any) -> None:
     """Raise ValueError when an array or a sharding has explicit mesh axes."""
     for leaf in jax.tree.leaves(tree):
         mesh = getattr(getattr(leaf, "sharding", leaf), "mesh", None)
-        if AxisType.Explicit in getattr(mesh, "axis_types", ()):
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
             raise ValueError(
                 f"the mesh axes {mesh.axis_names} are explicit, but reductions over tokens are the "
                 "compiler's: make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * "

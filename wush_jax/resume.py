@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ class RunState:
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str], *, resume: bool):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         run = self.folder / RUN_FILE
         if not run.exists():
-            self._write(run, lambda path: path.write_text(json.dumps(dict(fingerprint), indent=1)))
+            text = json.dumps(dict(fingerprint), indent=1)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._write(run, lambda path: path.write_text(text))
+            except OSError as error:
+                raise OSError(
+                    f"state_dir={str(folder)!r} cannot be written ({error}); choose another folder"
+                ) from error
             return
         if not resume:
             raise ValueError(
@@ -66,7 +73,7 @@ class RunState:
           OSError: with the stage and what to do; stages before it are kept.
         """
         leaves = {f"{i:06d}": _bits(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-        text = {"note": json.dumps(note)}
+        text = {"note": json.dumps(note), "crc32": _checksum(leaves)}
         try:
             self._write(self._file(stage), lambda path: save_file(leaves, path, metadata=text))
         except (OSError, SafetensorError) as error:
@@ -85,10 +92,13 @@ class RunState:
         remedy = f"{file} is damaged or of another run; delete it to redo that stage"
         try:
             with safe_open(file, framework="numpy") as opened:
-                note = json.loads((opened.metadata() or {})["note"])
+                metadata = opened.metadata() or {}
+            note, checksum = json.loads(metadata["note"]), metadata["crc32"]
             stored = load_file(file)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{remedy} ({error})") from error
+            raise ValueError(f"{remedy} ({error!r})") from error
+        if _checksum(stored) != checksum:
+            raise ValueError(f"{remedy}: its checksum is not {checksum}")
         specs, structure = jax.tree.flatten(like)
         if sorted(stored) != [f"{i:06d}" for i in range(len(specs))]:
             raise ValueError(f"{remedy}: it holds {len(stored)} arrays, expected {len(specs)}")
@@ -120,6 +130,13 @@ def digest(arrays: Iterable[Any], sample: int = 4096) -> str:
         step = max(1, flat.size // sample)
         state.update(np.ascontiguousarray(np.asarray(flat[::step])).tobytes())
     return state.hexdigest()[:16]
+
+
+def _checksum(leaves: Mapping[str, np.ndarray]) -> str:
+    total = 0
+    for name in sorted(leaves):
+        total = zlib.crc32(leaves[name].tobytes(), total)
+    return f"{total:08x}"
 
 
 def _bits(leaf: jax.Array) -> np.ndarray:

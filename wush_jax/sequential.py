@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from wush_jax.calibrate import Call, Progress, Site, collect_moments, plain_call
-from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.calibrate import (
+    Call,
+    Progress,
+    Site,
+    check_sharding,
+    collect_moments,
+    plain_call,
+)
+from wush_jax.host_memory import check_host_memory
+from wush_jax.nnx import DENSE_TYPES, Dense, DenseTypes, dense_layers
 from wush_jax.planning import (
     ModelPlan,
     SitePlan,
@@ -61,8 +69,10 @@ class Sequential:
         the data a site); "layer": all sites of a layer in one pass.
       hidden_dtype: of the layers' inputs, kept on the host.
       sharding: of a batch's hidden states, such as over a mesh's data axis; moments are then
-        reduced by the compiler. With several processes each passes its own batches.
-      state_dir: folder that keeps every finished layer; None keeps nothing.
+        reduced by the compiler. With several processes each passes its own batches, of the same
+        number and shapes.
+      state_dir: folder that keeps every finished layer, for each process its own; None keeps
+        nothing.
       resume: continue the run in ``state_dir``.
     """
 
@@ -78,6 +88,7 @@ class Sequential:
             raise ValueError(f"granularity={self.granularity!r} is unknown; use 'site' or 'layer'")
         if self.resume and self.state_dir is None:
             raise ValueError("resume=True needs the state_dir of the run to continue")
+        check_sharding(self.sharding)
 
 
 def quantize_sequentially(
@@ -127,53 +138,42 @@ def quantize_sequentially(
             f"model {type(model).__name__} has no layers in .{stack.layers}; describe its Stack, "
             "or calibrate in one shot"
         )
-    planned = plan(model, rules, batches[0], call=call, dense_types=dense_types)
-    run = _Run(
-        settings,
-        dense_types,
-        implementation,
-        _Counter(planned, layers, batches, settings, progress),
+    options: dict[str, Any] = {"call": call, "dense_types": dense_types}
+    planned = plan(model, rules, batches[0], **options)
+    stages = [_local_sites(planned, f"{stack.layers}.{i}.") for i in range(len(layers))]
+    inside = {f"{stack.layers}.{i}.{s.site.name}" for i, local in enumerate(stages) for s in local}
+    rest = [item for item in planned.sites if item.site.name not in inside]
+    run = _Run(settings, dense_types, implementation, _Counter(progress))
+    run.count.total = len(batches) * (
+        sum(len(run.passes(local)) for local in stages) + len(layers) - 1 + bool(rest)
     )
-    _check_host_memory(model, batches, settings)
+    check_host_memory(model, batches, stack.embed, settings.hidden_dtype)
     state = _open_state(model, batches, rules, settings)
-    hidden = [run.keep(_embed(*nnx.split(model), stack, run.place(b))) for b in batches]
+    done = _finished_stages(state, len(layers))
+    hidden = [run.embed(model, batch) for batch in batches]
     rows: list[LayerReport] = []
     finished: dict[str, PackedWeight] = {}
-    for index, layer in enumerate(layers):
+    for index, (layer, local) in enumerate(zip(layers, stages, strict=True)):
         prefix = f"{stack.layers}.{index}."
-        local = _local_sites(planned, prefix)
         dense, _ = dense_layers(layer, dense_types)
-        if state is not None and state.has(index):
-            packed, note = state.load(index, packed_like(local, dense))
-            packed = _with_shared_transforms(local, packed)
-            new_rows = [LayerReport(**{**r, "shape": tuple(r["shape"])}) for r in note["rows"]]
+        if state is not None and index < done:
+            packed, new_rows = _load_stage(state, index, local, dense)
+            run.count.done += len(run.passes(local)) * len(batches)
         else:
             packed, new_rows = run.quantize_layer(layer, local, hidden, prefix)
-            if state is not None and jax.process_index() == 0:
+            if state is not None:
                 state.save(index, packed, {"rows": [r.__dict__ for r in new_rows]})
         rows += new_rows
         finished |= {prefix + path: p for path, p in packed.items()}
-        quantized = swap(layer, dense, packed, implementation)
         if index + 1 < len(layers):
-            hidden = run.advance(quantized, hidden)
+            hidden = run.advance(swap(layer, dense, packed, implementation), hidden)
     everything, _ = dense_layers(model, dense_types)
-    rest = [item for item in planned.sites if item.site.name not in finished]
     if rest:
         half = swap(model, everything, finished, implementation)
-        moments = collect_moments(
-            half,
-            batches,
-            {i.site: i.moment_block for i in rest},
-            call=call,
-            dense_types=dense_types,
-        )
-        for item in rest:
-            packed = quantize_planned(item, everything, moments[item.site])
-            losses = layer_losses(
-                half, batches[0], [item.site], packed, call=call, dense_types=dense_types
-            )
-            rows += measured_rows(item, everything, moments[item.site], losses)
-            finished |= packed
+        chunks = run.chunks(batches, "outside the layers")
+        packed, new_rows = run.quantize_stage(half, everything, rest, chunks, batches[0], **options)
+        finished |= packed
+        rows += new_rows
     report = Report(rows, planned.report.skipped, planned.report.unused_rules)
     return swap(model, everything, finished, implementation), report
 
@@ -181,11 +181,8 @@ def quantize_sequentially(
 class _Counter:
     """Counts passes over chunks for the progress callback."""
 
-    def __init__(self, planned, layers, batches, settings, progress):
-        sites = [item for item in planned.sites if item.site.name.startswith(settings.stack.layers)]
-        passes = len(sites) if settings.granularity == "site" else len(layers)
-        self.total = (passes + len(layers) - 1) * len(batches)
-        self.done = 0
+    def __init__(self, progress: Progress | None):
+        self.done = self.total = 0
         self.progress = progress
 
     def __call__(self, what: str) -> None:
@@ -203,34 +200,49 @@ class _Run:
     implementation: str | None
     count: _Counter
 
-    def place(self, chunk: Any) -> jax.Array:
+    def place(self, chunk: Any) -> Any:
         """Put a host chunk on the devices; with several processes, this process's part of it."""
         sharding = self.settings.sharding
         if sharding is None:
-            return jnp.asarray(chunk)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(chunk))
+            return jax.tree.map(jnp.asarray, chunk)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), chunk
+        )
 
     def keep(self, hidden: jax.Array) -> np.ndarray:
         """Bring hidden states to the host: this process's rows."""
-        hidden = hidden.astype(self.settings.hidden_dtype)
-        if hidden.is_fully_addressable:
-            return np.asarray(hidden)
-        parts = {s.index[0].start or 0: s.data for s in hidden.addressable_shards}
-        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+        if not hidden.is_fully_addressable:
+            sharding: Any = hidden.sharding  # a NamedSharding: the settings'
+            hidden = multihost_utils.global_array_to_host_local_array(
+                hidden, sharding.mesh, sharding.spec
+            )
+        return np.asarray(hidden)
 
-    def chunks(self, hidden: Sequence[np.ndarray], what: str) -> Iterator[jax.Array]:
+    def chunks(self, hidden: Sequence[Any], what: str) -> Iterator[Any]:
         """Yield the chunks on the devices, one at a time."""
         for chunk in hidden:
             yield self.place(chunk)
             self.count(what)
 
+    def embed(self, model: nnx.Module, batch: Any) -> np.ndarray:
+        """Return the first layer's input."""
+        return self._forward(model, self.settings.stack.embed, self.place(batch))
+
     def advance(self, layer: nnx.Module, hidden: list[np.ndarray]) -> list[np.ndarray]:
         """Send all chunks through a quantized layer, replacing them one by one."""
-        graph, state = nnx.split(layer)
         for index, chunk in enumerate(self.chunks(hidden, "forward")):
-            out = _forward(graph, self.settings.stack.layer, state, chunk)
-            hidden[index] = self.keep(out)
+            hidden[index] = self._forward(layer, self.settings.stack.layer, chunk)
         return hidden
+
+    def _forward(self, module: nnx.Module, call: Call, chunk: Any) -> np.ndarray:
+        options = (self.settings.hidden_dtype, self.settings.sharding)
+        return self.keep(_forward(*nnx.split(module), call, *options, chunk))
+
+    def passes(self, sites: Sequence[SitePlan]) -> list[list[SitePlan]]:
+        """Return which sites of a layer are calibrated in one pass over the chunks."""
+        if self.settings.granularity == "site":
+            return [[item] for item in sites]
+        return [list(sites)] if sites else []
 
     def quantize_layer(
         self, layer: nnx.Module, sites: Sequence[SitePlan], hidden: list[np.ndarray], prefix: str
@@ -240,40 +252,40 @@ class _Run:
         options: dict[str, Any] = {
             "call": self.settings.stack.layer,
             "dense_types": self.dense_types,
+            "prefix": prefix,
         }
         packed: dict[str, PackedWeight] = {}
         rows: list[LayerReport] = []
-        stages = [[s] for s in sites] if self.settings.granularity == "site" else [list(sites)]
-        for stage in stages:
-            if not stage:
-                continue
+        for stage in self.passes(sites):
             current = swap(layer, layers, packed, self.implementation)
-            moments = collect_moments(
-                current,
-                self.chunks(hidden, prefix + stage[0].site.name),
-                {item.site: item.moment_block for item in stage},
-                **options,
-            )
-            for item in stage:
-                new = quantize_planned(item, layers, moments[item.site], prefix)
-                losses = layer_losses(current, self.place(hidden[0]), [item.site], new, **options)
-                rows += [
-                    _with_prefix(r, prefix)
-                    for r in measured_rows(item, layers, moments[item.site], losses)
-                ]
-                packed |= new
-                del moments[item.site]
+            chunks = self.chunks(hidden, prefix + stage[0].site.name)
+            new = self.quantize_stage(current, layers, stage, chunks, hidden[0], **options)
+            packed |= new[0]
+            rows += new[1]
+        return packed, rows
+
+    def quantize_stage(
+        self, model, layers, sites, chunks, first, *, call, dense_types, prefix=""
+    ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
+        """Calibrate some sites in one pass over the chunks, then quantize them."""
+        options: dict[str, Any] = {"call": call, "dense_types": dense_types}
+        blocks = {item.site: item.moment_block for item in sites}
+        moments = collect_moments(model, chunks, blocks, **options)
+        packed: dict[str, PackedWeight] = {}
+        rows: list[LayerReport] = []
+        for item in sites:
+            new = quantize_planned(item, layers, moments[item.site], prefix)
+            losses = layer_losses(model, self.place(first), [item.site], new, **options)
+            measured = measured_rows(item, layers, moments.pop(item.site), losses)
+            rows += [replace(r, path=prefix + r.path, site=prefix + r.site) for r in measured]
+            packed |= new
         return packed, rows
 
 
-@partial(jax.jit, static_argnums=(0, 2))
-def _embed(graph, state, stack, batch):
-    return stack.embed(nnx.merge(graph, state), batch)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _forward(graph, layer_call, state, hidden):
-    return layer_call(nnx.merge(graph, state), hidden)
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _forward(graph, state, call, dtype, sharding, chunk):
+    hidden = call(nnx.merge(graph, state), chunk).astype(dtype)
+    return hidden if sharding is None else jax.lax.with_sharding_constraint(hidden, sharding)
 
 
 def _local_sites(planned: ModelPlan, prefix: str) -> list[SitePlan]:
@@ -297,32 +309,35 @@ def _with_shared_transforms(
     return {path: replace(p, transform=transforms[path]) for path, p in packed.items()}
 
 
-def _with_prefix(row: LayerReport, prefix: str) -> LayerReport:
-    return replace(row, path=prefix + row.path, site=prefix + row.site)
+def _load_stage(
+    state: RunState, index: int, sites: Sequence[SitePlan], layers: Mapping[str, Dense]
+) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
+    packed, note = state.load(index, packed_like(sites, layers))
+    rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in note["rows"]]
+    return _with_shared_transforms(sites, packed), rows
+
+
+def _finished_stages(state: RunState | None, count: int) -> int:
+    """How many stages, from the first on, every process has on disk."""
+    own = 0
+    while state is not None and own < count and state.has(own):
+        own += 1
+    if jax.process_count() == 1:
+        return own
+    return int(multihost_utils.process_allgather(np.int32(own)).min())
 
 
 def _open_state(model, batches, rules, settings: Sequential) -> RunState | None:
     if settings.state_dir is None:
         return None
+    # The state of random streams, such as of dropout, moves on with every call.
     fingerprint = {
-        "model": digest(jax.tree.leaves(nnx.state(model))),
+        "model": digest(jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))),
         "batches": digest(jax.tree.leaves(batches)),
         "rules": repr(rules),
         "settings": f"{settings.granularity} {settings.hidden_dtype}",
     }
-    return RunState(settings.state_dir, fingerprint, resume=settings.resume)
-
-
-def _check_host_memory(model, batches, settings: Sequential) -> None:
-    """Refuse a calibration whose hidden states cannot fit the host's memory."""
-    graph, state = nnx.split(model)
-    hidden = jax.eval_shape(
-        lambda s, b: settings.stack.embed(nnx.merge(graph, s), b), state, batches[0]
-    )
-    needed = hidden.size * jnp.dtype(settings.hidden_dtype).itemsize * len(batches)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free:
-        raise ValueError(
-            f"batches: their hidden states need {needed / 1e9:.1f} GB of host memory and "
-            f"{free / 1e9:.1f} GB are free; pass fewer or shorter batches"
-        )
+    folder = Path(settings.state_dir)
+    if jax.process_count() > 1:
+        folder /= f"process-{jax.process_index()}"
+    return RunState(folder, fingerprint, resume=settings.resume)
