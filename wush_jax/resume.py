@@ -52,9 +52,9 @@ class RunState:
                 "it, or another folder"
             )
         try:
-            found = json.loads(run.read_text())
+            found = json.loads(run.read_text("utf8"))
             differs = [k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k)]
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{run} is damaged ({error}); start in another folder") from error
         if differs:
             raise ValueError(
@@ -73,7 +73,8 @@ class RunState:
           OSError: with the stage and what to do; stages before it are kept.
         """
         leaves = {f"{i:06d}": _bits(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-        text = {"note": json.dumps(note), "crc32": _checksum(leaves)}
+        # One entry: the file would have several in any order, and runs would differ in bytes.
+        text = {"stage": json.dumps({"crc32": _checksum(leaves), "note": note})}
         try:
             self._write(self._file(stage), lambda path: save_file(leaves, path, metadata=text))
         except (OSError, SafetensorError) as error:
@@ -92,8 +93,8 @@ class RunState:
         remedy = f"{file} is damaged or of another run; delete it to redo that stage"
         try:
             with safe_open(file, framework="numpy") as opened:
-                metadata = opened.metadata() or {}
-            note, checksum = json.loads(metadata["note"]), metadata["crc32"]
+                stage = json.loads((opened.metadata() or {})["stage"])
+            note, checksum = stage["note"], stage["crc32"]
             stored = load_file(file)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{remedy} ({error!r})") from error
