@@ -24,6 +24,13 @@ def strict():
         yield
 
 
+@pytest.fixture(scope="session")
+def eight_devices():
+    """Skip where there are fewer devices, as on a machine with one GPU."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, virtual or not; there are {jax.device_count()}")
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none."""
     if jax.default_backend() == "gpu":

@@ -194,7 +194,7 @@ def test_shards(tmp_path):
     equal_states(wush.load(tmp_path / "model"), model)
 
 
-def test_sharding(folder):
+def test_sharding(folder, eight_devices):
     mesh = Mesh(np.array(jax.devices()), ("x",))
     rows = NamedSharding(mesh, PartitionSpec("x"))
     loaded = wush.load(folder, Pair(nnx.Rngs(0)), sharding={"up.e2m1": rows}.get)

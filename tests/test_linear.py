@@ -143,7 +143,7 @@ def test_predicted_order_is_the_measured_order():
 # ------------------------------------------------------------------ sharding
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices, virtual or not")
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("split", ["tokens", "outputs"])
 def test_sharded_map_equals_the_whole(split):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

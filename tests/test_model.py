@@ -119,7 +119,7 @@ def test_no_batches(net):
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh(eight_devices):
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -145,7 +145,7 @@ def test_sharded_batches_and_weights_give_the_same(net, result, mesh):
         assert found.relative_loss == pytest.approx(expected.relative_loss, rel=0.05)
 
 
-def test_explicit_mesh_axes_are_refused(net):
+def test_explicit_mesh_axes_are_refused(net, eight_devices):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     batch = jax.device_put(BATCHES[0], NamedSharding(mesh, PartitionSpec("data")))
     with pytest.raises(ValueError, match=r"mesh axes \('data',\) are explicit.*AxisType\.Auto"):

@@ -90,7 +90,7 @@ def test_moments_are_a_pytree():
     check(stacked.mean[1], tokens(3, 5, K)[1], D)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices, virtual or not")
+@pytest.mark.usefixtures("eight_devices")
 @BLOCKS
 def test_sharded_tokens(block):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -180,7 +180,7 @@ def test_gradients_are_finite_and_not_zero(name):
     assert np.asarray(gradient).any()
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices, virtual or not")
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.keeps])
 def test_rows_keep_their_devices(name):
     case = CASES[name]

@@ -134,7 +134,8 @@ def test_input_global_scale():
     derived = wush.NVFP4.replace(global_scale=None)
     assert scale_search.input_global_scale(None, amax=1.0) is None
     assert scale_search.input_global_scale(wush.NVFP4, amax=1.0) is None
-    assert scale_search.input_global_scale(derived, amax=448.0).item() == 6.0
+    # a GPU divides to one unit in the last place
+    assert scale_search.input_global_scale(derived, amax=448.0).item() == pytest.approx(6, rel=2e-7)
     # 64 standard deviations of the strongest transformed channel: 2 * sqrt(9) * 64 = 384.
     moment = jnp.diag(jnp.float32([1.0, 9.0]))[None]
     g = scale_search.input_global_scale(

@@ -139,7 +139,7 @@ def test_sites_see_the_sites_before_them(model, layer_by_layer):
     assert len(site_by_site.progress) == (4 + 2) * len(BATCHES)
 
 
-def test_eight_devices_give_the_same(model, layer_by_layer):
+def test_eight_devices_give_the_same(model, layer_by_layer, eight_devices):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     settings = dataclasses.replace(FLOAT32, sharding=sharding)
@@ -201,6 +201,9 @@ def test_settings_that_make_no_sense():
         wush.Sequential(granularity="row")
     with pytest.raises(ValueError, match="resume=True needs the state_dir"):
         wush.Sequential(resume=True)
+
+
+def test_explicit_mesh_axes_are_refused(eight_devices):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with pytest.raises(ValueError, match="are explicit"):
         wush.Sequential(sharding=NamedSharding(mesh, PartitionSpec("data")))

@@ -49,6 +49,8 @@ def quantize_model(
     Raises:
       ValueError: as `plan`; no batches; non-finite weights or activations, naming the layer.
 
+    >>> import jax
+    >>> from wush_jax import Recipe
     >>> model = nnx.List([nnx.Linear(64, 32, rngs=nnx.Rngs(0))])
     >>> batch = jax.random.normal(jax.random.key(0), (128, 64))
     >>> quantized, report = quantize_model(model, [batch], Recipe(), call=lambda m, x: m[0](x))

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from wush_jax import numerics
 from wush_jax.numerics import E4M3, Element
@@ -87,12 +88,12 @@ def ceil(y, amax, g, spec):
 
 def absmax(y, amax, g, spec):
     """``s = g * amax / max``, rounded to the scale's type."""
-    return [_representable(g * amax / spec.element.max, spec)]
+    return [_representable(_product(g, amax) / spec.element.max, spec)]
 
 
 def four_over_six(y, amax, g, spec):
     """amax lands on 6 or on 4, whichever has the smaller squared error (E4M3 scales)."""
-    return [_representable(g * amax / top, spec) for top in (6.0, 4.0)]
+    return [_representable(_product(g, amax) / top, spec) for top in (6.0, 4.0)]
 
 
 def three_candidates(y, amax, g, spec):
@@ -126,6 +127,11 @@ RULES: dict[str, Rule] = {
 
 # Which rules make sense with which scale type.
 POW2_RULES = ("pow2_div3", "ocp_floor", "round_175", "ceil")
+
+
+def _product(g: jax.Array, amax: jax.Array) -> jax.Array:
+    """``g * amax``, rounded: a compiler may not merge a constant g with a later division."""
+    return lax.optimization_barrier(g * amax)
 
 
 def _representable(s: jax.Array, spec: RuleSpec) -> jax.Array:

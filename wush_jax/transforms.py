@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import reference
 from wush_jax import linalg
@@ -43,8 +44,10 @@ class BlockTransform:
         """
         if dtype == self.activation.dtype:
             return self
-        rounded = self.activation.astype(dtype)
-        return BlockTransform(rounded, inverse_transpose(rounded))
+        info = jnp.finfo(dtype)
+        # Not a cast there and back: XLA may delete that, and T_W would belong to another T_X.
+        rounded = lax.reduce_precision(self.activation, info.nexp, info.nmant)
+        return BlockTransform(rounded.astype(dtype), inverse_transpose(rounded))
 
 
 @linalg.float64_construction
