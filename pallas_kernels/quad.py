@@ -6,6 +6,8 @@ In `Layout.WGMMA` the four lanes of a *quad* hold one row of a tile, lane q the 
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
@@ -37,7 +39,7 @@ def ptx(result: ir.Type, code: str, *operands: ir.Value) -> ir.Value:
     """One PTX block; ``$0`` is the result, ``$1``... the operands; ``#`` starts a local name."""
     letters = {"i32": "r", "f32": "f"}
     constraints = ",".join(["=" + letters[str(result)], *(letters[str(o.type)] for o in operands)])
-    return llvm.inline_asm(result, list(operands), code, constraints)
+    return cast(ir.Value, llvm.inline_asm(result, list(operands), code, constraints))
 
 
 def scaled(value, power):

@@ -305,7 +305,8 @@ def _transform(geo: Geometry, x_s, t_s, step):
         zero = plgpu.layout_cast(jnp.zeros((ROWS, d), jnp.float32), plgpu.Layout.WGMMA)
         held = [t_s.at[0 if geo.shared else step * blocks + b] for b in range(blocks)]
         columns = [x_s.at[:, b * d : (b + 1) * d] for b in range(blocks)]
-        return [plgpu.mma(zero, x[...], t.T[...]) for x, t in zip(columns, held, strict=True)]
+        mma = plgpu.mma  # type: ignore[attr-defined]  # not in jax 0.10
+        return [mma(zero, x[...], t.T[...]) for x, t in zip(columns, held, strict=True)]
 
     def multiply(*accumulators):
         for b, acc in enumerate(accumulators):

@@ -72,7 +72,7 @@ def test_two_processes_give_what_one_gives(results):
     for layer in report.layers:
         # Later layers see that code: 1 of 512 is about 0.2 % of the input's error, and 4 bits
         # carry it on. The transforms' signs are then free to differ, what they buy is not.
-        near = {"rel": 1e-6 if layer.path.startswith("layers.0.") else 0.02}
+        near = {"rel": 1e-5 if layer.path.startswith("layers.0.") else 0.02}
         assert gains[layer.path] == pytest.approx(layer.predicted_gain, **near), layer.path
 
 

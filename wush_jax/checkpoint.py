@@ -276,7 +276,7 @@ class _Layers:
         array = None if shared is None else shared.get_value()
         packed = read_packed(self.folder, name, record, self.place, transform=array)
         layer = QuantizedDense(dense, packed, transform=shared, implementation=implementation)
-        if record.site is not None:
+        if record.site is not None and layer.transform is not None:
             self.transforms[record.site] = layer.transform
         self.built.add(name)
         return layer
@@ -295,7 +295,7 @@ def _hollow(model: nnx.Module) -> nnx.Module:
 
     Views of dense layers look at kernels, so that shapes alone will not do.
     """
-    graph, random, rest = nnx.split(model, nnx.RngState, ...)
+    graph, random, rest = nnx.split(model, nnx.RngState, ...)  # type: ignore[misc]  # two states
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(random)):
         raise ValueError(
             "model is abstract and has random state, which files do not hold; give a real model, "

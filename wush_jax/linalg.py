@@ -112,13 +112,12 @@ def float64_construction(function):
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        wide = jax.config.jax_enable_x64 and any(
-            getattr(a, "dtype", None) == "float64" for a in args
-        )
+        enabled = jax.config.read("jax_enable_x64")
+        wide = enabled and any(getattr(a, "dtype", None) == "float64" for a in args)
         out_dtype = jnp.float64 if wide else jnp.float32
         with jax.enable_x64(True):
-            args = [jnp.asarray(a).astype(jnp.float64) if _is_floating(a) else a for a in args]
-            out = function(*args, **kwargs)
+            widened = [jnp.asarray(a).astype(jnp.float64) if _is_floating(a) else a for a in args]
+            out = function(*widened, **kwargs)
             return jax.tree.map(
                 lambda leaf: leaf.astype(out_dtype) if _is_floating(leaf) else leaf, out
             )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wush_jax.formats import SCALE_DTYPES, Format, QuantizedArray
-from wush_jax.numerics import E2M1
+from wush_jax.numerics import E2M1, FloatElement
 from wush_jax.quantization_config import LayerRecord, is_scale
 from wush_jax.scales import POW2_RULES
 from wush_jax.site import PackedWeight
@@ -51,6 +51,8 @@ def activation_scale_scale(fmt: Format) -> float | None:
     if fmt.rule in ("absmax", "four_over_six", "three_candidates"):
         return fmt.element.max
     if fmt.rule not in POW2_RULES or fmt.global_scale is None:
+        return None
+    if not isinstance(fmt.element, FloatElement):
         return None
     # nearest() doubles at a mantissa of 1.5, the rules at one of `carry`.
     lowest = 1.0 if fmt.rule == "pow2_div3" else 2.0**fmt.element.max_exponent
@@ -116,13 +118,13 @@ def layer_tensors(name: str, packed: PackedWeight) -> dict[str, Any]:
 
 def _constants(weight: Any, inputs: Any, input_format: Format | None) -> dict[str, np.ndarray]:
     """Return a layer's small tensors: reciprocals of the dividing scales, and what the rule is."""
-    values = {"weight_global_scale": 1 / np.asarray(weight, np.float32)}
+    values: dict[str, Any] = {"weight_global_scale": 1 / np.asarray(weight, np.float32)}
     if input_format is not None:
         inputs = input_format.global_scale if inputs is None else inputs
         if inputs is not None:
             values["activation_global_scale"] = 1 / np.asarray(inputs, np.float32)
         if (scale := activation_scale_scale(input_format)) is not None:
-            values["activation_scale_scale"] = scale
+            values["activation_scale_scale"] = np.float32(scale)
     return {key: np.asarray(value, np.float32) for key, value in values.items()}
 
 

@@ -62,7 +62,7 @@ def records_to_json(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
         layers[name] = {
             "shape": list(record.shape),
             "format": keys[record.format],
-            "input_format": keys.get(record.input_format),
+            "input_format": None if record.input_format is None else keys[record.input_format],
             "block": record.block,
             "site": record.site,
             "global_scale": record.global_scale,

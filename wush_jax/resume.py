@@ -93,8 +93,8 @@ class RunState:
         remedy = f"{file} is damaged or of another run; delete it to redo that stage"
         try:
             with safe_open(file, framework="numpy") as opened:
-                stage = json.loads((opened.metadata() or {})["stage"])
-            note, checksum = stage["note"], stage["crc32"]
+                about = json.loads((opened.metadata() or {})["stage"])
+            note, checksum = about["note"], about["crc32"]
             stored = load_file(file)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{remedy} ({error!r})") from error

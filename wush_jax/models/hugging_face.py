@@ -13,7 +13,7 @@ from safetensors import safe_open
 from wush_jax.models.llama import Llama, LlamaConfig
 
 
-def tensor_name(path: tuple[str | int, ...]) -> str:
+def tensor_name(path: tuple[Any, ...]) -> str:
     """Return Hugging Face's name of the variable at a path of :class:`Llama`.
 
     >>> tensor_name(("layers", 0, "mlp", "up_proj", "kernel"))
