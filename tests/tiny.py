@@ -1,5 +1,7 @@
 """Models of a few thousand weights, for tests of whole models."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,6 +17,9 @@ CONFIG = LlamaConfig(
     num_attention_heads=2,
     num_key_value_heads=1,
 )
+
+# For text: bytes are tokens. Tests that compare settings share its compiled functions.
+BYTES = dataclasses.replace(CONFIG, vocab_size=256, num_hidden_layers=1)
 
 
 def tokens(count, shape=(2, 16), seed=0):

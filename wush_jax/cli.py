@@ -44,6 +44,9 @@ def demo(
       calibration_tokens: tokens for the second moments.
       evaluation_tokens: tokens for KL and perplexity.
     """
+    for name, count in (("calibration", calibration_tokens), ("evaluation", evaluation_tokens)):
+        if count < 1:
+            raise ValueError(f"{name}_tokens={count} must be positive")
     start = time.perf_counter()
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +101,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 for a mistake in the input.
+    """Run the command line; return the exit code: 0, or 2 for input or a place that is no good.
 
     Args:
       argv: arguments; None takes the process's own.
@@ -107,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.command(demo)
     try:
         commands.cli(args=argv, prog="wush")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"wush: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,0 +1,74 @@
+"""The command: what it writes, and how it refuses."""
+
+import json
+
+import pytest
+from tiny import BYTES
+from weights import random_model
+
+import wush_jax as wush
+from wush_jax import cli
+from wush_jax.demo import token_batches
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The demonstration with a model and windows that cost nothing; vocabulary: bytes."""
+    monkeypatch.setattr(cli, "load_demo_model", lambda: random_model(BYTES))
+    monkeypatch.setattr(
+        cli, "token_batches", lambda text, **_: token_batches(text, batch=2, length=16, limit=1)
+    )
+
+
+def test_demo_writes_report_plot_and_checkpoint(tiny, tmp_path, capsys):
+    out = tmp_path / "some" / "where"
+    tokens = ["--calibration-tokens", "1", "--evaluation-tokens", "1"]
+    assert cli.main(["demo", "--quick", "--out", str(out), *tokens]) == 0
+    report = json.loads((out / "report.json").read_text())
+    names = [outcome["name"] for outcome in report["outcomes"]]
+    assert names == [f"MXFP4 rtn-{name}" for name in ("identity", "hadamard", "wush")]
+    assert (out / "plot.png").stat().st_size > 1000
+    best = min(report["outcomes"], key=lambda outcome: outcome["kl"])
+    text = capsys.readouterr().out
+    assert f"best by KL: {best['name']}" in text
+    model = wush.load(out / "checkpoint")
+    kept = [layer["transform"] for layer in best["report"]["layers"]]
+    assert kept == [best["name"].rpartition("-")[2]] * 7
+    assert model.layers[0].mlp.up_proj.weight_format == wush.MXFP4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--calibration-tokens", "0"], "calibration_tokens=0 must be positive"),
+        (["--evaluation-tokens", "-5"], "evaluation_tokens=-5 must be positive"),
+    ],
+)
+def test_bad_values_end_with_two_and_a_message(arguments, message, tmp_path, capsys):
+    assert cli.main(["demo", "--out", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error == f"wush: {message}\n"
+
+
+def test_a_place_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["dmeo"], ["demo", "--calibration-tokens", "many"]])
+def test_usage_errors_end_with_two(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    said = "".join(capsys.readouterr())
+    assert "demo" in said or "calibration-tokens" in said
+
+
+def test_help_tells_what_the_command_does(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--calibration-tokens" in text
+    assert "folder for the results" in text
