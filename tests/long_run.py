@@ -13,40 +13,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
+from tiny import BLOCKS, Blocks
 
 import wush_jax as wush
-from wush_jax.sequential import Stack
 
 RECIPE = wush.Recipe(wush.MXFP4, transform="hadamard")
 LAYERS, BATCHES = 3, 2
-PASSES = BATCHES * (2 * LAYERS + LAYERS - 1)
-
-
-class Block(nnx.Module):
-    def __init__(self, seed):
-        options = {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
-        self.up, self.down = nnx.Linear(32, 32, **options), nnx.Linear(32, 32, **options)
-        random = np.random.default_rng(seed)
-        for layer in (self.up, self.down):
-            layer.kernel[...] = np.float32(random.standard_normal((32, 32)) / 6)
-
-    def __call__(self, x):
-        return x + self.down(jax.nn.relu(self.up(x)))
-
-
-class Blocks(nnx.Module):
-    def __init__(self, seed=0):
-        self.layers = nnx.List([Block(seed + i) for i in range(LAYERS)])
-        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=nnx.Rngs(0))
-
-    def __call__(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.dropout(x)
-
-
-STACK = Stack(embed=lambda model, x: x)
+PASSES = BATCHES * (2 * LAYERS + LAYERS - 1 + 1)  # two sites a layer, steps between, the head
 
 
 def batches(seed=0):
@@ -86,7 +59,7 @@ def main(cache, state, out, kind, value="0"):
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    settings = wush.Sequential(STACK, state_dir=state, resume=True)
+    settings = wush.Sequential(BLOCKS, state_dir=state, resume=True)
     quantized, report = wush.quantize_model(
         Blocks(), batches(), RECIPE, sequential=settings, progress=arrange(kind, value)
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import two_processes
+from tiny import Blocks
+from tiny import codes as codes_of
 
 import wush_jax as wush
 
@@ -63,7 +65,7 @@ def test_all_processes_end_with_the_same_model(results):
 def test_two_processes_give_what_one_gives(results):
     codes, gains = results[0]
     model, report = two_processes.calibrate(two_processes.batches())
-    expected = two_processes.codes(model)
+    expected = codes_of(model)
     assert {path for path in codes if not path.startswith("at once")} == set(expected)
     for path in ("layers.0.up", "layers.0.down"):
         # moments as sums of four parts instead of one: float32 rounding, a code here and there
@@ -78,8 +80,6 @@ def test_two_processes_give_what_one_gives(results):
 
 def test_one_shot_calibration_of_batches_on_two_processes(results):
     codes, _ = results[0]
-    model, _ = wush.quantize_model(
-        two_processes.Model(), two_processes.batches(), two_processes.RECIPE
-    )
-    for path, expected in two_processes.codes(model).items():
+    model, _ = wush.quantize_model(Blocks(), two_processes.batches(), two_processes.RECIPE)
+    for path, expected in codes_of(model).items():
         assert np.mean(codes[f"at once {path}"] != expected) < 0.01, path  # as above

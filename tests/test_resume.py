@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import long_run
 import numpy as np
 import pytest
+from tiny import BLOCKS, Blocks
 
 import wush_jax as wush
 from wush_jax.resume import RunState, digest
@@ -155,10 +156,10 @@ def test_digests_differ_by_shape_type_and_value():
 def calibrate(state_dir, *, resume=False, seed=0, batches=None, recipe=long_run.RECIPE):
     seen = []
     result = wush.quantize_model(
-        long_run.Blocks(seed),
+        Blocks(seed),
         long_run.batches() if batches is None else batches,
         recipe,
-        sequential=wush.Sequential(long_run.STACK, state_dir=state_dir, resume=resume),
+        sequential=wush.Sequential(BLOCKS, state_dir=state_dir, resume=resume),
         progress=lambda *now: seen.append(now),
     )
     return *result, seen

@@ -14,7 +14,7 @@ import wush_jax as wush
 from wush_jax import study
 
 CALIBRATION, EVALUATION = tokens(2), tokens(2, seed=1)
-SETTINGS = study.grid([wush.MXFP4], ["identity", "wush"]) | {
+SETTINGS = study.grid([wush.MXFP4], ["wush"]) | {
     "one layer": [("layers.0.self_attn.[qk]_proj", wush.Recipe(transform="hadamard"))]
 }
 
@@ -50,11 +50,10 @@ def test_outcomes_are_those_of_quantizing_once(model, result):
         # blocks of the full moment and moments of blocks agree to float32 rounding
         assert np.mean(codes[0] != codes[1]) < 0.01
     outcome = next(o for o in found.outcomes if o.name == "MXFP4 rtn-wush")
-    # rounding, and a code here and there
+    # the same models in other compilations: float32 logits, and KL is a small difference of them
     kl = wush.kl_divergence(model, ours, EVALUATION)
     assert outcome.kl == pytest.approx(kl, rel=1e-3)
     assert outcome.perplexity == pytest.approx(wush.perplexity(ours, EVALUATION), rel=1e-5)
-    assert found.reference.perplexity == pytest.approx(wush.perplexity(model, EVALUATION), rel=1e-5)
     losses = [layer.relative_loss for layer in outcome.report.layers]
     assert outcome.layer_loss == pytest.approx(np.mean(losses))
     assert found.reference.kl == 0 < outcome.kl

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from wush_jax.models import LlamaConfig
+from wush_jax.nnx import QuantizedDense
+from wush_jax.sequential import Stack
 
 # Every dense layer has K = 64: what quantizes one site is compiled for all.
 CONFIG = LlamaConfig(
@@ -51,3 +54,43 @@ def rows(count, shape=(40, 64), seed=0):
     random = np.random.default_rng(seed)
     mixing = random.standard_normal((shape[-1], shape[-1])) / 8
     return [np.float32(random.standard_normal(shape) @ mixing) for _ in range(count)]
+
+
+class Block(nnx.Module):
+    """One of a stack: the second site sees what the first puts out."""
+
+    def __init__(self, seed):
+        options = {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
+        self.up, self.down = nnx.Linear(32, 32, **options), nnx.Linear(32, 32, **options)
+        random = np.random.default_rng(seed)
+        for layer in (self.up, self.down):
+            layer.kernel[...] = np.float32(random.standard_normal((32, 32)) / 6)
+
+    def __call__(self, x):
+        return x + self.down(jax.nn.relu(self.up(x)))
+
+
+class Blocks(nnx.Module):
+    """A stack, random state, and a dense layer outside the stack."""
+
+    def __init__(self, seed=0, count=3):
+        self.layers = nnx.List([Block(seed + i) for i in range(count)])
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=nnx.Rngs(0))
+        self.head = Block(seed + count).up
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.dropout(x))
+
+
+BLOCKS = Stack(embed=lambda model, x: x)
+
+
+def codes(model):
+    """The codes of every quantized layer, by path."""
+    return {
+        ".".join(map(str, path)): np.asarray(module.codes[...])
+        for path, module in nnx.iter_modules(model)
+        if type(module) is QuantizedDense
+    }

@@ -9,27 +9,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from long_run import STACK, Blocks
+from tiny import BLOCKS, Blocks, codes
 
 import wush_jax as wush
-from wush_jax.nnx import QuantizedDense
 
 RECIPE = wush.Recipe()
-
-
-class Model(Blocks):
-    """A stack, and a layer outside it."""
-
-    def __init__(self):
-        super().__init__()
-        options = {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
-        self.head = nnx.Linear(32, 32, **options)
-        self.head.kernel[...] = np.float32(np.random.default_rng(9).standard_normal((32, 32)) / 6)
-
-    def __call__(self, x):
-        return self.head(super().__call__(x))
 
 
 def batches():
@@ -40,20 +25,13 @@ def batches():
 
 
 def calibrate(inputs, **settings):
-    sequential = wush.Sequential(STACK, granularity="layer", hidden_dtype="float32", **settings)
-    return wush.quantize_model(Model(), inputs, RECIPE, sequential=sequential)
-
-
-def codes(model):
-    return {
-        ".".join(map(str, path)): np.asarray(module.codes[...])
-        for path, module in nnx.iter_modules(model)
-        if type(module) is QuantizedDense
-    }
+    sequential = wush.Sequential(BLOCKS, granularity="layer", hidden_dtype="float32", **settings)
+    return wush.quantize_model(Blocks(), inputs, RECIPE, sequential=sequential)
 
 
 def main(port, count, own, folder):
     count, own, folder = int(count), int(own), Path(folder)
+    jax.config.update("jax_disable_most_optimizations", True)  # what is compiled runs once
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, own)
@@ -72,7 +50,7 @@ def main(port, count, own, folder):
     assert all(np.array_equal(found[path], other) for path, other in codes(again).items())
     # One shot, from batches that live on all processes.
     whole = [jax.make_array_from_process_local_data(sharding, part) for part in share]
-    at_once, _ = wush.quantize_model(Model(), whole, RECIPE)
+    at_once, _ = wush.quantize_model(Blocks(), whole, RECIPE)
     found |= {f"at once {path}": value for path, value in codes(at_once).items()}
     np.savez(folder / f"codes-{own}.npz", **found)
     (folder / f"gains-{own}.json").write_text(
