@@ -83,13 +83,14 @@ def _laid_out(run: Callable, native: tuple[str, ...] = ()) -> Callable:
     return call
 
 
-def quantized_matmul(x, weight, *, out_dtype=None, implementation: Implementation = None):
+def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementation = None):
     """Return ``x @ dequantize(weight)^T`` for values or quantized activations.
 
     Args:
       x: (..., M, K) values, or quantized activations: an object with ``codes``, ``scales``,
         ``global_scale`` and ``format``.
-      weight: quantized weight of shape (N, K), the same kind of object.
+      packed: quantized weight of shape (N, K), the same kind of object, or one that holds it as
+        ``weight``.
       out_dtype: of the result; default x's dtype, float32 for quantized activations.
       implementation: as for `transform_quantize`.
 
@@ -100,6 +101,7 @@ def quantized_matmul(x, weight, *, out_dtype=None, implementation: Implementatio
       ValueError: K differs, or an unknown implementation.
       NotImplementedError: no permitted implementation can serve the call.
     """
+    weight = getattr(packed, "weight", packed)
     _check_inner(x.shape, weight.shape)
     return _first_able(
         "quantized_matmul",
@@ -112,8 +114,8 @@ def quantized_matmul(x, weight, *, out_dtype=None, implementation: Implementatio
 def transform_quantize_matmul(
     x,
     transform,
-    weight,
-    fmt,
+    packed,
+    fmt="packed",
     *,
     global_scale=None,
     out_dtype=None,
@@ -124,8 +126,10 @@ def transform_quantize_matmul(
     Args:
       x: (..., M, K).
       transform: (K/d, d, d), (d, d) or None.
-      weight: quantized weight of shape (N, K).
-      fmt: number format of the activations; None leaves them unquantized.
+      packed: quantized weight of shape (N, K): an object with ``weight``, ``input_format`` and
+        ``input_global_scale`` (`wush_jax.PackedWeight`), or a bare weight as `quantized_matmul`'s.
+      fmt: number format of the activations; None leaves them unquantized; "packed" takes
+        ``packed.input_format`` and ``packed.input_global_scale``.
       global_scale: of the activations; None takes the format's own.
       out_dtype: of the result; default x's dtype.
       implementation: as for `transform_quantize`.
@@ -137,6 +141,11 @@ def transform_quantize_matmul(
       ValueError: shapes that do not fit, or an unknown implementation.
       NotImplementedError: no permitted implementation can serve the call.
     """
+    if fmt == "packed":
+        if not hasattr(packed, "input_format"):
+            raise ValueError("packed is a bare weight: pass fmt, the format of the activations")
+        fmt, global_scale = packed.input_format, packed.input_global_scale
+    weight = getattr(packed, "weight", packed)
     _check_operands(x, transform, 1 if fmt is None else fmt.group_size)
     _check_inner(x.shape, weight.shape)
     return _first_able(

@@ -90,6 +90,18 @@ OPS = {
 }
 
 
+def test_a_packed_weight_serves_whole():
+    packed = wush.PackedWeight(W, ONE, jnp.float32(3.0), wush.MXFP4)
+    whole = pallas_kernels.transform_quantize_matmul(X, ONE, packed)
+    parts = pallas_kernels.transform_quantize_matmul(X, ONE, W, wush.MXFP4, global_scale=3.0)
+    np.testing.assert_array_equal(whole, parts)
+    np.testing.assert_array_equal(
+        pallas_kernels.quantized_matmul(X, packed), pallas_kernels.quantized_matmul(X, W)
+    )
+    with pytest.raises(ValueError, match="packed is a bare weight: pass fmt"):
+        pallas_kernels.transform_quantize_matmul(X, ONE, W)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_reference_can_be_forced_and_listed(op):
     forced = jax.jit(lambda: OPS[op](implementation="reference"))()

@@ -52,12 +52,7 @@ def quantized_dot(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot(implementation, x, packed):
     return pallas_kernels.transform_quantize_matmul(
-        x,
-        packed.transform,
-        packed.weight,
-        packed.input_format,
-        global_scale=packed.input_global_scale,
-        implementation=implementation,
+        x, packed.transform, packed, implementation=implementation
     )
 
 
