@@ -62,8 +62,8 @@ class Study:
 
     def table(self) -> Table:
         """Return a `rich` table, one row a setting."""
-        table = Table(title="quantized against the original")
-        for name in ("setting", "layer loss x 1e3", "KL x 1e3", "perplexity", "bits/token", "s"):
+        table = Table(title="quantized against the original (loss and KL x 1000)")
+        for name in ("setting", "layer loss", "KL", "perplexity", "bits", "s"):
             table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=True)
         bits = f"{self.reference.bits_per_token:.4f}"
         table.add_row("unquantized", "0", "0", f"{self.reference.perplexity:.4f}", bits, "")
@@ -74,7 +74,7 @@ class Study:
                 f"{o.kl * 1e3:.2f}",
                 f"{o.perplexity:.4f}",
                 f"{np.log2(o.perplexity):.4f}",
-                f"{o.seconds:.1f}",
+                f"{o.seconds:.0f}",
             )
         return table
 
