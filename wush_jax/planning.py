@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -275,12 +275,17 @@ def packed_like(sites: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[
     """Return what quantizing would leave, as shapes: a dry run of `quantize_planned`."""
     out: dict[str, PackedWeight] = {}
     for item in sites:
-        shapes = [layers[path].contraction.shape for path in item.site.layers]
-        weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        moment = jax.ShapeDtypeStruct((item.site.size, item.site.size), jnp.float32)
-        packed = jax.eval_shape(partial(quantize_site, recipe=item.recipe), weights, moment)
-        out |= dict(zip(item.site.layers, packed, strict=True))
+        shapes = tuple(layers[path].contraction.shape for path in item.site.layers)
+        out |= dict(zip(item.site.layers, _packed_shapes(shapes, item.recipe), strict=True))
     return out
+
+
+@cache
+def _packed_shapes(shapes: tuple[tuple[int, int], ...], recipe: Recipe) -> list[PackedWeight]:
+    """Trace `quantize_site` for weights of these shapes: once for all sites alike."""
+    weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    moment = jax.ShapeDtypeStruct((shapes[0][1], shapes[0][1]), jnp.float32)
+    return jax.eval_shape(partial(quantize_site, recipe=recipe), weights, moment)
 
 
 def _dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:
