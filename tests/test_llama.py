@@ -9,7 +9,7 @@ from flax import nnx
 from weights import random_model
 
 from wush_jax.models import LlamaConfig, RopeScaling, from_tensors, to_tensors
-from wush_jax.models.llama import apply_rope, rope_frequencies
+from wush_jax.models.attention import apply_rope, rope_frequencies
 
 SMALL = LlamaConfig(
     vocab_size=13,

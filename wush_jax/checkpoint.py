@@ -21,8 +21,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
+from wush_jax.models.config import LlamaConfig, RopeScaling
 from wush_jax.models.hugging_face import tensor_name
-from wush_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from wush_jax.models.llama import Llama
 from wush_jax.nnx import (
     DENSE_TYPES,
     Dense,

@@ -1,13 +1,19 @@
 """Flax NNX decoders that the package can quantize without a download."""
 
+from wush_jax.models.config import LlamaConfig, RopeScaling
+from wush_jax.models.generate import Generated, generate, sample
 from wush_jax.models.hugging_face import from_tensors, load_pretrained, to_tensors
-from wush_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from wush_jax.models.llama import Cache, Llama
 
 __all__ = [
+    "Cache",
+    "Generated",
     "Llama",
     "LlamaConfig",
     "RopeScaling",
     "from_tensors",
+    "generate",
     "load_pretrained",
+    "sample",
     "to_tensors",
 ]

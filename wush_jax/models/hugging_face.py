@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from wush_jax.models.llama import Llama, LlamaConfig
+from wush_jax.models.config import LlamaConfig
+from wush_jax.models.llama import Llama
 
 
 def tensor_name(path: tuple[Any, ...]) -> str:

@@ -5,196 +5,30 @@ one and the same array (``q_proj``, ``k_proj`` and ``v_proj``; ``gate_proj`` and
 that calibration can find the sites they share.
 """
 
-import dataclasses
-import math
-from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from wush_jax.models.attention import Attention, LayerCache
+from wush_jax.models.config import LlamaConfig
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """The ``llama3`` stretching of rotary wavelengths to a longer context.
 
-    Source: Hugging Face transformers, ``rope_type="llama3"``.
+@partial(jax.tree_util.register_dataclass, data_fields=["layers", "lengths"], meta_fields=[])
+@dataclass(frozen=True)
+class Cache:
+    """What a decoder remembers of a batch of texts: fixed in size, a pytree.
+
+    Attributes:
+        layers: one `LayerCache` a layer.
+        lengths: (batch,) int32, positions that each row has read.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and constants of a decoder, under the names of Hugging Face's ``config.json``.
-
-    ``attention_bias`` is the bias of the query, key and value projections (Qwen 2),
-    ``output_bias`` that of the attention output; ``qk_norm`` normalises each query and key
-    head (Qwen 3).
-
-    >>> LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128,
-    ...             num_hidden_layers=2, num_attention_heads=4).head_dim
-    16
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    # None is only ever given, never found: __post_init__ fills it in.
-    num_key_value_heads: int = None  # type: ignore[assignment]
-    head_dim: int = None  # type: ignore[assignment]
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
-    attention_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-    tie_word_embeddings: bool = True
-    max_position_embeddings: int = 2048
-
-    def __post_init__(self) -> None:
-        heads = self.num_attention_heads
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", heads)
-        if heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads = {self.num_key_value_heads} does not divide "
-                f"num_attention_heads = {heads}; choose a divisor."
-            )
-        if self.head_dim is None:
-            if self.hidden_size % heads:
-                raise ValueError(
-                    f"hidden_size = {self.hidden_size} is no multiple of num_attention_heads = "
-                    f"{heads}; give head_dim."
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} is odd; rotary embedding needs pairs.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
-        """Read the content of a Hugging Face ``config.json`` (or of :meth:`to_dict`).
-
-        Raises:
-            NotImplementedError: if the file asks for mathematics that this decoder lacks.
-        """
-        kind = values.get("model_type", "llama")
-        refused = {
-            "model_type": kind not in ("llama", "mistral", "qwen2", "qwen3"),
-            "hidden_act": values.get("hidden_act", "silu") != "silu",
-            "mlp_bias": bool(values.get("mlp_bias")),
-            "sliding_window": bool(values.get("sliding_window"))
-            and values.get("use_sliding_window", kind == "mistral"),
-        }
-        for name in (name for name, bad in refused.items() if bad):
-            raise NotImplementedError(f"{name} = {values.get(name)!r} is not supported by Llama.")
-        given = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
-        given.setdefault("tie_word_embeddings", False)  # Hugging Face's default
-        bias = bool(values.get("attention_bias", kind == "qwen2"))
-        given["attention_bias"] = bias
-        given["output_bias"] = bool(values.get("output_bias", bias and kind != "qwen2"))
-        given["qk_norm"] = bool(values.get("qk_norm", kind == "qwen3"))
-        # transformers 5 keeps theta and the scaling together in ``rope_parameters``.
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if "rope_theta" in rope:
-            given["rope_theta"] = rope["rope_theta"]
-        given["rope_scaling"] = _rope_scaling(rope)
-        return cls(**given)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary that :meth:`from_dict` reads back."""
-        values = dataclasses.asdict(self) | {"model_type": "llama"}
-        if self.rope_scaling is not None:
-            values["rope_scaling"]["rope_type"] = "llama3"
-        return values
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise NotImplementedError(f"rope_type = {kind!r} is not supported by Llama.")
-    return RopeScaling(**{f.name: rope[f.name] for f in dataclasses.fields(RopeScaling)})
-
-
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Return the rotary frequencies theta^(-2i / head_dim), stretched if the config says so.
-
-    Returns:
-        float64 (head_dim / 2,), radians per position.
-
-    Source: Su et al., RoFormer (2021); ``llama3`` scaling as in Hugging Face transformers.
-    """
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast rotation, left alone
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-def apply_rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """Rotate the pairs (i, i + head_dim / 2) of every head by position * frequency.
-
-    Args:
-        x: (..., length, heads, head_dim).
-        positions: (length,) integers.
-        frequencies: (head_dim / 2,).
-
-    Returns:
-        The rotated array, computed in float32, of the shape and dtype of ``x``.
-    """
-    angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions: (batch, length, hidden) to the same."""
-
-    def __init__(self, config: LlamaConfig, *, rngs, dtype, param_dtype, implementation):
-        self.config, self.implementation = config, implementation
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        heads = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nnx.Linear(hidden, heads, use_bias=bias, **kinds)
-        self.k_proj = nnx.Linear(hidden, shared, use_bias=bias, **kinds)
-        self.v_proj = nnx.Linear(hidden, shared, use_bias=bias, **kinds)
-        self.o_proj = nnx.Linear(heads, hidden, use_bias=config.output_bias, **kinds)
-        if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **kinds)
-            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **kinds)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Let every position of ``x`` read itself and the positions before it."""
-        split = (*x.shape[:-1], -1, self.config.head_dim)
-        query, key = self.q_proj(x).reshape(split), self.k_proj(x).reshape(split)
-        value = self.v_proj(x).reshape(split)
-        if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        positions, frequencies = jnp.arange(x.shape[1]), rope_frequencies(self.config)
-        mixed = jax.nn.dot_product_attention(
-            apply_rope(query, positions, frequencies),
-            apply_rope(key, positions, frequencies),
-            value,
-            is_causal=True,
-            implementation=self.implementation,
-        )
-        return self.o_proj(mixed.reshape(*x.shape[:-1], -1))
+    layers: tuple[LayerCache, ...]
+    lengths: jax.Array
 
 
 class MLP(nnx.Module):
@@ -214,17 +48,31 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One residual block of the decoder: (batch, length, hidden) to the same."""
 
-    def __init__(self, config: LlamaConfig, *, rngs, dtype, param_dtype, implementation):
+    def __init__(self, config: LlamaConfig, *, rngs, dtype, param_dtype, implementation, window):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         norm = {"epsilon": config.rms_norm_eps, **kinds}
         self.input_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
-        self.self_attn = Attention(config, implementation=implementation, **kinds)
+        self.self_attn = Attention(config, implementation=implementation, window=window, **kinds)
         self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
         self.mlp = MLP(config, **kinds)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Add attention, then the feed-forward layer, to the residual stream."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden))
+        return self.prefill(hidden)[0]
+
+    def prefill(self, hidden: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """Return what calling gives, and the layer's keys and values."""
+        mixed, cache = self.self_attn.prefill(self.input_layernorm(hidden))
+        return self._feed_forward(hidden + mixed), cache
+
+    def decode(
+        self, hidden: jax.Array, cache: LayerCache, positions: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """Send one more position of every row through the layer; see :meth:`Attention.decode`."""
+        mixed, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, positions)
+        return self._feed_forward(hidden + mixed), cache
+
+    def _feed_forward(self, hidden: jax.Array) -> jax.Array:
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -267,8 +115,13 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List(
-            DecoderLayer(config, implementation=attention_implementation, **kinds)
-            for _ in range(config.num_hidden_layers)
+            DecoderLayer(
+                config,
+                implementation=attention_implementation,
+                window=config.sliding_window if i >= config.max_window_layers else None,
+                **kinds,
+            )
+            for i in range(config.num_hidden_layers)
         )
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **kinds)
         if not config.tie_word_embeddings:
@@ -293,3 +146,39 @@ class Llama(nnx.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return self.head(hidden)
+
+    def prefill(
+        self, tokens: jax.Array, lengths: jax.Array, max_length: int
+    ) -> tuple[jax.Array, Cache]:
+        """Read prompts.
+
+        Args:
+            tokens: (batch, length) integers; what is right of a row's length is ignored.
+            lengths: (batch,) int32, tokens of each row, at least one.
+            max_length: positions that the cache has room for.
+
+        Returns:
+            float32 (batch, vocab) logits of the token after each row's last; the cache.
+        """
+        hidden, layers = self.embed(tokens), []
+        for layer in self.layers:
+            hidden, cache = layer.prefill(hidden)
+            layers.append(cache.padded(max_length))
+        # Rows end at places of their own; what pads them is to their right, where none looks.
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        return self.head(last)[:, 0], Cache(tuple(layers), lengths)
+
+    def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Read one more token a row: (batch,) integers.
+
+        Under ``jax.jit`` donate the cache, so that it is written in place. It must have room:
+        positions beyond its size are lost.
+
+        Returns:
+            float32 (batch, vocab) logits of the next token; the cache, one position longer.
+        """
+        hidden, layers = self.embed(tokens[:, None]), []
+        for layer, old in zip(self.layers, cache.layers, strict=True):
+            hidden, new = layer.decode(hidden, old, cache.lengths)
+            layers.append(new)
+        return self.head(hidden)[:, 0], Cache(tuple(layers), cache.lengths + 1)

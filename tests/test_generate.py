@@ -1,0 +1,169 @@
+"""Text token by token: the cache gives what the whole pass gives."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny import CONFIG, tokens
+from weights import random_model
+
+import wush_jax as wush
+from wush_jax.models import Llama, generate, sample
+
+WINDOW = dataclasses.replace(CONFIG, sliding_window=5, max_window_layers=1)
+OTHERS = dataclasses.replace(CONFIG, qk_norm=True, attention_bias=True, tie_word_embeddings=False)
+LENGTHS = np.array([9, 4], np.int32)
+PROMPTS = tokens(1, (2, 9))[0]
+
+
+@nnx.jit
+def whole(model, prompts):
+    return model(prompts)
+
+
+prefill = nnx.jit(Llama.prefill, static_argnums=3)
+decode = nnx.jit(Llama.decode)
+
+
+@functools.cache
+def quantized_model():
+    recipe = wush.Recipe(transform="hadamard")
+    return wush.quantize_model(random_model(CONFIG), tokens(1), recipe)[0]
+
+
+@pytest.mark.parametrize("config", [CONFIG, WINDOW, OTHERS], ids=["plain", "window", "others"])
+def test_token_by_token_equals_the_whole(config):
+    """Rows of unequal length, fed their own continuation, against a pass over all of it."""
+    model = random_model(config)
+    logits, cache = prefill(model, PROMPTS, LENGTHS, 14)
+    texts = [list(row[:n]) for row, n in zip(PROMPTS, LENGTHS, strict=True)]
+    for step in range(5):
+        for row, text in enumerate(texts):
+            padded = np.zeros((1, 14), np.int32)
+            padded[0, : len(text)] = text
+            expected = whole(model, padded)[0, len(text) - 1]
+            # float32 sums of 64 terms in another order, over two layers.
+            np.testing.assert_allclose(logits[row], expected, rtol=1e-4, atol=1e-4)
+        following = np.array([3 * step + 1, 5 * step + 2], np.int32)
+        for text, token in zip(texts, following, strict=True):
+            text.append(token)
+        logits, cache = decode(model, following, cache)
+    assert cache.lengths.tolist() == [14, 9]
+
+
+def test_quantized_token_by_token_equals_the_whole():
+    """Activations are quantized token by token, so that it makes no difference to them."""
+    model = quantized_model()
+    logits, cache = prefill(model, PROMPTS[:, :8], np.full(2, 8, np.int32), 9)
+    np.testing.assert_allclose(logits, whole(model, PROMPTS)[:, 7], rtol=1e-4, atol=1e-4)
+    logits, _ = decode(model, PROMPTS[:, 8], cache)
+    np.testing.assert_allclose(logits, whole(model, PROMPTS)[:, 8], rtol=1e-4, atol=1e-4)
+
+
+def greedy(model, prompt, count):
+    """The most likely continuation, by passes over the whole text."""
+    text = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, 14), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(jnp.argmax(whole(model, padded)[0, len(text) - 1])))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("make", [lambda: random_model(CONFIG), quantized_model])
+def test_greedy_generation(make):
+    model = make()
+    prompts = [PROMPTS[0].tolist(), PROMPTS[1, :4].tolist()]
+    expected = [greedy(model, prompt, 5) for prompt in prompts]
+    out = generate(model, prompts, max_new_tokens=5)
+    assert out.tokens.tolist() == expected
+    assert out.lengths.tolist() == [5, 5]
+    again = generate(model, PROMPTS, lengths=LENGTHS, max_new_tokens=5)
+    np.testing.assert_array_equal(again.tokens, out.tokens)
+
+
+def test_rows_end_with_their_stop_token():
+    model = random_model(CONFIG)
+    free = generate(model, PROMPTS, max_new_tokens=5)
+    stop = int(free.tokens[0, 1])
+    out = generate(model, PROMPTS, max_new_tokens=5, stop_tokens=stop)
+    for row, all_of_it in zip(range(2), free.tokens.tolist(), strict=True):
+        count = all_of_it.index(stop) + 1 if stop in all_of_it else 5
+        assert out.lengths[row] == count
+        assert out.tokens[row].tolist() == all_of_it[:count] + [0] * (5 - count)
+    assert out.lengths[0] <= 2
+
+
+def test_bfloat16_and_random_draws():
+    tensors = wush.models.to_tensors(random_model(CONFIG))
+    model = wush.models.from_tensors(CONFIG, tensors, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    draw = functools.partial(generate, model, PROMPTS, max_new_tokens=5, temperature=2.0, top_p=0.9)
+    first, again = draw(key=jax.random.key(0)), draw(key=jax.random.key(0))
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert (draw(key=jax.random.key(1)).tokens != first.tokens).any()
+    assert first.tokens.dtype == np.int32
+
+
+def test_a_nucleus_of_one_is_greedy():
+    model = random_model(CONFIG)
+    nucleus = generate(
+        model, PROMPTS, max_new_tokens=5, temperature=1.0, top_p=1e-6, key=jax.random.key(0)
+    )
+    expected = generate(model, PROMPTS, max_new_tokens=5)
+    np.testing.assert_array_equal(nucleus.tokens, expected.tokens)
+
+
+def test_samples_have_the_probabilities_of_the_nucleus():
+    probability = np.array([0.05, 0.4, 0.25, 0.3])
+    keys = jax.random.split(jax.random.key(0), 4000)
+    logits = jnp.log(probability) * 0.5  # taken back by the temperature
+    drawn = jax.vmap(lambda key: sample(logits, key, 0.5, 0.6))(keys)
+    counts = np.bincount(drawn, minlength=4) / 4000
+    # 0.4 and 0.3 reach 0.6; three standard errors of 4000 draws are 0.024.
+    np.testing.assert_allclose(counts, [0, 4 / 7, 0, 3 / 7], atol=0.024)
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_sharded_weights_give_the_same_text():
+    model = random_model(dataclasses.replace(CONFIG, num_key_value_heads=2))
+    expected = generate(model, PROMPTS, max_new_tokens=5)
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    graph, state = nnx.split(model)
+    rows = {"o_proj", "down_proj"}
+
+    def place(path, value):
+        names = [getattr(p, "key", None) for p in path]
+        spec = PartitionSpec()
+        if "kernel" in names:
+            inner = bool(rows & set(names))
+            spec = PartitionSpec("model", None) if inner else PartitionSpec(None, "model")
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    sharded = nnx.merge(graph, jax.tree_util.tree_map_with_path(place, state))
+    assert "model" in sharded.layers[0].self_attn.k_proj.kernel[...].sharding.spec
+    out = generate(sharded, PROMPTS, max_new_tokens=5)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": [[1], []]}, "at least one token"),
+        ({"prompts": []}, "at least one"),
+        ({"lengths": [10, 1]}, "lengths"),
+        ({"prompts": [[1]], "lengths": [1]}, "lengths"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"temperature": 1.0}, "key"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    options = {"prompts": PROMPTS, "max_new_tokens": 2} | options
+    with pytest.raises(ValueError, match=message):
+        generate(random_model(CONFIG), **options)

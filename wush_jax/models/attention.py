@@ -1,0 +1,154 @@
+"""Grouped-query attention with rotary positions: over a whole text, or over a cache.
+
+A cache holds the keys and values of what was read; every row has a length of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wush_jax.models.config import LlamaConfig
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Return the rotary frequencies theta^(-2i / head_dim), stretched if the config says so.
+
+    Returns:
+        float64 (head_dim / 2,), radians per position.
+
+    Source: Su et al., RoFormer (2021); scaling as in Hugging Face transformers.
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    context = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if context is None or low is None or high is None:
+        return frequencies / scaling.factor
+    turns = context * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast rotation, left alone
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def apply_rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Rotate the pairs (i, i + head_dim / 2) of every head by position * frequency.
+
+    Args:
+        x: (..., length, heads, head_dim).
+        positions: (length,) or (..., length) integers.
+        frequencies: (head_dim / 2,).
+
+    Returns:
+        The rotated array, computed in float32, of the shape and dtype of ``x``.
+    """
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys (rotated) and values that one layer has computed.
+
+    Attributes:
+        keys: (batch, length, kv heads, head_dim).
+        values: of the same shape.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    def padded(self, length: int) -> "LayerCache":
+        """Return the cache with room for ``length`` positions."""
+        room = [(0, 0), (0, length - self.keys.shape[1]), (0, 0), (0, 0)]
+        return LayerCache(jnp.pad(self.keys, room), jnp.pad(self.values, room))
+
+    def write(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> "LayerCache":
+        """Return the cache with one more position in every row: (batch, 1, ...) at (batch,)."""
+        at = (jnp.arange(len(positions)), positions)
+        return LayerCache(self.keys.at[at].set(key[:, 0]), self.values.at[at].set(value[:, 0]))
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions: (batch, length, hidden) to the same."""
+
+    def __init__(self, config: LlamaConfig, *, rngs, dtype, param_dtype, implementation, window):
+        self.config, self.implementation, self.window = config, implementation, window
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        heads = config.num_attention_heads * config.head_dim
+        shared = config.num_key_value_heads * config.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nnx.Linear(hidden, heads, use_bias=bias, **kinds)
+        self.k_proj = nnx.Linear(hidden, shared, use_bias=bias, **kinds)
+        self.v_proj = nnx.Linear(hidden, shared, use_bias=bias, **kinds)
+        self.o_proj = nnx.Linear(heads, hidden, use_bias=config.output_bias, **kinds)
+        if config.qk_norm:
+            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **kinds)
+            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **kinds)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Let every position of ``x`` read itself and the positions before it."""
+        return self.prefill(x)[0]
+
+    def prefill(self, x: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """Return what calling gives, and the keys and values of ``x``."""
+        query, key, value = self._heads(x, jnp.arange(x.shape[1]))
+        mixed = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            local_window_size=None if self.window is None else (self.window - 1, 0),
+            implementation=self.implementation,
+        )
+        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), LayerCache(key, value)
+
+    def decode(
+        self, x: jax.Array, cache: LayerCache, positions: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """Let one more position of every row read itself and what the cache holds before it.
+
+        Args:
+            x: (batch, 1, hidden).
+            cache: of the positions before, with room for one more.
+            positions: (batch,) int32, where each row goes on.
+        """
+        query, key, value = self._heads(x, positions[:, None])
+        cache = cache.write(key, value, positions)
+        mixed = jax.nn.dot_product_attention(
+            query,
+            cache.keys,
+            cache.values,
+            mask=self._window_mask(cache, positions),
+            key_value_seq_lengths=positions + 1,
+            implementation=self.implementation,
+        )
+        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
+
+    def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return rotated queries, rotated keys and values: (batch, length, heads, head_dim)."""
+        split = (*x.shape[:-1], -1, self.config.head_dim)
+        query, key = self.q_proj(x).reshape(split), self.k_proj(x).reshape(split)
+        value = self.v_proj(x).reshape(split)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        frequencies = rope_frequencies(self.config)
+        query, key = (apply_rope(heads, positions, frequencies) for heads in (query, key))
+        return query, key, value
+
+    def _window_mask(self, cache: LayerCache, positions: jax.Array) -> jax.Array | None:
+        """Return which cached positions the window reaches, (batch, 1, 1, length)."""
+        if self.window is None or self.window >= cache.keys.shape[1]:
+            return None
+        seen = jnp.arange(cache.keys.shape[1]) > positions[:, None] - self.window
+        return seen[:, None, None, :]

@@ -1,0 +1,189 @@
+"""Text from a decoder: prompts read once, then token by token over a cache, in one compilation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wush_jax.models.llama import Llama
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What :func:`generate` returns.
+
+    Attributes:
+        tokens: (batch, max_new_tokens) int32; zeros after a row's end.
+        lengths: (batch,) int32, tokens that each row has, a stop token included.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def sample(
+    logits: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array | float | None = None,
+    top_p: jax.Array | float | None = None,
+) -> jax.Array:
+    """Draw tokens from softmax(logits / temperature), cut to its nucleus.
+
+    The nucleus is the smallest set of most likely tokens whose probabilities sum to ``top_p``.
+
+    Args:
+        logits: (..., vocab).
+        key: random key; not used by greedy choice.
+        temperature: positive; None takes the most likely token.
+        top_p: from 0 to 1; None keeps all tokens.
+
+    Returns:
+        (...,) int32.
+
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration (2020).
+
+    >>> logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
+    >>> sample(logits, jax.random.key(0)).item()
+    1
+    >>> sample(logits, jax.random.key(0), temperature=1.0, top_p=0.5).item()
+    1
+    """
+    if temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / temperature
+    if top_p is not None:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probability = jax.nn.softmax(ordered, axis=-1)
+        # A token stays if those before it do not reach top_p; so the first always does.
+        before = jnp.cumsum(probability, axis=-1) - probability
+        kept = jnp.sum((before < top_p).at[..., 0].set(True), axis=-1, keepdims=True)
+        least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def generate(
+    model: Llama,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    lengths: Any = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_tokens: int | Sequence[int] = (),
+    key: jax.Array | None = None,
+) -> Generated:
+    """Continue prompts: one pass over them, then one token after another over a cache.
+
+    Everything runs in one compiled program, again used for prompts of the same shape. Quantized
+    models and weights sharded over a mesh work alike.
+
+    Args:
+        model: a :class:`Llama`, quantized or not.
+        prompts: (batch, length) integers; or sequences of tokens of any lengths.
+        max_new_tokens: the most that a row gets.
+        lengths: (batch,) tokens of each row of an array; what is right of them is ignored. None
+            is all.
+        temperature: 0 takes the most likely token.
+        top_p: draw among the most likely tokens whose probabilities sum to this.
+        stop_tokens: a row ends with the first of these.
+        key: random key; needed with a temperature.
+
+    Returns:
+        The new tokens, without the prompts.
+
+    Raises:
+        ValueError: an empty prompt, lengths that do not fit, a temperature without a key.
+
+    >>> from wush_jax.models import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=11, hidden_size=16, intermediate_size=32,
+    ...                      num_hidden_layers=1, num_attention_heads=2)
+    >>> out = generate(Llama(config, rngs=nnx.Rngs(0)), [[1, 2, 3], [4]], max_new_tokens=5)
+    >>> out.tokens.shape, out.lengths.tolist()
+    ((2, 5), [5, 5])
+    """
+    prompts, lengths = _padded(prompts, lengths)
+    _check_sampling(max_new_tokens, temperature, top_p, key)
+    graph, state = nnx.split(model)
+    tokens, count = _generate(
+        graph,
+        max_new_tokens,
+        (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens),
+        state,
+        prompts,
+        lengths,
+        jax.random.key(0) if key is None else key,
+        temperature or None,
+        None if top_p == 1 else top_p,
+    )
+    return Generated(np.asarray(tokens), np.asarray(count))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(graph, limit, stops, state, prompts, lengths, key, temperature, top_p):
+    model = nnx.merge(graph, state)
+    logits, cache = model.prefill(prompts, lengths, prompts.shape[1] + limit)
+    batch = len(lengths)
+    tokens, count = jnp.zeros((batch, limit), jnp.int32), jnp.zeros(batch, jnp.int32)
+
+    def choose(step, logits, tokens, count, ended):
+        chosen = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
+        chosen = jnp.where(ended, 0, chosen)
+        stopped = jnp.isin(chosen, jnp.array(stops, jnp.int32)) if stops else False
+        return chosen, tokens.at[:, step].set(chosen), count + ~ended, ended | stopped
+
+    def unfinished(carry):
+        step, *_, ended = carry
+        return (step < limit) & ~jnp.all(ended)
+
+    def advance(carry):
+        step, chosen, cache, tokens, count, ended = carry
+        logits, cache = model.decode(chosen, cache)
+        chosen, tokens, count, ended = choose(step, logits, tokens, count, ended)
+        return step + 1, chosen, cache, tokens, count, ended
+
+    chosen, tokens, count, ended = choose(0, logits, tokens, count, jnp.zeros(batch, bool))
+    carry = (1, chosen, cache, tokens, count, ended)
+    _, _, _, tokens, count, _ = jax.lax.while_loop(unfinished, advance, carry)
+    return tokens, count
+
+
+def _padded(prompts: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return prompts as one array, filled up on the right, and their lengths."""
+    if not (hasattr(prompts, "ndim") and prompts.ndim == 2):
+        if lengths is not None:
+            raise ValueError("lengths belong to an array of prompts; sequences have their own")
+        lengths = [len(row) for row in prompts]
+        rows = np.zeros((len(lengths), max(lengths, default=0)), np.int32)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        prompts = rows
+    prompts = np.asarray(prompts, np.int32)
+    lengths = np.asarray(
+        np.full(len(prompts), prompts.shape[1]) if lengths is None else lengths, np.int32
+    )
+    fits = lengths.shape == prompts.shape[:1] and len(lengths) > 0
+    if not fits or lengths.min() < 1 or lengths.max() > prompts.shape[1]:
+        raise ValueError(
+            f"prompts of shape {prompts.shape} with lengths {lengths.tolist()}: give at least one "
+            "row, and every row at least one token"
+        )
+    return prompts, lengths
+
+
+def _check_sampling(
+    max_new_tokens: int, temperature: float, top_p: float, key: jax.Array | None
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be positive")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be finite, 0 for the most likely token")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 keeps all tokens")
+    if temperature and key is None:
+        raise ValueError(f"temperature={temperature} draws at random; give key=jax.random.key(0)")
