@@ -4,6 +4,7 @@ from wush_jax.models.config import LlamaConfig, RopeScaling
 from wush_jax.models.generate import Generated, generate, sample
 from wush_jax.models.hugging_face import from_tensors, load_pretrained, to_tensors
 from wush_jax.models.llama import Cache, Llama
+from wush_jax.models.placement import tensor_parallel
 
 __all__ = [
     "Cache",
@@ -15,5 +16,6 @@ __all__ = [
     "generate",
     "load_pretrained",
     "sample",
+    "tensor_parallel",
     "to_tensors",
 ]

@@ -1,17 +1,19 @@
 """Weights of a :class:`Llama` under Hugging Face's names, and its safetensors folders."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 
 from wush_jax.models.config import LlamaConfig
 from wush_jax.models.llama import Llama
+from wush_jax.models.placement import Placement, place
+from wush_jax.tensor_folder import TensorFolder
+
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def tensor_name(path: tuple[Any, ...]) -> str:
@@ -47,18 +49,27 @@ def from_tensors(
     *,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
+    sharding: Placement = None,
     attention_implementation: str | None = None,
 ) -> Llama:
     """Build a model from weights named and turned as in :func:`to_tensors`.
 
+    Args:
+        config: the sizes.
+        tensors: weights by name, looked up one at a time.
+        dtype: type of activations and products.
+        param_dtype: type in which weights are kept.
+        sharding: where weights go, such as :func:`tensor_parallel` of a mesh.
+        attention_implementation: as for :class:`Llama`.
+
     Raises:
         ValueError: if a tensor is missing, left over or of another shape than ``config`` implies.
     """
-    kinds = {"dtype": dtype, "param_dtype": param_dtype}
-    model = nnx.eval_shape(
-        lambda: Llama(
-            config, rngs=nnx.Rngs(0), attention_implementation=attention_implementation, **kinds
-        )
+    model = abstract(
+        config,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        attention_implementation=attention_implementation,
     )
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     names = {path: tensor_name(path) for path, _ in state}
@@ -71,36 +82,101 @@ def from_tensors(
         )
     filled = []
     for path, variable in state:
-        value = jnp.asarray(tensors[names[path]], variable.dtype)
+        value = np.asarray(tensors[names[path]])
         value = value.T if path[-1] == "kernel" else value
         if value.shape != variable.shape:
             raise ValueError(
                 f"tensors[{names[path]!r}] has shape {value.shape} where the config implies "
                 f"{variable.shape} (input first); check the sizes in config."
             )
-        filled.append((path, variable.replace(value)))
+        filled.append((path, variable.replace(place(names[path], value, variable.dtype, sharding))))
     nnx.update(model, nnx.from_flat_state(filled))
     return model
 
 
-def load_pretrained(
-    folder: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
-) -> Llama:
-    """Read a Hugging Face model folder: ``config.json`` and its ``*.safetensors`` files.
+def abstract(config: LlamaConfig, **options: Any) -> Llama:
+    """Return a model of shapes alone, without memory; options as for :class:`Llama`.
+
+    >>> config = LlamaConfig(vocab_size=11, hidden_size=16, intermediate_size=32,
+    ...                      num_hidden_layers=1, num_attention_heads=2)
+    >>> abstract(config).norm.scale.get_value()
+    ShapeDtypeStruct(shape=(16,), dtype=float32)
+    """
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
+
+
+class FolderTensors(Mapping[str, np.ndarray]):
+    """The weights in a Hugging Face model folder, by name; each is a view of its file.
+
+    Args:
+        folder: with ``config.json`` and safetensors files.
+
+    Attributes:
+        config: what ``config.json`` describes.
 
     Raises:
-        ValueError: if the folder holds no safetensors file, or files that do not fit the config.
+        ValueError: if files are missing or damaged, or hold a quantized model.
+        NotImplementedError: if the config asks for mathematics that :class:`Llama` lacks.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder = TensorFolder(folder)
+        if "quantization_config" in self._folder.config:
+            raise ValueError(
+                f"folder = {str(folder)!r} holds a quantized model; read it with wush_jax.load, or "
+                "give the folder of the original."
+            )
+        self.config = LlamaConfig.from_dict(self._folder.config)
+        self._names = [name for name in self._folder.entries if not self._is_surplus(name)]
+
+    def _is_surplus(self, name: str) -> bool:
+        """Tell what some files repeat: a tied head, and the frequencies of old ones."""
+        tied = self.config.tie_word_embeddings and name == "lm_head.weight"
+        return tied or name.endswith(".rotary_emb.inv_freq")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._folder.entries:
+            raise KeyError(name)
+        shape = self._folder.entries[name].shape
+        return self._folder.read(name, FLOATS, [shape])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_pretrained(
+    folder: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    sharding: Placement = None,
+    attention_implementation: str | None = None,
+) -> Llama:
+    """Read a Hugging Face model folder: ``config.json`` and its safetensors files.
+
+    Weights go from the files to their devices one tensor at a time, slice by slice: the host never
+    holds the model beside its devices.
+
+    Args:
+        folder: with one file or several and their index; float32, bfloat16 or float16.
+        dtype: type of activations and products.
+        param_dtype: type in which weights are kept.
+        sharding: where weights go, such as :func:`tensor_parallel` of a mesh.
+        attention_implementation: as for :class:`Llama`.
+
+    Raises:
+        ValueError: if the folder holds no safetensors files, or files that do not fit the config.
         NotImplementedError: if the config asks for mathematics that the decoder lacks.
     """
-    folder = Path(folder)
-    config = LlamaConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"folder = {str(folder)!r} holds no .safetensors file; convert it first.")
-    tensors: dict[str, Any] = {}
-    for file in files:
-        with safe_open(file, framework="flax") as content:
-            tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some files repeat the embedding
-    return from_tensors(config, tensors, dtype=dtype, param_dtype=param_dtype)
+    tensors = FolderTensors(folder)
+    return from_tensors(
+        tensors.config,
+        tensors,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        sharding=sharding,
+        attention_implementation=attention_implementation,
+    )

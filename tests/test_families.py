@@ -1,0 +1,92 @@
+"""Every family of decoders against Hugging Face's own code, on random weights."""
+
+import jax
+import numpy as np
+import pytest
+
+from wush_jax.models import LlamaConfig, generate, load_pretrained
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+FAMILIES = {
+    "llama 2": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "llama 3": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "llama 3.2": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama, long": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "llama, biased": ("Llama", {"attention_bias": True, "head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral, window": ("Mistral", {"sliding_window": 6}),
+    "qwen 2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen 2, window": ("Qwen2", WINDOW),
+    "qwen 3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
+    "qwen 3, biased": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+}
+TOKENS = np.random.default_rng(0).integers(61, size=(2, 24))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """A model of Hugging Face's, every weight random, and the folder it was saved in."""
+    kind, options = FAMILIES[request.param]
+    config = getattr(transformers, f"{kind}Config")(**SIZES | options)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(0.25 * torch.randn(parameter.shape) + ("norm" in name))
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    return theirs, folder
+
+
+def test_logits_equal_those_of_transformers(pair):
+    theirs, folder = pair
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    with jax.default_matmul_precision("highest"):
+        got = np.asarray(jax.jit(load_pretrained(folder).__call__)(TOKENS))
+    # float32 throughout, in another order of sums.
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_greedy_text_equals_that_of_transformers(pair):
+    theirs, folder = pair
+    with torch.no_grad():
+        expected = theirs.generate(
+            torch.tensor(TOKENS),
+            attention_mask=torch.ones(TOKENS.shape, dtype=torch.int64),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    out = generate(load_pretrained(folder), TOKENS, max_new_tokens=6)
+    np.testing.assert_array_equal(out.tokens, expected[:, 24:].numpy())
+
+
+def test_our_config_is_theirs(pair):
+    """What `LlamaConfig.to_dict` writes means the same to transformers."""
+    ours = LlamaConfig.from_dict(pair[0].config.to_dict())
+    read = transformers.AutoConfig.for_model(**ours.to_dict())
+    assert LlamaConfig.from_dict(read.to_dict()) == ours
