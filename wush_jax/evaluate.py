@@ -15,25 +15,33 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wush_jax.calibrate import Progress
+
 Model = Callable[[jax.Array], jax.Array]
 Call = Callable[[Any, jax.Array], jax.Array]
-Measure = Callable[[list[jax.Array], jax.Array], jax.Array]
-Progress = Callable[[int], Any]
+# Per-token values from the logits of some models, the tokens, and what else belongs to a batch.
+Measure = Callable[[list[jax.Array], jax.Array, Any], tuple[jax.Array, ...]]
 
 
 def _plain_call(model: Model, tokens: jax.Array) -> jax.Array:
     return model(tokens)
 
 
-def _token_losses(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
+def _token_losses(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tuple[jax.Array]:
     predicted = logits[0][:, :-1]
     chosen = jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(predicted, axis=-1) - chosen
+    return (jax.nn.logsumexp(predicted, axis=-1) - chosen,)
 
 
-def _divergences(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
+def _divergences(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tuple[jax.Array]:
     reference, model = (jax.nn.log_softmax(values) for values in logits)
-    return jnp.sum(jnp.exp(reference) * (reference - model), axis=-1)
+    return (jnp.sum(jnp.exp(reference) * (reference - model), axis=-1),)
+
+
+def _score(
+    logits: list[jax.Array], tokens: jax.Array, reference: jax.Array
+) -> tuple[jax.Array, ...]:
+    return *_token_losses(logits, tokens, None), *_divergences([reference, *logits], tokens, None)
 
 
 def _evaluate(
@@ -42,24 +50,26 @@ def _evaluate(
     graphs: tuple[Any, ...],
     states: tuple[Any, ...],
     tokens: jax.Array,
-) -> jax.Array:
+    extra: Any,
+) -> tuple[jax.Array, ...]:
     models = [
         nnx.merge(g, s) if isinstance(g, nnx.GraphDef) else g
         for g, s in zip(graphs, states, strict=True)
     ]
-    return measure([call(m, tokens).astype(jnp.float32) for m in models], tokens)
+    return measure([call(m, tokens).astype(jnp.float32) for m in models], tokens, extra)
 
 
 _compiled = jax.jit(_evaluate, static_argnums=(0, 1, 2))
 
 
-def _mean(
+def _means(
     measure: Measure,
     models: list[Model],
     batches: Iterable[Any],
     call: Call | None,
     progress: Progress | None,
-) -> float:
+    extras: Iterable[Any] | None = None,
+) -> list[float]:
     """Average per-token values over all batches; float64 on the host, so that long sums hold."""
     # Modules are split: as constants of a closure, their weights would be compiled in.
     parts = [nnx.split(m) if isinstance(m, nnx.Module) else (m, None) for m in models]
@@ -71,15 +81,17 @@ def _mean(
         if plain
         else partial(_compiled, measure, call or _plain_call, graphs)
     )
-    total, count = 0.0, 0
-    for done, tokens in enumerate(batches, start=1):
-        values = np.asarray(compiled(states, jnp.asarray(tokens)), np.float64)
-        total, count = total + float(values.sum()), count + values.size
+    pairs = ((b, None) for b in batches) if extras is None else zip(batches, extras, strict=True)
+    sums = []
+    for done, (tokens, extra) in enumerate(pairs, start=1):
+        values = compiled(states, jnp.asarray(tokens), extra)
+        sums.append([(np.asarray(v, np.float64).sum(), v.size) for v in values])
         if progress is not None:
-            progress(done)
-    if count == 0:
+            progress(done, None, "evaluate")
+    totals = np.sum(sums, axis=0) if sums else np.zeros((1, 2))
+    if not totals[:, 1].all():
         raise ValueError("batches holds no token to predict; give at least one (batch, length).")
-    return total / count
+    return [float(total / count) for total, count in totals]
 
 
 def cross_entropy(
@@ -95,7 +107,7 @@ def cross_entropy(
         model: tokens (batch, length) to logits (batch, length, vocab).
         batches: integer arrays (batch, length), length at least 2; read once.
         call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
-        progress: called with the number of batches done, after each.
+        progress: called with the number of batches done, None and "evaluate".
 
     Returns:
         The mean, summed in float64.
@@ -107,7 +119,7 @@ def cross_entropy(
     >>> round(cross_entropy(uniform, [np.zeros((2, 5), np.int32)]) / math.log(2), 5)
     3.0
     """
-    return _mean(_token_losses, [model], batches, call, progress)
+    return _means(_token_losses, [model], batches, call, progress)[0]
 
 
 def perplexity(
@@ -123,7 +135,7 @@ def perplexity(
         model: tokens (batch, length) to logits (batch, length, vocab).
         batches: integer arrays (batch, length), length at least 2; read once.
         call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
-        progress: called with the number of batches done, after each.
+        progress: called with the number of batches done, None and "evaluate".
 
     Returns:
         A number from 1 up.
@@ -153,7 +165,7 @@ def bits_per_byte(
         batches: integer arrays (batch, length), length at least 2; read once.
         bytes_per_token: mean length of a token of this text; 1 for byte-level models.
         call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
-        progress: called with the number of batches done, after each.
+        progress: called with the number of batches done, None and "evaluate".
 
     Returns:
         Bits to a byte of text; 8 for a model that knows nothing.
@@ -187,7 +199,7 @@ def kl_divergence(
         model: the same of the quantized model.
         batches: integer arrays (batch, length); read once.
         call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
-        progress: called with the number of batches done, after each.
+        progress: called with the number of batches done, None and "evaluate".
 
     Returns:
         The mean; 0 only if both models agree everywhere.
@@ -202,7 +214,7 @@ def kl_divergence(
     >>> round(kl_divergence(fair, biased, [np.zeros((1, 4), np.int32)]), 4)
     0.1438
     """
-    return _mean(_divergences, [reference, model], batches, call, progress)
+    return _means(_divergences, [reference, model], batches, call, progress)[0]
 
 
 @dataclass(frozen=True)
@@ -257,32 +269,15 @@ def score(
         batches: integer arrays (batch, length).
         reference: logits of the reference on the same batches: :func:`reference_logits`.
         call: how to run a model; None: ``model(tokens)``.
-        progress: called with the number of batches done, after each.
+        progress: called with the number of batches done, None and "evaluate".
 
     Raises:
         ValueError: if ``batches`` holds no position with a next token.
     """
-    graph, state = nnx.split(model)
-    losses, divergences = [], []
-    for done, (tokens, logits) in enumerate(zip(batches, reference, strict=True), start=1):
-        loss, divergence = _score(
-            call or _plain_call, graph, state, jnp.asarray(tokens), jnp.asarray(logits)
-        )
-        losses.append(np.asarray(loss, np.float64).ravel())
-        divergences.append(np.asarray(divergence, np.float64).ravel())
-        if progress is not None:
-            progress(done)
-    if not losses or not sum(x.size for x in losses):
-        raise ValueError("batches holds no token to predict; give at least one (batch, length).")
-    return Score(float(np.concatenate(losses).mean()), float(np.concatenate(divergences).mean()))
+    logits = map(jnp.asarray, reference)
+    return Score(*_means(_score, [model], batches, call, progress, logits))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _logits(call, graph, state, tokens):
     return call(nnx.merge(graph, state), tokens).astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _score(call, graph, state, tokens, reference):
-    logits = call(nnx.merge(graph, state), tokens).astype(jnp.float32)
-    return _token_losses([logits], tokens), _divergences([reference, logits], tokens)
