@@ -1,4 +1,4 @@
-"""Quantized models on disk: the native folder, written and read.
+"""Quantized models on disk: saved in the native layout, loaded from any that we know.
 
 Safetensors files with the tensors of `wush_jax.packed_layout` for every quantized layer and all
 else by name: Hugging Face's names, dense weights as (N, K), for a `Llama`; dotted module paths
@@ -19,25 +19,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from wush_jax.models.config import LlamaConfig, RopeScaling
-from wush_jax.models.hugging_face import tensor_name
-from wush_jax.models.llama import Llama
+from wush_jax import model_names
+from wush_jax.folder_writer import SHARD_BYTES, write_folder
+from wush_jax.layouts import layout_of
+from wush_jax.layouts.layout import Content, Layout
+from wush_jax.layouts.wush import LAYOUT as NATIVE
+from wush_jax.models import Llama, LlamaConfig, RopeScaling
 from wush_jax.nnx import (
     DENSE_TYPES,
     Dense,
     DenseTypes,
     Packed,
     QuantizedDense,
+    dense_view,
     dotted,
     replace_modules,
 )
-from wush_jax.packed_layout import Place, layer_tensors, read_packed, record_of
-from wush_jax.quantization_config import LayerRecord, records_from_json, records_to_json
-from wush_jax.tensor_folder import CONFIG, SHARD_BYTES, TensorFolder, write_folder
+from wush_jax.packed_layout import Place, record_of
+from wush_jax.quantization_config import LayerRecord
+from wush_jax.site import PackedWeight
+from wush_jax.tensor_folder import CONFIG, TensorFolder
 
-Placement = Sharding | Callable[[str], Sharding | None] | None
+Placement = Mesh | Sharding | Callable[[str], Sharding | None] | None
 
 
 def save(
@@ -74,21 +79,62 @@ def save(
     ...     sorted(TensorFolder(folder).entries)[:4]
     ['0.activation_global_scale', '0.activation_scale_scale', '0.bias', '0.e2m1']
     """
-    tensors: dict[str, Any] = {}
+    content = content_of(qmodel, metadata)
+    tensors, config = written(content, NATIVE)
+    write_folder(path, tensors, config, shard_bytes=shard_bytes)
+
+
+def content_of(qmodel: nnx.Module, metadata: Mapping[str, Any] | None = None) -> Content:
+    """Return what there is to write of a quantized model.
+
+    Args:
+      qmodel: a model from `quantize_model`.
+      metadata: plain values to keep.
+
+    Raises:
+      ValueError: nothing is quantized, something cannot be stored.
+    """
+    layers: dict[str, PackedWeight] = {}
     records: dict[str, LayerRecord] = {}
     first: dict[int, str] = {}
     for module_path, module in nnx.iter_modules(qmodel):
         if not isinstance(module, QuantizedDense):
             continue
-        name, site = _layer_name(qmodel, dotted(module_path)), None
+        name, site = model_names.layer_name(qmodel, dotted(module_path)), None
         if module.transform is not None:
             site = first.setdefault(id(module.transform), name)
+        layers[name] = module.packed
         records[name] = record_of(name, module.packed, site)
-        _add(tensors, layer_tensors(name, module.packed))
     if not records:
         raise ValueError("qmodel has no quantized layers; pass what quantize_model returned")
-    _add(tensors, _plain_tensors(qmodel))
-    write_folder(path, tensors, _config(qmodel, records, metadata), shard_bytes=shard_bytes)
+    extra: dict[str, Any] = {
+        "library": f"wush_jax {_library_version()}",
+        "naming": model_names.naming(qmodel),
+        "metadata": dict(metadata or {}),
+    }
+    if isinstance(qmodel, Llama):
+        extra["activation_dtype"] = np.dtype(qmodel.dtype).name
+    config: dict[str, Any] = getattr(getattr(qmodel, "config", None), "to_dict", dict)()
+    return Content(layers, records, model_names.plain_tensors(qmodel), config, extra)
+
+
+def written(content: Content, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return all tensors and the config of a content in a layout.
+
+    Raises:
+      ValueError: a layout that is only read, or cannot hold the content.
+    """
+    if layout.write is None:
+        raise ValueError(f"layout={layout.name!r} is only read; write 'wush' or another one")
+    stacks = [name for name, record in content.records.items() if len(record.shape) != 2]
+    if layout is not NATIVE and stacks:
+        raise ValueError(
+            f"layout={layout.name!r} holds one matrix a layer, {stacks[0]} has several kernels "
+            f"{content.records[stacks[0]].shape}; keep layout='wush'"
+        )
+    tensors, quantization = layout.write(content)
+    model_names.add(tensors, content.plain)
+    return tensors, {**content.config, "quantization_config": quantization}
 
 
 def load(
@@ -99,15 +145,18 @@ def load(
     dense_types: DenseTypes = DENSE_TYPES,
     implementation: str | None = None,
 ) -> nnx.Module:
-    """Rebuild a model that `save` wrote, tensor by tensor; nothing unquantized is made.
+    """Rebuild a quantized model, tensor by tensor; nothing unquantized is made.
 
     Args:
-      path: the folder.
+      path: a folder that `save` or `wush_jax.interchange.export` wrote, or one in a layout of
+        other libraries (`wush_jax.layouts`).
       model: the model before quantization, or its shapes
         (``nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))``); its weights are not used, and
         it is left as it is. None builds the `Llama` of ``config.json``.
-      sharding: where tensors go: one that fits all of them, or a function of a tensor's name in
-        the files, for the array as the model holds it. None is where jax puts it.
+      sharding: where tensors go. A mesh with an axis "model": codes and scales by rows over it
+        where their number allows, all else everywhere. Or a sharding that fits all tensors, or a
+        function of a tensor's name in the native layout, for the array as the model holds it.
+        None is where jax puts it.
       dense_types: module types that are dense layers.
       implementation: of the quantized layers; None lets the dispatch choose.
 
@@ -116,7 +165,7 @@ def load(
 
     Raises:
       ValueError: files that are missing, damaged or hostile, or do not fit the model.
-      NotImplementedError: a config that asks for mathematics which `Llama` lacks.
+      NotImplementedError: a config that asks for mathematics which `Llama`, or a layer, lacks.
 
     Source: as `save`.
 
@@ -133,46 +182,36 @@ def load(
     >>> bool((loaded[0].codes[...] == packed.weight.codes).all())
     True
     """
+    if isinstance(sharding, Mesh) and "model" not in sharding.axis_names:
+        raise ValueError(f"sharding={sharding} has no axis called 'model'; name one so")
     folder = TensorFolder(path)
-    records = _read_records(folder)
+    layout = layout_of(folder)
+    records = layout.records(folder)
     model = _llama(folder) if model is None else model
-    naming = folder.config["quantization_config"].get("naming")
-    if naming != _naming(model):
+    naming = folder.config.get("quantization_config", {}).get("naming")
+    if naming not in (None, model_names.naming(model)):
         raise ValueError(
             f"{folder.path / CONFIG}: names are of kind {naming!r}, those of model, a "
-            f"{type(model).__name__}, are {_naming(model)!r}; give the model that was saved"
+            f"{type(model).__name__}, are {model_names.naming(model)!r}; give the model that was "
+            "saved"
         )
     place = partial(_place, sharding)
-    layers = _Layers(folder, records, place)
-    views = dict(dense_types)
+    layers = _Layers(folder, layout, records, place)
 
     def replace(module_path: str, module: nnx.Module) -> nnx.Module | None:
-        name = _layer_name(model, module_path)
-        if name not in records or type(module) not in views:
-            return None
-        return layers.build(name, views[type(module)](module), implementation)
+        name = model_names.layer_name(model, module_path)
+        dense = dense_view(module, dense_types) if name in records else None
+        return None if dense is None else layers.build(name, dense, implementation)
 
     loaded = replace_modules(_hollow(model), replace)
     layers.check_all_built()
     _fill(loaded, folder, place)
+    for name in folder.entries:
+        repeated = layout is not NATIVE and name == _repeated_embedding(loaded)
+        if name.endswith(layout.skipped) or repeated:
+            folder.skip(name)
     folder.check_all_read()
     return loaded
-
-
-def _config(
-    qmodel: nnx.Module, records: Mapping[str, LayerRecord], metadata: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return the content of ``config.json``."""
-    quantization = {
-        **records_to_json(records),
-        "library": f"wush_jax {_library_version()}",
-        "naming": _naming(qmodel),
-        "metadata": dict(metadata or {}),
-    }
-    if isinstance(qmodel, Llama):
-        quantization["activation_dtype"] = np.dtype(qmodel.dtype).name
-    to_dict = getattr(getattr(qmodel, "config", None), "to_dict", dict)
-    return {**to_dict(), "quantization_config": quantization}
 
 
 def _library_version() -> str:
@@ -182,62 +221,17 @@ def _library_version() -> str:
         return "unknown"
 
 
-def _naming(model: nnx.Module) -> str:
-    return "hugging_face" if isinstance(model, Llama) else "nnx"
-
-
-def _layer_name(model: nnx.Module, path: str) -> str:
-    """Return the name in files of the layer at a dotted path."""
-    if not isinstance(model, Llama):
-        return path
-    return tensor_name((path, "kernel")).removesuffix(".weight")
-
-
-def _plain_variables(model: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable, bool]]:
-    """Return what is not quantized, by name: path, variable, whether files hold its transpose."""
-    llama = isinstance(model, Llama)
-    found: dict[str, tuple[tuple, nnx.Variable, bool]] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if not isinstance(variable, (Packed, nnx.RngState)):
-            name = tensor_name(path) if llama else dotted(path)
-            _add(found, {name: (path, variable, llama and path[-1] == "kernel")})
-    return found
-
-
-def _add(tensors: dict[str, Any], new: Mapping[str, Any]) -> None:
-    for name in new:
-        if name in tensors:
-            raise ValueError(f"two tensors of the model are called {name!r}; rename a module")
-    tensors.update(new)
-
-
-def _plain_tensors(model: nnx.Module) -> dict[str, Any]:
-    tensors = {}
-    for name, (_, variable, turned) in _plain_variables(model).items():
-        value = variable.get_value()
-        if not isinstance(value, (jax.Array, np.ndarray)):
-            raise ValueError(f"{name} holds a {type(value).__name__}; only arrays can be saved")
-        # On the host, where a transpose costs nothing.
-        tensors[name] = np.asarray(value).T if turned else value
-    return tensors
-
-
-def _read_records(folder: TensorFolder) -> dict[str, LayerRecord]:
-    config = folder.config.get("quantization_config")
-    file = folder.path / CONFIG
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} has no quantization_config; give a folder that save wrote")
-    try:
-        return records_from_json(config)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}; give a folder that save wrote") from error
+def _repeated_embedding(model: nnx.Module) -> str | None:
+    """Return the tensor in which some files repeat an embedding that the head shares."""
+    tied = isinstance(model, Llama) and model.config.tie_word_embeddings
+    return "lm_head.weight" if tied else None
 
 
 def _llama(folder: TensorFolder) -> Llama:
     """Return the shapes of the Llama that a folder's config describes."""
     file = folder.path / CONFIG
-    quantization = folder.config["quantization_config"]
-    if quantization.get("naming") != "hugging_face":
+    quantization = folder.config.get("quantization_config", {})
+    if quantization.get("naming", "hugging_face") != "hugging_face":
         raise ValueError(f"{file} describes no Llama; give the model that was saved, or its shapes")
     embedding = folder.entries.get("model.embed_tokens.weight")
     try:
@@ -249,7 +243,9 @@ def _llama(folder: TensorFolder) -> Llama:
             raise ValueError("a number beyond any size")
         if not 0 < config.num_hidden_layers <= len(folder.entries) or embedding is None:
             raise ValueError("more layers than the files hold, or no embedding")
-        kinds = {"dtype": quantization["activation_dtype"], "param_dtype": embedding.dtype}
+        dtype = folder.config.get("dtype", folder.config.get("torch_dtype", embedding.dtype))
+        dtype = quantization.get("activation_dtype", dtype)
+        kinds = {"dtype": dtype, "param_dtype": embedding.dtype}
         kinds = {key: jnp.dtype(kind) for key, kind in kinds.items()}
         return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kinds))
     except NotImplementedError:
@@ -261,21 +257,27 @@ def _llama(folder: TensorFolder) -> Llama:
 class _Layers:
     """Builds quantized layers; those of one site share a transform."""
 
-    def __init__(self, folder: TensorFolder, records: Mapping[str, LayerRecord], place: Place):
-        self.folder, self.records, self.place = folder, records, place
+    def __init__(
+        self,
+        folder: TensorFolder,
+        layout: Layout,
+        records: Mapping[str, LayerRecord],
+        place: Place,
+    ):
+        self.folder, self.layout, self.records, self.place = folder, layout, records, place
         self.built: set[str] = set()
         self.transforms: dict[str, Packed] = {}
 
     def build(self, name: str, dense: Dense, implementation: str | None) -> QuantizedDense:
         record = self.records[name]
-        if record.shape != dense.contraction.shape:
+        if record.shape != dense.weight_shape:
             raise ValueError(
                 f"{self.folder.path / CONFIG}: layer {name!r} has shape {record.shape}, in the "
-                f"model {dense.contraction.shape}; give the model that was saved"
+                f"model {dense.weight_shape}; give the model that was saved"
             )
         shared = self.transforms.get(record.site or "")
         array = None if shared is None else shared.get_value()
-        packed = read_packed(self.folder, name, record, self.place, transform=array)
+        packed = self.layout.read(self.folder, name, record, self.place, transform=array)
         layer = QuantizedDense(dense, packed, transform=shared, implementation=implementation)
         if record.site is not None and layer.transform is not None:
             self.transforms[record.site] = layer.transform
@@ -309,7 +311,7 @@ def _hollow(model: nnx.Module) -> nnx.Module:
 def _fill(model: nnx.Module, folder: TensorFolder, place: Place) -> None:
     """Read everything that is not quantized into a model."""
     filled = []
-    for name, (path, variable, turned) in _plain_variables(model).items():
+    for name, (path, variable, turned) in model_names.plain_variables(model).items():
         shape = variable.shape[::-1] if turned else variable.shape
         value = folder.read(name, [variable.dtype], [shape])
         filled.append((path, variable.replace(place(name, value.T if turned else value))))
@@ -317,5 +319,13 @@ def _fill(model: nnx.Module, folder: TensorFolder, place: Place) -> None:
 
 
 def _place(sharding: Placement, name: str, value: np.ndarray) -> jax.Array:
+    if isinstance(sharding, Mesh):
+        return jax.device_put(value, _by_rows(sharding, name, value))
     chosen = sharding(name) if callable(sharding) else sharding
     return jax.device_put(value, chosen)
+
+
+def _by_rows(mesh: Mesh, name: str, value: np.ndarray) -> Sharding:
+    packed = name.endswith((".e2m1", ".codes", ".scale_quant"))
+    split = packed and value.shape[0] % mesh.shape["model"] == 0
+    return NamedSharding(mesh, PartitionSpec("model") if split else PartitionSpec())

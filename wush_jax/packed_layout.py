@@ -11,6 +11,8 @@ Of a layer called ``<name>``, N outputs, K inputs, groups of g, blocks of d:
 - ``<name>.activation_global_scale`` F32 []: likewise; absent where it follows from each input;
 - ``<name>.activation_scale_scale`` F32 []: see `activation_scale_scale`.
 
+Layers of several kernels, such as experts, have their axes in front of all of these shapes.
+
 What tensors cannot say is in the layer's `wush_jax.quantization_config.LayerRecord`.
 """
 
@@ -81,9 +83,8 @@ def record_of(name: str, packed: PackedWeight, site: str | None) -> LayerRecord:
     for value in (scale, input_scale):
         if value is not None and not is_scale(value):
             raise ValueError(f"layer {name}: its global scale is {value}; quantize it again")
-    n, k = packed.shape
     return LayerRecord(
-        shape=(n, k),
+        shape=packed.shape,
         format=packed.weight.format,
         input_format=packed.input_format,
         block=None if packed.transform is None else packed.transform.shape[-1],
@@ -152,7 +153,7 @@ def read_packed(
     Raises:
       ValueError: a tensor that is missing, or does not fit the record, or contradicts it.
     """
-    n, k = record.shape
+    *lead, k = record.shape
     fmt = record.format
 
     def take(key: str, dtype: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -160,8 +161,8 @@ def read_packed(
 
     _check_constants(folder, name, record)
     weight = QuantizedArray(
-        take(_codes_name(name, fmt), jnp.uint8, (n, k * fmt.element.bits // 8)),
-        take(f"{name}.scale_quant", SCALE_DTYPES[fmt.scale_dtype], (n, k // fmt.group_size)),
+        take(_codes_name(name, fmt), jnp.uint8, (*lead, k * fmt.element.bits // 8)),
+        take(f"{name}.scale_quant", SCALE_DTYPES[fmt.scale_dtype], (*lead, k // fmt.group_size)),
         place(f"{name}.weight_global_scale", np.asarray(record.global_scale, np.float32)),
         fmt,
     )
@@ -176,9 +177,10 @@ def read_packed(
 
 
 def _read_transform(folder: TensorFolder, name: str, record: LayerRecord) -> np.ndarray:
-    k, d = record.shape[1], record.block
+    *batch, _, k = record.shape
+    d = record.block
     assert d is not None
-    dtypes, shapes = (jnp.bfloat16, jnp.float32), [(k // d, d, d), (d, d)]
+    dtypes, shapes = (jnp.bfloat16, jnp.float32), [(*batch, k // d, d, d), (*batch, d, d)]
     own = folder.read(f"{name}.transform", dtypes, shapes)
     if record.site == name:
         return own

@@ -23,7 +23,7 @@ class LayerRecord:
     """What a quantized layer's tensors do not say themselves.
 
     Attributes:
-      shape: (N, K).
+      shape: (N, K), or (*batch, N, K) of several kernels.
       format: of the weight.
       input_format: of the activations, or None.
       block: channels per transform block d, or None without a transform.
@@ -32,15 +32,28 @@ class LayerRecord:
       global_scale: of the weight, dividing; exact, where the stored reciprocal is rounded. A
         float, or nested lists of them.
       input_global_scale: of the activations, dividing, or None for the format's own.
+
+    Raises:
+      ValueError: groups or blocks that do not tile K.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     format: Format
     input_format: Format | None
     block: int | None
     site: str | None
     global_scale: Any
     input_global_scale: Any
+
+    def __post_init__(self):
+        k = self.shape[-1]
+        if min(self.shape) < 1:
+            raise ValueError(f"shape={self.shape} is empty")
+        for fmt in (self.format, self.input_format):
+            if fmt is not None and (k % fmt.group_size or k * fmt.element.bits % 8):
+                raise ValueError(f"groups of {fmt.group_size} ({fmt.name}) do not tile K={k}")
+        if self.block is not None and (self.block < 1 or k % self.block):
+            raise ValueError(f"block={self.block} does not divide K={k}")
 
 
 def records_to_json(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
@@ -150,8 +163,8 @@ def _element(value: str | Mapping[str, Any]) -> Element:
 
 def _record(values: Mapping[str, Any], formats: Mapping[str, Format]) -> LayerRecord:
     shape = _take(values, "shape", list)
-    if len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"shape={shape!r}, expected [N, K]")
+    if not 2 <= len(shape) <= 8 or not all(type(n) is int and 0 < n < 2**48 for n in shape):
+        raise ValueError(f"shape={str(shape)[:80]}, expected [N, K]")
     key = _take(values, "format", str)
     input_key = _take(values, "input_format", (str, type(None)))
     for name in (key, input_key):
@@ -161,8 +174,8 @@ def _record(values: Mapping[str, Any], formats: Mapping[str, Format]) -> LayerRe
     site = _take(values, "site", (str, type(None)))
     if (block is None) != (site is None):
         raise ValueError(f"block={block} and site={site!r}, expected both or neither")
-    record = LayerRecord(
-        shape=(shape[0], shape[1]),
+    return LayerRecord(
+        shape=tuple(shape),
         format=formats[key],
         input_format=None if input_key is None else formats[input_key],
         block=block,
@@ -170,17 +183,6 @@ def _record(values: Mapping[str, Any], formats: Mapping[str, Format]) -> LayerRe
         global_scale=_scale(values, "global_scale"),
         input_global_scale=_scale(values, "input_global_scale", optional=True),
     )
-    _check_tiling(record)
-    return record
-
-
-def _check_tiling(record: LayerRecord) -> None:
-    k = record.shape[1]
-    for fmt in (record.format, record.input_format):
-        if fmt is not None and (k % fmt.group_size or k * fmt.element.bits % 8):
-            raise ValueError(f"groups of {fmt.group_size} ({fmt.name}) do not tile K={k}")
-    if record.block is not None and (record.block < 1 or k % record.block):
-        raise ValueError(f"block={record.block} does not divide K={k}")
 
 
 def _scale(

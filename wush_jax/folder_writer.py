@@ -1,0 +1,156 @@
+"""Folders of named tensors, written: whole or not at all, by one writer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from wush_jax.folder_lock import sole_writer
+from wush_jax.tensor_folder import CONFIG, DTYPES, INDEX, OWN_FILE, SINGLE, read_json, some
+
+SHARD_BYTES = 5_000_000_000
+
+
+def write_folder(
+    path: str | Path,
+    tensors: Mapping[str, jax.Array | np.ndarray],
+    config: Mapping[str, Any],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    form: str = "wush",
+) -> None:
+    """Write tensors and a config as a folder that appears whole, or not at all.
+
+    Args:
+      path: the folder; may exist if it is empty or holds nothing but an earlier checkpoint of the
+        same ``quant_method``, which is replaced.
+      tensors: by name; brought to the host one shard at a time.
+      config: JSON content of ``config.json``.
+      shard_bytes: the largest size of a file, unless one tensor alone is larger.
+      form: the "format" in the metadata of the files.
+
+    Raises:
+      ValueError: a folder with other things in it, a dtype that the files cannot hold, a config
+        that is not JSON, a shard size that is not positive.
+      OSError: the disk is full, the place not writable, another writer at work there; what was
+        there is still there.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_folder(folder, {"x": np.zeros(2)}, {"model_type": "llama"})
+    ...     sorted(os.listdir(folder))
+    ['config.json', 'model.safetensors']
+    """
+    path = Path(path).resolve()
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes={shard_bytes} must be positive")
+    for name, value in tensors.items():
+        if value.dtype not in DTYPES.values():
+            raise ValueError(f"tensor {name!r} has dtype {value.dtype}; use float32 or bfloat16")
+    try:
+        text = json.dumps(config, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config or metadata is not JSON ({error}); use plain values") from error
+    try:
+        _check_replaceable(path, config)
+        fresh = _beside(path, "new")
+        fresh.mkdir(parents=True, exist_ok=True)
+        with sole_writer(fresh, str(path)):
+            try:
+                _mend(path, fresh)
+                (fresh / CONFIG).write_text(text, encoding="utf-8")
+                _write_shards(fresh, tensors, shard_bytes, form)
+                _move_into_place(fresh, path)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        message = (
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there is "
+            "unchanged: make room or choose a folder that you may write"
+        )
+        number = getattr(error, "errno", None)
+        raise (OSError(message) if number is None else OSError(number, message)) from error
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def _mend(path: Path, fresh: Path) -> None:
+    """Clear what a writer that was killed has left; nobody else is at work here."""
+    for leftover in fresh.iterdir():
+        leftover.unlink()
+    old = _beside(path, "old")
+    if not old.exists():
+        return
+    if path.exists():
+        shutil.rmtree(old)
+    else:
+        os.replace(old, path)
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Any], shard_bytes: int, form: str) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, value in tensors.items():
+        if shards[-1] and size + value.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += value.nbytes
+        total += value.nbytes
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [SINGLE]
+    for file, names in zip(files, shards, strict=True):
+        # In C order and of rank 0 where it is: neither save_file nor ascontiguousarray see to both.
+        arrays = {name: np.asarray(tensors[name], order="C") for name in names}
+        save_file(arrays, folder / file, metadata={"format": form})
+        shutil.copymode(folder / CONFIG, folder / file)
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a path that holds anything but an earlier checkpoint of the same method."""
+    if not path.exists():
+        return
+    remedy = "nothing was written; choose another folder or remove it yourself"
+    if not path.is_dir():
+        raise ValueError(f"path={str(path)!r} is not a folder; {remedy}")
+    names = os.listdir(path)
+    strangers = [name for name in names if not OWN_FILE.fullmatch(name)]
+    if strangers:
+        raise ValueError(f"path={str(path)!r} holds other files ({some(strangers)}); {remedy}")
+    if names and _method(read_json(path / CONFIG)) != _method(config):
+        raise ValueError(f"path={str(path)!r} holds another kind of model; {remedy}")
+
+
+def _method(config: Mapping[str, Any]) -> Any:
+    quantization = config.get("quantization_config")
+    return quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+
+
+def _move_into_place(fresh: Path, path: Path) -> None:
+    if not path.exists():
+        os.replace(fresh, path)
+        return
+    old = _beside(path, "old")
+    os.replace(path, old)
+    try:
+        os.replace(fresh, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

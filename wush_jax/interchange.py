@@ -1,0 +1,260 @@
+"""Quantized checkpoints of other libraries: what is in a folder, its layers, and exports."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.table import Table
+
+from wush_jax.checkpoint import content_of, written
+from wush_jax.folder_writer import SHARD_BYTES, write_folder
+from wush_jax.formats import Format
+from wush_jax.layouts import LAYOUTS, layout_of
+from wush_jax.layouts.layout import Content, quantization_config
+from wush_jax.quantization_config import LayerRecord
+from wush_jax.site import PackedWeight
+from wush_jax.tensor_folder import TensorFolder
+
+WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.write is not None)
+
+
+def export(
+    out_folder: str | Path,
+    source: str | Path | nnx.Module,
+    layout: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a quantized model in the layout of another library.
+
+    Codes and scales are copied bit for bit, nothing is quantized again; what a layout cannot hold
+    is refused. A folder is read and written one shard at a time.
+
+    Args:
+      out_folder: where to write; as for `wush_jax.save`.
+      source: a folder in any layout that we read, or a model from `wush_jax.quantize_model`.
+      layout: "wush" (native), "fp_quant", "nvfp4-pack-quantized" or "mxfp4-pack-quantized"
+        (compressed-tensors).
+      shard_bytes: the largest size of a file.
+
+    Raises:
+      ValueError: a layout that is unknown or only read, a model that it cannot hold, files that
+        are damaged.
+      OSError: the place cannot be written; what was there is still there.
+
+    >>> import tempfile
+    >>> from wush_jax import MXFP4, Recipe, quantize_weight
+    >>> from wush_jax.nnx import QuantizedDense, dense_layers
+    >>> dense = dense_layers(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))[0][""]
+    >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export(folder, nnx.List([QuantizedDense(dense, packed)]), "fp_quant")
+    ...     inspect_folder(folder).layout
+    'fp_quant'
+    """
+    chosen = LAYOUTS.get(layout)
+    if chosen is None or chosen.write is None:
+        raise ValueError(f"layout={layout!r} cannot be written; choose from {', '.join(WRITABLE)}")
+    if isinstance(source, nnx.Module):
+        content = content_of(source)
+        content = dataclasses.replace(content, layers=jax.device_get(dict(content.layers)))
+    else:
+        content = _content_of_folder(TensorFolder(source, mapped=True))
+    tensors, config = written(content, chosen)
+    form = "wush" if layout == "wush" else "pt"  # some readers insist on the name of a framework
+    write_folder(out_folder, tensors, config, shard_bytes=shard_bytes, form=form)
+
+
+def read_layers(path: str | Path) -> dict[str, PackedWeight]:
+    """Return the quantized layers of a folder in any layout that we read, by their names in files.
+
+    Args:
+      path: the folder.
+
+    Returns:
+      Packed weights of numpy arrays that stay in the files until they are looked at. Layers with
+      one transform hold the same array.
+
+    Raises:
+      ValueError: a layout that is unknown, files that are damaged.
+      NotImplementedError: a layer that needs what we lack.
+
+    >>> import tempfile
+    >>> from wush_jax import Recipe, quantize_weight, save
+    >>> from wush_jax.nnx import QuantizedDense, dense_layers
+    >>> dense = dense_layers(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))[0][""]
+    >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, nnx.List([QuantizedDense(dense, packed)]))
+    ...     {name: layer.shape for name, layer in read_layers(folder).items()}
+    {'0': (8, 32)}
+    """
+    folder = TensorFolder(path, mapped=True)
+    return _read_layers(folder, layout_of(folder).records(folder))
+
+
+def _read_layers(
+    folder: TensorFolder, records: Mapping[str, LayerRecord]
+) -> dict[str, PackedWeight]:
+    layout = layout_of(folder)
+    layers: dict[str, PackedWeight] = {}
+    transforms: dict[str, Any] = {}
+    for name, record in records.items():
+        known = transforms.get(record.site or "")
+        layers[name] = layout.read(folder, name, record, _keep, transform=known)
+        if record.site is not None:
+            transforms[record.site] = layers[name].transform
+    return layers
+
+
+def _keep(name: str, value: np.ndarray) -> Any:
+    return value
+
+
+def _content_of_folder(folder: TensorFolder) -> Content:
+    layout = layout_of(folder)
+    records = layout.records(folder)
+    layers = _read_layers(folder, records)
+    names = [name for name in folder.unread if not name.endswith(layout.skipped)]
+    plain = {
+        name: folder.read(name, [folder.entries[name].dtype], [folder.entries[name].shape])
+        for name in names
+    }
+    config = {k: v for k, v in folder.config.items() if k != "quantization_config"}
+    stored = quantization_config(folder)
+    native = {"naming": "hugging_face", "metadata": {"converted_from": layout.name}}
+    kept = {
+        k: stored[k] for k in ("library", "naming", "metadata", "activation_dtype") if k in stored
+    }
+    return Content(layers, records, plain, config, native | kept)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One quantized layer in files.
+
+    Attributes:
+      name: in the files.
+      shape: (N, K), or (*batch, N, K).
+      format: of the weight, with its rule.
+      input_format: of the activations, or "none".
+      transform: "identity", "shared d" or "per block d".
+      global_scale: of the weight, dividing; None where there are several.
+      bytes: of all tensors of the layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    input_format: str
+    transform: str
+    global_scale: float | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FolderSummary:
+    """What is in a folder, from headers and small tensors.
+
+    Attributes:
+      path: the folder.
+      layout: a name in `wush_jax.layouts.LAYOUTS`, or "unquantized".
+      formats: weight/activation formats with the number of layers.
+      tensors: number of tensors.
+      bytes: of all tensors.
+      layers: the quantized layers.
+    """
+
+    path: str
+    layout: str
+    formats: Mapping[str, int]
+    tensors: int
+    bytes: int
+    layers: tuple[LayerSummary, ...]
+
+    def table(self) -> Table:
+        """Return a `rich` table, one row a layer."""
+        title = f"{self.path}: {self.layout}, {self.tensors} tensors, {self.bytes:,} bytes"
+        table = Table(title=title)
+        for name in ("layer", "N x K", "weight/input", "transform", "g", "bits"):
+            table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                " x ".join(map(str, layer.shape)),
+                f"{layer.format}/{layer.input_format}",
+                layer.transform,
+                "" if layer.global_scale is None else f"{layer.global_scale:.6g}",
+                f"{8 * layer.bytes / np.prod(layer.shape):.2f}",
+            )
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+
+def inspect_folder(path: str | Path) -> FolderSummary:
+    """Say what is in a folder of safetensors files, without reading its weights.
+
+    Args:
+      path: the folder.
+
+    Raises:
+      ValueError: a layout that is unknown, files that are damaged.
+      NotImplementedError: a layer that needs what we lack.
+
+    >>> import tempfile
+    >>> from wush_jax.folder_writer import write_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_folder(folder, {"norm.weight": np.ones(8, np.float32)}, {})
+    ...     (inspect_folder(folder).layout, inspect_folder(folder).bytes)
+    ('unquantized', 32)
+    """
+    folder = TensorFolder(path, mapped=True)
+    plain = "quantization_config" not in folder.config
+    plain &= not any(layout.claims(folder) for layout in LAYOUTS.values())
+    records = {} if plain else layout_of(folder).records(folder)
+    sizes: Counter[str] = Counter()
+    for name, entry in folder.entries.items():
+        sizes[name.rpartition(".")[0]] += entry.nbytes
+    layers = tuple(_summary(folder, name, record, sizes[name]) for name, record in records.items())
+    return FolderSummary(
+        path=str(folder.path),
+        layout="unquantized" if plain else layout_of(folder).name,
+        formats=Counter(f"{layer.format}/{layer.input_format}" for layer in layers),
+        tensors=len(folder.entries),
+        bytes=sum(entry.nbytes for entry in folder.entries.values()),
+        layers=layers,
+    )
+
+
+def _summary(folder: TensorFolder, name: str, record: LayerRecord, size: int) -> LayerSummary:
+    transform = "identity"
+    if record.block is not None:
+        stored = folder.entries.get(f"{name}.transform")
+        stored = stored or folder.entries.get(f"{name}.forward_hadamard_matrix")
+        d = record.block
+        several = stored is not None and stored.nbytes // stored.dtype.itemsize > d * d
+        transform = f"{'per block' if several else 'shared'} {d}"
+    scale = record.global_scale
+    return LayerSummary(
+        name=name,
+        shape=record.shape,
+        format=_format_name(record.format),
+        input_format=_format_name(record.input_format),
+        transform=transform,
+        global_scale=float(scale) if np.ndim(scale) == 0 else None,
+        bytes=size,
+    )
+
+
+def _format_name(fmt: Format | None) -> str:
+    return "none" if fmt is None else fmt.name

@@ -1,0 +1,34 @@
+"""Layouts of quantized layers in files: our own and those of other libraries."""
+
+from wush_jax.layouts import compressed_tensors, fp_quant, modelopt, wush
+from wush_jax.layouts.layout import Layout
+from wush_jax.layouts.layout import quantization_config as _quantization_config
+from wush_jax.tensor_folder import CONFIG, TensorFolder
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        wush.LAYOUT,
+        fp_quant.LAYOUT,
+        compressed_tensors.NVFP4_LAYOUT,
+        compressed_tensors.MXFP4_LAYOUT,
+        modelopt.LAYOUT,
+    )
+}
+
+
+def layout_of(folder: TensorFolder) -> Layout:
+    """Return the layout that a folder is in.
+
+    Raises:
+      ValueError: it is in none of ours.
+    """
+    for layout in LAYOUTS.values():
+        if layout.claims(folder):
+            return layout
+    config = _quantization_config(folder)
+    found = {key: str(config[key])[:80] for key in ("quant_method", "format") if key in config}
+    raise ValueError(
+        f"{folder.path / CONFIG}: {found or 'no quantization_config'}; expected one of the layouts "
+        f"{', '.join(LAYOUTS)}"
+    )

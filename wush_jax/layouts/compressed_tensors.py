@@ -1,0 +1,267 @@
+"""The FP4 layouts of compressed-tensors (llm-compressor, vLLM): NVFP4 and MXFP4.
+
+Of a layer with N outputs and K inputs:
+
+- ``weight_packed`` U8 (N, K/2);
+- NVFP4: ``weight_scale`` E4M3 (N, K/16), ``weight_global_scale`` and ``input_global_scale`` F32
+  (1,), which divide;
+- MXFP4: ``weight_scale`` U8 (N, K/32), the exponent + 127, or + 125 in files of versions before
+  0.14 (9 January 2026). No global scale.
+
+Transforms are not in the files. Names of known ones are in ``transform_config``
+(`wush_jax.layouts.hadamard_config`): the identity and one Hadamard matrix for all blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wush_jax.formats import MXFP4, NVFP4, Format
+from wush_jax.layouts import hadamard_config as hadamard
+from wush_jax.layouts import layout as shared
+from wush_jax.layouts.layout import Content, Layout
+from wush_jax.packed_layout import Place
+from wush_jax.quantization_config import LayerRecord
+from wush_jax.site import PackedWeight
+from wush_jax.tensor_folder import TensorFolder
+
+METHOD = "compressed-tensors"
+NV, MX = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+FORMATS = {
+    NV: NVFP4.replace(global_scale=None),
+    MX: MXFP4.replace(name="MXFP4_ROUND_175", rule="round_175", global_scale=1.0),
+}
+STORED = {NV: jnp.float8_e4m3fn, MX: np.uint8}
+# Files of this version and later hold exponent + 127.
+VERSION = "0.14.0"
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _claims(folder: TensorFolder, name: str) -> bool:
+    config = shared.quantization_config(folder)
+    return config.get("quant_method") == METHOD and config.get("format") == name
+
+
+def _records(folder: TensorFolder, layout: str) -> dict[str, LayerRecord]:
+    config = shared.quantization_config(folder)
+    fmt, quantized_inputs = FORMATS[layout], _has_inputs(folder)
+    block = hadamard.block_from(config.get("transform_config"))
+    records, sites = {}, {}
+    for name in shared.layer_names(folder, ".weight_packed"):
+        shape = shared.weight_shape(folder, f"{name}.weight_packed")
+        d = min(shape[1], hadamard.LARGEST + 1) if block == 0 else block
+        if d is not None:
+            hadamard.check_size(d)
+            sites[name] = bytes(d)
+        scales = {"weight_global_scale": 1.0, "input_global_scale": None}
+        for key in scales if layout == NV else ():
+            if key == "weight_global_scale" or quantized_inputs:
+                scales[key] = float(shared.read_scalar(folder, f"{name}.{key}"))
+            else:
+                folder.skip(f"{name}.{key}")
+        records[name] = LayerRecord(
+            shape=shape,
+            format=fmt,
+            input_format=fmt if quantized_inputs else None,
+            block=d,
+            site=None,
+            global_scale=scales["weight_global_scale"],
+            input_global_scale=scales["input_global_scale"],
+        )
+    return shared.with_sites(records, sites)
+
+
+def _has_inputs(folder: TensorFolder) -> bool:
+    """Tell whether activations are quantized, from the one group of layers in the config."""
+    groups = shared.quantization_config(folder).get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    if not groups or not all(isinstance(group, dict) for group in groups):
+        raise ValueError(f"{folder.path}: quantization_config has no config_groups; fetch it again")
+    inputs = [group.get("input_activations") for group in groups]
+    if any(i != inputs[0] for i in inputs):
+        raise NotImplementedError(f"{folder.path}: groups of layers with different inputs")
+    if inputs[0] is None:
+        return False
+    if not isinstance(inputs[0], dict) or inputs[0].get("num_bits") != 4:
+        raise NotImplementedError(f"{folder.path}: input_activations={inputs[0]!r} are not FP4")
+    return True
+
+
+def exponent_bias(version: Any) -> int:
+    """Return what MXFP4 files of a version add to the exponent.
+
+    A version that is missing, or of another library, has the standard 127.
+
+    >>> exponent_bias("0.13.0"), exponent_bias("0.13.1.a20260112"), exponent_bias("0.14.0")
+    (125, 127, 127)
+    """
+    match = re.match(r"(\d{1,6})\.(\d{1,6})\.?\d*(?:\.?a(\d{8}))?", str(version))
+    if match is None:
+        return 127
+    major, minor, day = (int(part or 0) for part in match.groups())
+    return 127 if (major, minor) >= (0, 14) or day >= 20260109 else 125
+
+
+def _read(
+    folder: TensorFolder,
+    name: str,
+    record: LayerRecord,
+    place: Place,
+    *,
+    transform: jax.Array | None = None,
+    layout: str,
+) -> PackedWeight:
+    missing = 127 - exponent_bias(shared.quantization_config(folder).get("version"))
+
+    def bits(found: np.ndarray) -> np.ndarray:
+        if layout == NV or not missing:
+            return found
+        if (found > 254 - missing).any():
+            raise ValueError(f"{folder.path}: '{name}.weight_scale' has exponents beyond float32")
+        return found + np.uint8(missing)
+
+    weight = shared.read_weight(
+        folder,
+        name,
+        record,
+        place,
+        codes="weight_packed",
+        scales="weight_scale",
+        stored=STORED[layout],
+        bits=bits,
+    )
+    if record.block is not None and transform is None:
+        transform = place(f"{record.site}.transform", hadamard.matrix(record.block))
+    inputs = shared.place_input_scale(name, record, place)
+    return PackedWeight(weight, transform, inputs, record.input_format)
+
+
+def _write(content: Content, layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    fmt = FORMATS[layout]
+    tensors: dict[str, Any] = {}
+    scales: dict[str, tuple] = {}
+    blocks, formats = [], []
+    for name, packed in content.layers.items():
+        record = content.records[name]
+        shared.check_format(name, record.format, [fmt], "weight", layout)
+        shared.check_format(name, record.input_format, [fmt, None], "activation", layout)
+        block, ratio = hadamard.block_of(name, packed.transform, layout)
+        blocks.append(block)
+        formats.append(record.input_format is not None)
+        tensors[f"{name}.weight_packed"] = packed.weight.codes
+        if layout == MX:
+            _check_no_scale(name, record, ratio)
+            tensors[f"{name}.weight_scale"] = shared.bits_of(packed.weight.scales)
+            continue
+        tensors[f"{name}.weight_scale"] = packed.weight.scales
+        scales[name] = _global_scales(name, record, ratio)
+        for key, value in zip(("weight", "input"), scales[name], strict=True):
+            if value is not None:
+                tensors[f"{name}.{key}_global_scale"] = np.reshape(np.float32(value), 1)
+    _check_fused(scales)
+    quantized_inputs = shared.only("kind of activations", formats, layout)
+    ignored = content.unquantized
+    transform = hadamard.to_json(shared.only("transform", blocks, layout), ignored)
+    return tensors, _config(layout, quantized_inputs, ignored, transform)
+
+
+def _global_scales(name: str, record: LayerRecord, ratio: float) -> tuple[Any, Any]:
+    """Return the two scales that undo the rounding of the transform by ``ratio``.
+
+    Files mean the exact matrix H, we may have used c H (H in bfloat16): scales of the weight / c
+    and of the inputs * c give the same products.
+    """
+    weight = shared.scalar_scale(name, record.global_scale, NV) / np.float64(ratio)
+    if record.input_format is None:
+        return weight, None
+    return weight, shared.input_scale(name, record, NV) * np.float64(ratio)
+
+
+def _check_no_scale(name: str, record: LayerRecord, ratio: float) -> None:
+    """Refuse what MXFP4 without a global scale cannot hold."""
+    inputs = record.input_format
+    scale = record.input_global_scale
+    scale = inputs.global_scale if scale is None and inputs is not None else scale
+    fixed = [record.global_scale] + ([scale] if inputs is not None else [])
+    if any(np.ndim(g) or g != 1 for g in fixed):
+        raise ValueError(
+            f"layout={MX!r} has no global scale, {name} divides by {fixed}: quantize with "
+            "MXFP4.replace(rule='round_175', global_scale=1.0)"
+        )
+    if ratio != 1:
+        raise ValueError(
+            f"layout={MX!r} means the exact Hadamard matrix, that of {name} is rounded by "
+            f"{ratio:.6f}: quantize with transform_dtype='float32', or blocks of 16 or 64"
+        )
+
+
+def _check_fused(scales: dict[str, tuple]) -> None:
+    """Refuse layers that readers compute as one and whose global scales differ."""
+    for group in FUSED:
+        sites: dict[str, dict[str, tuple]] = {}
+        for name, pair in scales.items():
+            parent, _, last = name.rpartition(".")
+            if last in group:
+                sites.setdefault(parent, {})[name] = pair
+        for members in sites.values():
+            if len(set(members.values())) > 1:
+                raise ValueError(
+                    f"layout={NV!r} needs one global scale for {', '.join(members)}: use "
+                    "share_transform=True, or a format with a fixed global_scale"
+                )
+
+
+def _arguments(fmt: Format, dynamic: bool | str) -> dict[str, Any]:
+    nv = fmt.scale_dtype == "e4m3"
+    return {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group" if nv else "group",
+        "group_size": fmt.group_size,
+        "symmetric": True,
+        "dynamic": dynamic,
+        "scale_dtype": "torch.float8_e4m3fn" if nv else "torch.uint8",
+    }
+
+
+def _config(layout: str, inputs: bool, ignored: list[str], transform: dict) -> dict[str, Any]:
+    fmt = FORMATS[layout]
+    dynamic = "local" if layout == NV else True
+    group = {
+        "targets": ["Linear"],
+        "weights": _arguments(fmt, False),
+        "input_activations": _arguments(fmt, dynamic) if inputs else None,
+        "output_activations": None,
+        "format": layout,
+    }
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": transform,
+    }
+
+
+def _layout(name: str) -> Layout:
+    return Layout(
+        name,
+        lambda folder: _claims(folder, name),
+        lambda folder: _records(folder, name),
+        lambda *args, **options: _read(*args, layout=name, **options),
+        lambda content: _write(content, name),
+        skipped=(".k_scale", ".v_scale"),
+    )
+
+
+NVFP4_LAYOUT, MXFP4_LAYOUT = _layout(NV), _layout(MX)

@@ -1,0 +1,282 @@
+"""What a layout of quantized layers is, and what all layouts share."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wush_jax.formats import SCALE_DTYPES, Format, QuantizedArray
+from wush_jax.packed_layout import Place
+from wush_jax.quantization_config import LayerRecord, is_scale
+from wush_jax.site import PackedWeight
+from wush_jax.tensor_folder import TensorFolder
+
+
+class Read(Protocol):
+    """Reads one layer; ``transform`` is that of its site, where it was placed before."""
+
+    def __call__(
+        self,
+        folder: TensorFolder,
+        name: str,
+        record: LayerRecord,
+        place: Place,
+        *,
+        transform: jax.Array | None = None,
+    ) -> PackedWeight:
+        """Return the layer's packed weight (N, K)."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """Quantized layers on the host, and everything else, ready to be written.
+
+    Attributes:
+      layers: packed weights of numpy arrays, by name.
+      records: what a config says of them, by name.
+      plain: other tensors, by name.
+      config: the model's own config, without ``quantization_config``.
+      extra: entries of a native ``quantization_config`` beside the records.
+    """
+
+    layers: Mapping[str, PackedWeight]
+    records: Mapping[str, LayerRecord]
+    plain: Mapping[str, Any]
+    config: Mapping[str, Any]
+    extra: Mapping[str, Any]
+
+    @property
+    def unquantized(self) -> list[str]:
+        """Modules that look like dense layers and are none of the quantized ones."""
+        found = {
+            name.removesuffix(".weight")
+            for name, value in self.plain.items()
+            if name.endswith(".weight") and len(value.shape) == 2 and "embed" not in name
+        }
+        return sorted(found | {"lm_head"})
+
+
+Write = Callable[[Content], tuple[dict[str, Any], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to store quantized layers.
+
+    Attributes:
+      name: how users call it.
+      claims: whether a folder is in this layout, from its config alone.
+      records: what a folder holds, by layer, checked as far as headers and small tensors go.
+      read: one layer.
+      write: from a content to tensors of the quantized layers and ``quantization_config``;
+        ValueError where the layout cannot hold it. None where nothing is written.
+      skipped: endings of tensors that are of no use here.
+    """
+
+    name: str
+    claims: Callable[[TensorFolder], bool]
+    records: Callable[[TensorFolder], dict[str, LayerRecord]]
+    read: Read
+    write: Write | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def quantization_config(folder: TensorFolder) -> Mapping[str, Any]:
+    """Return the ``quantization_config`` of a folder, empty where there is none."""
+    config = folder.config.get("quantization_config")
+    return config if isinstance(config, dict) else {}
+
+
+def layer_names(folder: TensorFolder, ending: str) -> list[str]:
+    """Return the layers that have a tensor of some ending, in the order of the files.
+
+    Raises:
+      ValueError: there are none.
+    """
+    names = [n.removesuffix(ending) for n in folder.entries if n.endswith(ending)]
+    if not names:
+        raise ValueError(f"{folder.path}: no tensor ends in {ending!r}; fetch the folder again")
+    return names
+
+
+def weight_shape(folder: TensorFolder, name: str) -> tuple[int, int]:
+    """Return (N, K) of two 4-bit codes a byte, from the header."""
+    shape = folder.entries[name].shape
+    if len(shape) != 2:
+        raise ValueError(f"{folder.path}: tensor {name!r} has shape {shape}, expected (N, K/2)")
+    return shape[0], 2 * shape[1]
+
+
+def read_scalar(folder: TensorFolder, name: str) -> np.float32:
+    """Return a global scale.
+
+    Raises:
+      ValueError: it is missing, no float32 of one value, or not positive and finite.
+    """
+    value = np.float32(folder.read(name, [np.float32], [(), (1,)]).reshape(()))
+    if not is_scale(value):
+        raise ValueError(f"{folder.path}: tensor {name!r} is {value}, expected a positive number")
+    return value
+
+
+def read_weight(
+    folder: TensorFolder,
+    name: str,
+    record: LayerRecord,
+    place: Place,
+    *,
+    codes: str,
+    scales: str,
+    stored: Any,
+    bits: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> QuantizedArray:
+    """Read codes and scales, and place them under their native names.
+
+    Args:
+      folder: where the tensors are.
+      name: of the layer.
+      record: what is known of it.
+      place: puts values on devices.
+      codes: ending of the codes' name.
+      scales: ending of the scales' name.
+      stored: dtype of the scales in the files.
+      bits: from stored bytes to those of the format's scale type.
+    """
+    n, k = record.shape
+    fmt = record.format
+    values = folder.read(f"{name}.{codes}", [np.uint8], [(n, k // 2)])
+    found = folder.read(f"{name}.{scales}", [stored], [(n, k // fmt.group_size)])
+    found = bits(found.view(np.uint8)).view(SCALE_DTYPES[fmt.scale_dtype])
+    return QuantizedArray(
+        place(f"{name}.e2m1", values),
+        place(f"{name}.scale_quant", found),
+        place(f"{name}.weight_global_scale", np.asarray(record.global_scale, np.float32)),
+        fmt,
+    )
+
+
+def place_input_scale(name: str, record: LayerRecord, place: Place) -> jax.Array | None:
+    """Return the global scale of a layer's activations on its devices, or None."""
+    if record.input_global_scale is None:
+        return None
+    value = np.asarray(record.input_global_scale, np.float32)
+    return place(f"{name}.activation_global_scale", value)
+
+
+def with_sites(
+    records: Mapping[str, LayerRecord], transforms: Mapping[str, bytes]
+) -> dict[str, LayerRecord]:
+    """Let layers whose transforms are the same, byte for byte, share one.
+
+    Args:
+      records: by layer.
+      transforms: a digest of each layer's transform, by layer; absent for the identity.
+    """
+    first: dict[bytes, str] = {}
+    return {
+        name: dataclasses.replace(record, site=first.setdefault(transforms[name], name))
+        if name in transforms
+        else record
+        for name, record in records.items()
+    }
+
+
+def digest(values: np.ndarray) -> bytes:
+    """Return a hash of an array's shape and bytes."""
+    return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest()
+
+
+def only(what: str, values: Sequence[Any], layout: str) -> Any:
+    """Return what all layers have in common; ValueError where they differ."""
+    different = list(dict.fromkeys(values))
+    if len(different) > 1:
+        raise ValueError(
+            f"layout={layout!r} holds one {what} for all layers, the model has {different[:3]}; "
+            "keep layout='wush', or quantize with one recipe"
+        )
+    return different[0]
+
+
+def scalar_scale(name: str, value: Any, layout: str) -> np.float32:
+    """Return a dividing global scale; ValueError where it is not one number."""
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"layout={layout!r} holds one global scale a layer, {name} has {np.shape(value)}; keep "
+            "layout='wush'"
+        )
+    return np.float32(value)
+
+
+def input_scale(name: str, record: LayerRecord, layout: str) -> np.float32:
+    """Return the static global scale of a layer's quantized activations.
+
+    Raises:
+      ValueError: it is found anew for each batch.
+    """
+    fmt = record.input_format
+    value = record.input_global_scale
+    value = fmt.global_scale if value is None and fmt is not None else value
+    if value is None:
+        raise ValueError(
+            f"layout={layout!r} needs a static global scale of the activations, {name} finds its "
+            "own in each batch; give the format a global_scale, such as NVFP4's 10, or calibrate"
+        )
+    return scalar_scale(name, value, layout)
+
+
+def check_format(
+    name: str, fmt: Format | None, wanted: Sequence[Format | None], what: str, layout: str
+) -> None:
+    """Raise ValueError unless a format decodes (weights) or rounds (activations) as a wanted one.
+
+    Args:
+      name: of the layer.
+      fmt: its format; None leaves activations unquantized.
+      wanted: what the layout knows. For weights the rule does not matter: any file can hold the
+        scales that it chose.
+      what: "weight" or "activation".
+      layout: for the message.
+    """
+
+    def key(f: Format | None) -> Any:
+        if f is None:
+            return None
+        rule = f.rule if what == "activation" else None
+        return f.element, f.group_size, f.scale_dtype, rule
+
+    if key(fmt) not in [key(w) for w in wanted]:
+        known = " or ".join(
+            "none"
+            if w is None
+            else f"{w.element.name}, groups of {w.group_size}, {w.scale_dtype} "
+            f"scales" + (f" by rule {w.rule!r}" if what == "activation" else "")
+            for w in wanted
+        )
+        found = "none" if fmt is None else f"{fmt.name} (rule {fmt.rule!r})"
+        raise ValueError(
+            f"layout={layout!r} holds {what} formats {known}; {name} has {found}: keep "
+            "layout='wush', or quantize with such a format"
+        )
+
+
+def bits_of(scales: Any) -> np.ndarray:
+    """Return stored scales as bytes."""
+    return np.asarray(scales).view(np.uint8)
+
+
+def as_bfloat16(name: str, transform: np.ndarray, layout: str) -> np.ndarray:
+    """Return a transform as bfloat16; ValueError where that would round it."""
+    rounded = transform.astype(jnp.bfloat16)
+    if (rounded.astype(np.float32) != transform.astype(np.float32)).any():
+        raise ValueError(
+            f"layout={layout!r} holds transforms in bfloat16, that of {name} is "
+            f"{transform.dtype}; quantize with transform_dtype='bfloat16'"
+        )
+    return rounded

@@ -1,0 +1,98 @@
+"""NVIDIA ModelOpt's NVFP4 layout, read only.
+
+Of a layer with N outputs and K inputs: ``weight`` U8 (N, K/2), ``weight_scale`` E4M3 (N, K/16),
+``weight_scale_2`` and ``input_scale`` F32, which multiply: reciprocals of our global scales.
+``hf_quant_config.json`` beside ``config.json`` says so, or ``quantization_config`` itself.
+Quantized keys and values (``k_scale``, ``v_scale``) are left out: our cache is not quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wush_jax.formats import NVFP4
+from wush_jax.layouts import layout as shared
+from wush_jax.layouts.layout import Layout
+from wush_jax.packed_layout import Place
+from wush_jax.quantization_config import LayerRecord
+from wush_jax.site import PackedWeight
+from wush_jax.tensor_folder import TensorFolder, read_json
+
+NAME = "modelopt"
+FILE = "hf_quant_config.json"
+ALGORITHM = "NVFP4"
+
+
+def _claims(folder: TensorFolder) -> bool:
+    method = shared.quantization_config(folder).get("quant_method")
+    return method == NAME or (method is None and (folder.path / FILE).is_file())
+
+
+def _quantization(folder: TensorFolder) -> Mapping[str, Any]:
+    config = shared.quantization_config(folder)
+    if "quant_algo" in config:
+        return config
+    found = read_json(folder.path / FILE).get("quantization")
+    return found if isinstance(found, dict) else {}
+
+
+def _records(folder: TensorFolder) -> dict[str, LayerRecord]:
+    config = _quantization(folder)
+    algorithm, group = config.get("quant_algo"), config.get("group_size", 16)
+    if algorithm != ALGORITHM or group != NVFP4.group_size:
+        raise ValueError(
+            f"{folder.path}: quant_algo={algorithm!r} with group_size={group!r}; only "
+            f"{ALGORITHM!r} with groups of {NVFP4.group_size} is read"
+        )
+    records = {}
+    fmt = NVFP4.replace(global_scale=None)
+    for name in shared.layer_names(folder, ".weight_scale_2"):
+        if f"{name}.weight" not in folder.entries or f"{name}.pre_quant_scale" in folder.entries:
+            raise ValueError(
+                f"{folder.path}: layer {name!r} has no weight, or scales its input by channel "
+                "(pre_quant_scale), which is not read"
+            )
+        inputs = f"{name}.input_scale" in folder.entries
+        records[name] = LayerRecord(
+            shape=shared.weight_shape(folder, f"{name}.weight"),
+            format=fmt,
+            input_format=fmt if inputs else None,
+            block=None,
+            site=None,
+            global_scale=_dividing(folder, f"{name}.weight_scale_2"),
+            input_global_scale=_dividing(folder, f"{name}.input_scale") if inputs else None,
+        )
+    return records
+
+
+def _dividing(folder: TensorFolder, name: str) -> float:
+    return float(np.float32(1) / shared.read_scalar(folder, name))
+
+
+def _read(
+    folder: TensorFolder,
+    name: str,
+    record: LayerRecord,
+    place: Place,
+    *,
+    transform: jax.Array | None = None,
+) -> PackedWeight:
+    weight = shared.read_weight(
+        folder,
+        name,
+        record,
+        place,
+        codes="weight",
+        scales="weight_scale",
+        stored=jnp.float8_e4m3fn,
+    )
+    inputs = shared.place_input_scale(name, record, place)
+    return PackedWeight(weight, None, inputs, record.input_format)
+
+
+LAYOUT = Layout(NAME, _claims, _records, _read, skipped=(".k_scale", ".v_scale"))
