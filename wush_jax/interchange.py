@@ -130,11 +130,11 @@ def _content_of_folder(folder: TensorFolder) -> Content:
     }
     config = {k: v for k, v in folder.config.items() if k != "quantization_config"}
     stored = quantization_config(folder)
-    native = {"naming": "hugging_face", "metadata": {"converted_from": layout.name}}
-    kept = {
-        k: stored[k] for k in ("library", "naming", "metadata", "activation_dtype") if k in stored
-    }
-    return Content(layers, records, plain, config, native | kept)
+    extra = {"metadata": {"converted_from": layout.name}} if layout.name != "wush" else {}
+    for key in ("library", "naming", "metadata", "activation_dtype"):
+        if key in stored:
+            extra[key] = stored[key]
+    return Content(layers, records, plain, config, extra)
 
 
 @dataclass(frozen=True)
