@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import wush_jax as wush
+from wush_jax.batched import over_batch
 from wush_jax.nnx import (
     DENSE_TYPES,
     Contraction,
@@ -32,6 +33,7 @@ LAYERS = {
     "to heads": (nnx.Einsum, ("btd,dnh->btnh", (64, 2, 3), (2, 3)), {}, (2, 5, 64)),
     "from heads": (nnx.Einsum, ("btnh,nhd->btd", (2, 32, 6), (6,)), {}, (2, 5, 2, 32)),
     "heads first": (nnx.Einsum, ("btd,ndh->bnth", (2, 64, 3), (2, 3)), {}, (2, 5, 64)),
+    "experts": (nnx.LinearGeneral, (64, 6), {"axis": (-1,), "batch_axis": {0: 2}}, (2, 5, 64)),
     "turned kernel": (nnx.Einsum, ("...hk,nkh->...n", (6, 8, 8), (6,)), {}, (5, 8, 8)),
 }
 CHEAP = {"kernel_init": nnx.initializers.zeros, "bias_init": nnx.initializers.zeros}
@@ -52,11 +54,13 @@ def layer_of(kind):
 def test_views_compute_what_the_layer_computes(kind):
     layer, x = layer_of(kind)
     dense = dense_layers(layer)[0][""]
-    assert dense.weight.shape == dense.contraction.shape == (6, 64)
+    assert dense.weight.shape == dense.weight_shape
+    assert dense.contraction.shape == (6, 64)
     np.testing.assert_array_equal(dense.contraction.kernel(dense.weight), layer.kernel[...])
     y = layer(x)
     # -4 to 4 are numbers of E4M3 and the scale of a group of them is a power of two: no rounding
-    twin = QuantizedDense(dense, wush.quantize_weight(dense.weight, None, EXACT))
+    quantize = over_batch(lambda w: wush.quantize_weight(w, None, EXACT), dense.contraction.batch)
+    twin = QuantizedDense(dense, quantize(dense.weight))
     np.testing.assert_array_equal(wush.dequantize(twin.packed.weight), dense.weight)
     np.testing.assert_array_equal(twin(x), y)
 
@@ -77,9 +81,10 @@ def test_quantized_layer_is_the_layer_with_the_dequantized_kernel():
     [
         ("btd,dn", (4, 4)),  # no output
         ("btd->btn", (4,)),  # no kernel
-        ("btd,dn->btn", (4, 4, 4)),  # another rank
+        ("btd,dnh->btnh", (4, 4)),  # another rank
         ("btd,btd->btd", (2, 3, 4)),  # a product, no contraction
-        ("bed,edn->ben", (2, 3, 4)),  # a batch of kernels
+        ("bed,ed->be", (3, 4)),  # no outputs
+        ("btd,dne->btn", (4, 4, 4)),  # an axis of the kernel summed away
         ("btd,...n->btn", (4, 4)),  # any rank
         ("btd,dn->tn", (4, 4)),  # an axis of x summed away
         ("btdd,dn->btn", (4, 4)),  # a diagonal
@@ -94,19 +99,21 @@ def test_layers_without_a_dense_view_have_a_reason():
     rngs = nnx.Rngs(0)
     model = nnx.List(
         [
-            nnx.Einsum("bed,edn->ben", (2, 3, 4), rngs=rngs),
+            nnx.Einsum("bed,ed->be", (3, 4), rngs=rngs),
             nnx.LinearGeneral(4, 4, axis=0, rngs=rngs),
-            nnx.LinearGeneral(4, 4, batch_axis={0: 2}, rngs=rngs),
+            nnx.LinearGeneral((4, 4), 4, axis=(-3, -1), rngs=rngs),
             nnx.Linear(4, 4, rngs=rngs),
             nnx.LayerNorm(4, rngs=rngs),
+            nnx.Embed(4, 8, rngs=rngs),
         ]
     )
     layers, skipped = dense_layers(model)
     assert list(layers) == ["3"]
-    assert sorted(skipped) == ["0", "1", "2"]
+    assert sorted(skipped) == ["0", "1", "2", "5"]
     assert "not a dense layer" in skipped["0"]
     assert "axis=(0,)" in skipped["1"]
-    assert "batch_axis={0: 2}" in skipped["2"]
+    assert "axis=(-3, -1)" in skipped["2"]
+    assert skipped["5"] == "Embed is no registered dense layer; it holds embedding (4, 8)"
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +193,30 @@ def test_a_layer_of_ones_own():
     assert [layer.path for layer in report.layers] == ["0"]
     # E4M3 weights: relative error 2^-4 each at worst, far less in the mean of 64 products
     np.testing.assert_allclose(twin[0](x), model[0](x), atol=0.05 * jnp.abs(model[0](x)).max())
+
+
+class Width(LowRank):
+    """A layer that says itself how it is seen, with attributes that a model may read."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.width = 6
+
+    def dense_view(self):
+        return low_rank(self)
+
+
+def test_a_layer_that_views_itself_keeps_its_attributes():
+    model, x = nnx.List([Width(nnx.Rngs(0))]), jax.random.normal(jax.random.key(0), (7, 64))
+
+    def call(m, x):
+        return m[0](x).reshape(-1, m[0].width)
+
+    twin, report = wush.quantize_model(model, [x], EXACT, call=call)
+    assert [layer.path for layer in report.layers] == ["0"]
+    assert type(twin[0]) is QuantizedDense
+    assert twin[0].width == 6
+    assert call(twin, x).shape == (7, 6)
 
 
 class Nest(nnx.Module):

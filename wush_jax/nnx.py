@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import operator
-import re
 import string
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wush_jax.contraction import Contraction as Contraction
 from wush_jax.formats import QuantizedArray
 from wush_jax.linear import quantized_dot
 from wush_jax.site import PackedWeight
@@ -21,117 +22,6 @@ from wush_jax.site import PackedWeight
 
 class Packed(nnx.Variable):
     """Codes, scales and transforms of a quantized layer: state that no optimizer touches."""
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """A dense layer's einsum, ``x, kernel -> y``, read as ``y = x W^T`` with W (N, K).
-
-    Kernel axes that x has too are contracted (K); the others are outputs (N).
-
-    Attributes:
-      equation: such as "...k,kn->...n" or "btd,dnh->btnh".
-      kernel_shape: shape of the kernel.
-
-    Raises:
-      ValueError: no equation of one input and one kernel; an axis of the kernel that neither side,
-        or both sides, have (a batch of kernels).
-
-    >>> Contraction("btd,dnh->btnh", (8, 2, 3)).shape
-    (6, 8)
-    """
-
-    equation: str
-    kernel_shape: tuple[int, ...]
-
-    def __post_init__(self):
-        if not re.fullmatch(r"[\w.]+,\w+->[\w.]+", self.equation.replace(" ", "")):
-            raise ValueError(
-                f"equation={self.equation!r} is not of the form 'input,kernel->output'"
-            )
-        x, kernel, y = self._axes
-        if len(kernel) != len(self.kernel_shape):
-            raise ValueError(f"equation={self.equation!r} does not fit kernel {self.kernel_shape}")
-        bad = [a for a in kernel if (a in x) == (a in y)]
-        repeated = any(len(set(axes)) < len(axes) for axes in (x, kernel, y))
-        if bad or repeated or sorted(self._lead + self._outputs) != sorted(y):
-            raise ValueError(
-                f"equation={self.equation!r} is not a dense layer: every kernel axis must be in "
-                "exactly one of input and output"
-            )
-
-    @property
-    def _axes(self) -> tuple[list[str], list[str], list[str]]:
-        operands, y = self.equation.replace(" ", "").split("->")
-        x, kernel = operands.split(",")
-        return _letters(x), _letters(kernel), _letters(y)
-
-    @property
-    def _lead(self) -> list[str]:
-        x, kernel, _ = self._axes
-        return [a for a in x if a not in kernel]
-
-    @property
-    def _contracted(self) -> list[str]:
-        x, kernel, _ = self._axes
-        return [a for a in x if a in kernel]
-
-    @property
-    def _outputs(self) -> list[str]:
-        _, kernel, y = self._axes
-        return [a for a in y if a in kernel]
-
-    def _sizes(self, axes: list[str]) -> list[int]:
-        kernel = self._axes[1]
-        return [self.kernel_shape[kernel.index(a)] for a in axes]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return math.prod(self._sizes(self._outputs)), math.prod(self._sizes(self._contracted))
-
-    def weight(self, kernel: jax.Array) -> jax.Array:
-        """Return the kernel as W (N, K)."""
-        axes = self._axes[1]
-        order = [axes.index(a) for a in self._outputs + self._contracted]
-        return kernel.transpose(order).reshape(self.shape)
-
-    def kernel(self, weight: jax.Array) -> jax.Array:
-        """Undo `weight`: W (N, K) as a kernel."""
-        axes = self._outputs + self._contracted
-        order = [axes.index(a) for a in self._axes[1]]
-        return weight.reshape(self._sizes(axes)).transpose(order)
-
-    def rows(self, x: jax.Array) -> jax.Array:
-        """Return the layer's input as (..., K): the same array where it is so already."""
-        axes, wanted = self._axes[0], self._lead + self._contracted
-        x = _transpose(x, axes, wanted)
-        if len(self._contracted) == 1:
-            return x
-        return x.reshape(*x.shape[: x.ndim - len(self._contracted)], self.shape[1])
-
-    def outputs(self, y: jax.Array) -> jax.Array:
-        """Return (..., N) as the layer's output."""
-        y = y.reshape(*y.shape[:-1], *self._sizes(self._outputs))
-        return _transpose(y, self._lead + self._outputs, self._axes[2])
-
-
-def _letters(axes: str) -> list[str]:
-    head, dots, tail = axes.partition("...")
-    return [*head, *([dots] if dots else []), *tail]
-
-
-def _transpose(x: jax.Array, axes: list[str], wanted: list[str]) -> jax.Array:
-    if axes == wanted:
-        return x
-    named = {}
-    free = x.ndim - (len(axes) - 1 if "..." in axes else len(axes))
-    position = 0
-    for axis in axes:
-        width = free if axis == "..." else 1
-        named[axis] = list(range(position, position + width))
-        position += width
-    return x.transpose([i for axis in wanted for i in named[axis]])
 
 
 @dataclass(frozen=True)
@@ -143,17 +33,24 @@ class Dense:
       kernel: the weight, in the layer's own shape.
       bias: N values added to the outputs, or None.
       dtype: what the layer casts its input to; None promotes input and kernel to one dtype.
+      attributes: the layer's own static attributes, which models may read (``layer.out_features``).
     """
 
     contraction: Contraction
     kernel: jax.Array
     bias: nnx.Variable | None
     dtype: Any = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def weight(self) -> jax.Array:
-        """W (N, K)."""
+        """W (N, K), or (*batch, N, K)."""
         return self.contraction.weight(self.kernel)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(N, K), or (*batch, N, K)."""
+        return *self.contraction.batch, *self.contraction.shape
 
 
 DenseTypes = tuple[tuple[type, Callable[[Any], Dense]], ...]
@@ -167,13 +64,33 @@ def _linear(module: nnx.Linear) -> Dense:
 def _linear_general(module: nnx.LinearGeneral) -> Dense:
     kernel = module.kernel.get_value()
     axis = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
-    if module.batch_axis or sorted(axis) != list(range(-len(axis), 0)):
-        raise ValueError(f"LinearGeneral with axis={axis}, batch_axis={dict(module.batch_axis)}")
-    names = string.ascii_lowercase[: kernel.ndim]
-    # In whatever order `axis` names them, flax contracts them in the order of the input.
-    inputs, outputs = names[: len(axis)], names[len(axis) :]
-    equation = f"...{inputs},{names}->...{outputs}"
+    features = 1 if isinstance(module.out_features, int) else len(module.out_features)
+    equation = general_equation(axis, sorted(module.batch_axis), features)
     return Dense(Contraction(equation, kernel.shape), kernel, module.bias, module.dtype)
+
+
+def general_equation(axis: Sequence[int], batch: Sequence[int], features: int) -> str:
+    """Return the einsum of a `LinearGeneral` or `DenseGeneral`.
+
+    Args:
+      axis: input axes to contract; they must be the last ones.
+      batch: input axes that the kernel has too; they must be the first ones.
+      features: number of output axes.
+
+    Raises:
+      ValueError: other axes.
+
+    >>> general_equation((-2, -1), (), 1)
+    '...ab,abc->...c'
+    """
+    if sorted(axis) != list(range(-len(axis), 0)) or list(batch) != list(range(len(batch))):
+        raise ValueError(f"axis={tuple(axis)}, batch_axis={tuple(batch)}: not the last, the first")
+    names = iter(string.ascii_lowercase)
+    # In whatever order `axis` names them, flax contracts them in the order of the input.
+    experts, inputs, outputs = (
+        "".join(itertools.islice(names, n)) for n in (len(batch), len(axis), features)
+    )
+    return f"{experts}...{inputs},{experts}{inputs}{outputs}->{experts}...{outputs}"
 
 
 def _einsum(module: nnx.Einsum) -> Dense:
@@ -181,9 +98,10 @@ def _einsum(module: nnx.Einsum) -> Dense:
     return Dense(Contraction(module.einsum_str, kernel.shape), kernel, module.bias, module.dtype)
 
 
-# Which layers are dense. To add one of yours, pass ``(*DENSE_TYPES, (MyDense, view))`` with a
-# function that returns its `Dense` view, or raises ValueError for what it cannot express. A tuple,
-# since it has to be hashable: compiled functions are cached by it.
+# Which layers are dense. To add one of yours, give it a method ``dense_view()`` or, if you cannot
+# change it, pass ``(*DENSE_TYPES, (MyDense, view))``: each returns the layer's `Dense` view, or
+# raises ValueError for what it cannot express. A tuple, since it has to be hashable: compiled
+# functions are cached by it.
 DENSE_TYPES: DenseTypes = (
     (nnx.Linear, _linear),
     (nnx.LinearGeneral, _linear_general),
@@ -230,6 +148,9 @@ class QuantizedDense(nnx.Module):
         )
         # A copy: training the quantized model's bias must not change the original's.
         self.bias = nnx.data(None if dense.bias is None else dense.bias.copy())
+        for name, value in dense.attributes.items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
 
     @property
     def packed(self) -> PackedWeight:
@@ -246,11 +167,32 @@ class QuantizedDense(nnx.Module):
         # Flax promotes x and the kernel to one dtype where the layer has none of its own.
         dtype = self.dtype
         x = x.astype(jnp.promote_types(x.dtype, self.kernel_dtype) if dtype is None else dtype)
-        y = self.contraction.rows(x)
-        y = quantized_dot(y, self.packed, implementation=self.implementation)
+        dot = partial(quantized_dot, implementation=self.implementation)
+        if self.contraction.experts is not None:
+            dot = jax.vmap(dot)
+        y = dot(self.contraction.rows(x), self.packed)
         if self.bias is not None:
-            y = y + jnp.asarray(self.bias[...], y.dtype).reshape(-1)
+            y = y + self.contraction.bias(jnp.asarray(self.bias[...], y.dtype), y.ndim)
         return self.contraction.outputs(y)
+
+
+def dense_view(module: nnx.Module, dense_types: DenseTypes = DENSE_TYPES) -> Dense | None:
+    """Return a module's view as a dense layer, or None where its type is no dense layer's.
+
+    Raises:
+      ValueError: a dense type in a form that cannot be quantized.
+    """
+    view = dict(dense_types).get(type(module)) or getattr(type(module), "dense_view", None)
+    if view is None:
+        return None
+    dense = view(module)
+    # The twin stands in for the layer also where a model reads, say, its number of features.
+    static = {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not nnx.is_data(value) and not nnx.has_data(value)
+    }
+    return replace(dense, attributes=static)
 
 
 def dense_layers(
@@ -263,23 +205,34 @@ def dense_layers(
       dense_types: module types and how to see them as dense layers.
 
     Returns:
-      Layers by path, and reasons by path for layers of a dense type that have another form.
+      Layers by path, and reasons by path for layers of a dense type that have another form, and
+      for modules of no dense type that hold matrices.
 
     >>> layers, skipped = dense_layers(nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0))]))
     >>> {path: layer.contraction.shape for path, layer in layers.items()}
     {'0': (3, 2)}
     """
     layers, skipped = {}, {}
-    views = dict(dense_types)
     for path, module in nnx.iter_modules(model):
-        view = views.get(type(module))
-        if view is None:
-            continue
         try:
-            layers[dotted(path)] = view(module)
+            dense = dense_view(module, dense_types)
         except ValueError as error:
             skipped[dotted(path)] = str(error)
+            continue
+        if dense is not None:
+            layers[dotted(path)] = dense
+        elif matrices := _matrices(module):
+            kind = getattr(module, "kind", type(module).__name__)
+            skipped[dotted(path)] = f"{kind} is no registered dense layer; it holds {matrices}"
     return layers, skipped
+
+
+def _matrices(module: nnx.Module) -> str:
+    """Name the parameters of two axes or more that a module holds by itself."""
+    own = [(n, v) for n, v in vars(module).items() if isinstance(v, nnx.Param)]
+    return ", ".join(
+        f"{name} {v.shape}" for name, v in own if hasattr(v.get_value(), "ndim") and v.ndim > 1
+    )
 
 
 def replace_modules(
