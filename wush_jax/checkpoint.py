@@ -107,15 +107,21 @@ def content_of(qmodel: nnx.Module, metadata: Mapping[str, Any] | None = None) ->
         records[name] = record_of(name, module.packed, site)
     if not records:
         raise ValueError("qmodel has no quantized layers; pass what quantize_model returned")
+    config: dict[str, Any] = getattr(getattr(qmodel, "config", None), "to_dict", dict)()
+    plain = model_names.plain_tensors(qmodel)
+    return Content(layers, records, plain, config, native_extra(qmodel, metadata))
+
+
+def native_extra(model: nnx.Module, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the entries of a native ``quantization_config`` beside the layers' records."""
     extra: dict[str, Any] = {
         "library": f"wush_jax {_library_version()}",
-        "naming": model_names.naming(qmodel),
+        "naming": model_names.naming(model),
         "metadata": dict(metadata or {}),
     }
-    if isinstance(qmodel, Llama):
-        extra["activation_dtype"] = np.dtype(qmodel.dtype).name
-    config: dict[str, Any] = getattr(getattr(qmodel, "config", None), "to_dict", dict)()
-    return Content(layers, records, model_names.plain_tensors(qmodel), config, extra)
+    if isinstance(model, Llama):
+        extra["activation_dtype"] = np.dtype(model.dtype).name
+    return extra
 
 
 def written(content: Content, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:

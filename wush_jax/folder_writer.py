@@ -61,7 +61,7 @@ def write_folder(
     except (TypeError, ValueError) as error:
         raise ValueError(f"config or metadata is not JSON ({error}); use plain values") from error
     try:
-        _check_replaceable(path, config)
+        check_replaceable(path, config)
         fresh = _beside(path, "new")
         fresh.mkdir(parents=True, exist_ok=True)
         with sole_writer(fresh, str(path)):
@@ -122,7 +122,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Any], shard_bytes: int, fo
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _check_replaceable(path: Path, config: Mapping[str, Any]) -> None:
+def check_replaceable(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a path that holds anything but an earlier checkpoint of the same method."""
     if not path.exists():
         return

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,7 @@ from wush_jax.models.llama import Llama
 from wush_jax.models.placement import Placement, place
 from wush_jax.tensor_folder import TensorFolder
 
+Module = TypeVar("Module", bound=nnx.Module)
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -71,27 +72,55 @@ def from_tensors(
         param_dtype=param_dtype,
         attention_implementation=attention_implementation,
     )
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    names = {path: tensor_name(path) for path, _ in state}
-    if set(names.values()) != set(tensors):
-        missing = sorted(set(names.values()) - set(tensors))
-        extra = sorted(set(tensors) - set(names.values()))
+    check_names(model, tensors)
+    return fill(model, tensors, sharding=sharding)
+
+
+def check_names(model: Llama, tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there is a tensor for every weight of a model, and no other."""
+    names = {tensor_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    if names != set(tensors):
+        missing, extra = sorted(names - set(tensors)), sorted(set(tensors) - names)
         raise ValueError(
             f"tensors do not fit the config: missing {missing[:4]} ({len(missing)} in all), "
             f"left over {extra[:4]} ({len(extra)} in all); check layers, biases and tying."
         )
+
+
+def fill(
+    module: Module,
+    tensors: Mapping[str, Any],
+    *,
+    inside: tuple[Any, ...] = (),
+    sharding: Placement = None,
+) -> Module:
+    """Give an abstract model, or one module of it, its weights; nothing else is looked up.
+
+    Args:
+        module: as :func:`abstract` made it; changed.
+        tensors: weights by Hugging Face's names.
+        inside: path of the module in its model, such as ``("layers", 3)``.
+        sharding: where weights go.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: if a tensor is of another shape than the module implies.
+    """
     filled = []
-    for path, variable in state:
-        value = np.asarray(tensors[names[path]])
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        name = tensor_name((*inside, *path))
+        value = np.asarray(tensors[name])
         value = value.T if path[-1] == "kernel" else value
         if value.shape != variable.shape:
             raise ValueError(
-                f"tensors[{names[path]!r}] has shape {value.shape} where the config implies "
+                f"tensors[{name!r}] has shape {value.shape} where the config implies "
                 f"{variable.shape} (input first); check the sizes in config."
             )
-        filled.append((path, variable.replace(place(names[path], value, variable.dtype, sharding))))
-    nnx.update(model, nnx.from_flat_state(filled))
-    return model
+        filled.append((path, variable.replace(place(name, value, variable.dtype, sharding))))
+    nnx.update(module, nnx.from_flat_state(filled))
+    return module
 
 
 def abstract(config: LlamaConfig, **options: Any) -> Llama:
@@ -120,7 +149,7 @@ class FolderTensors(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, folder: str | Path):
-        self._folder = TensorFolder(folder)
+        self._folder = TensorFolder(folder, mapped=True)
         if "quantization_config" in self._folder.config:
             raise ValueError(
                 f"folder = {str(folder)!r} holds a quantized model; read it with wush_jax.load, or "

@@ -1,0 +1,109 @@
+"""A folder quantized layer by layer: the same files as with the whole model in memory."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_hugging_face import write
+from tiny import CONFIG, tokens
+from weights import random_model
+
+import wush_jax as wush
+from wush_jax.models import load_pretrained, to_tensors
+from wush_jax.streaming import quantize_folder
+from wush_jax.tensor_folder import TensorFolder
+
+UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=True)
+BATCHES = tokens(2, shape=(2, 32))
+RECIPE = wush.Recipe(transform="wush", solver="rtn")
+BODY = [("lm_head", None), (".*", RECIPE)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    tensors = to_tensors(random_model(UNTIED))
+    tensors = {name: t.astype(jnp.bfloat16) for name, t in tensors.items()}
+    return write(tmp_path_factory.mktemp("source"), UNTIED, tensors, 2)
+
+
+@pytest.fixture(scope="module")
+def streamed(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("streamed") / "out"
+    seen = []
+    report = quantize_folder(source, out, BATCHES, BODY, progress=lambda *now: seen.append(now))
+    return out, report, seen
+
+
+def contents(path):
+    folder = TensorFolder(path)
+    tensors = {n: folder.read(n, [e.dtype], [e.shape]) for n, e in folder.entries.items()}
+    return folder.config, {n: (str(t.dtype), t.shape, t.tobytes()) for n, t in tensors.items()}
+
+
+def test_files_equal_those_of_the_whole_model(source, streamed, tmp_path):
+    model = load_pretrained(source, param_dtype=jnp.bfloat16)
+    quantized, report = wush.quantize_model(model, BATCHES, BODY, sequential=wush.Sequential())
+    wush.save(tmp_path / "whole", quantized)
+    config, tensors = contents(tmp_path / "whole")
+    streamed_config, streamed_tensors = contents(streamed[0])
+    assert streamed_config == config
+    assert streamed_tensors == tensors
+    assert streamed[1].layers == report.layers
+    assert streamed[1].skipped == report.skipped
+
+
+def test_progress_reaches_its_total(streamed):
+    seen = streamed[2]
+    assert [done for done, _, _ in seen] == list(range(1, len(seen) + 1))
+    assert {total for _, total, _ in seen} == {len(seen)}
+
+
+def test_nothing_is_left_beside_the_result(streamed):
+    assert [path.name for path in streamed[0].parent.iterdir()] == ["out"]
+
+
+def test_the_head_is_quantized_on_what_reaches_it(source, tmp_path):
+    report = quantize_folder(source, tmp_path / "out", BATCHES, RECIPE)
+    (head,) = [row for row in report.layers if row.path == "lm_head"]
+    assert 0 < head.relative_loss < 0.1
+    assert type(wush.load(tmp_path / "out").lm_head).__name__ == "QuantizedDense"
+
+
+def test_a_run_that_died_goes_on(source, streamed, tmp_path):
+    class Died(Exception):
+        pass
+
+    def die(done, total, what):
+        if done > total * 0.7:
+            raise Died
+
+    settings = wush.Sequential(state_dir=tmp_path / "state")
+    with pytest.raises(Died):
+        quantize_folder(source, tmp_path / "out", BATCHES, BODY, settings=settings, progress=die)
+    assert not (tmp_path / "out").exists()
+    finished = (tmp_path / "state" / "stage-00000.safetensors").stat().st_mtime_ns
+    settings = dataclasses.replace(settings, resume=True)
+    report = quantize_folder(source, tmp_path / "out", BATCHES, BODY, settings=settings)
+    assert contents(tmp_path / "out") == contents(streamed[0])
+    assert report.layers == streamed[1].layers
+    assert (tmp_path / "state" / "stage-00000.safetensors").stat().st_mtime_ns == finished
+    with pytest.raises(ValueError, match="batches differ"):
+        quantize_folder(source, tmp_path / "out", tokens(1, seed=3), BODY, settings=settings)
+
+
+def test_mistakes_are_named_before_any_work(source, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="batches is empty"):
+        quantize_folder(source, out, [], BODY)
+    with pytest.raises(ValueError, match="tokens from 0 to 64, the model has 64"):
+        quantize_folder(source, out, [np.array([[0, 64]])], BODY)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="other files"):
+        quantize_folder(source, out, BATCHES, BODY, progress=lambda *now: 1 / 0)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(UNTIED.to_dict()))
+    with pytest.raises(ValueError, match="neither"):
+        quantize_folder(tmp_path / "bare", tmp_path / "new", BATCHES, BODY)

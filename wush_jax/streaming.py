@@ -1,0 +1,305 @@
+"""A model folder in, a quantized folder out, with one decoder layer in memory at a time.
+
+The order of work is that of `wush_jax.sequential`; finished layers wait on disk in the files of
+its state, from which the checkpoint is put together at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wush_jax.calibrate import Progress
+from wush_jax.checkpoint import native_extra
+from wush_jax.folder_writer import check_replaceable, write_folder
+from wush_jax.host_memory import check_host_memory
+from wush_jax.models import Llama
+from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
+from wush_jax.models.placement import Placement
+from wush_jax.nnx import DENSE_TYPES, dense_layers
+from wush_jax.packed_layout import layer_tensors, record_of
+from wush_jax.planning import ModelPlan, SitePlan, plan, swap
+from wush_jax.quantization_config import LayerRecord, records_to_json
+from wush_jax.recipe import Rules
+from wush_jax.report import LayerReport, Report
+from wush_jax.resume import RunState, digest
+from wush_jax.sequential import (
+    Sequential,
+    _Counter,
+    _finished_stages,
+    _load_stage,
+    _local_sites,
+    _Run,
+)
+from wush_jax.site import PackedWeight
+
+EMBEDDING = tensor_name(("embed_tokens", "embedding"))
+
+
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is read when `numpy` asks for it.
+
+    Attributes:
+      shape: of the tensor.
+      dtype: of its values.
+      read: returns them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), self.dtype)
+
+
+def quantize_folder(
+    source: str | Path,
+    out: str | Path,
+    batches: Iterable[Any],
+    rules: Rules,
+    *,
+    settings: Sequential = Sequential(),  # noqa: B008  # frozen
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    sharding: Placement = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a Hugging Face model folder of the Llama family into a native checkpoint.
+
+    The same as `wush_jax.quantize_model` with `Sequential` and `wush_jax.save`, for models larger
+    than the memory: of the weights, one decoder layer is in memory at a time.
+
+    Args:
+      source: folder with ``config.json`` and safetensors files.
+      out: folder of the checkpoint; as for `wush_jax.save`.
+      batches: integer arrays (batch, length), calibration tokens.
+      rules: as for `wush_jax.plan`.
+      settings: the stack is that of `Llama`. Without a ``state_dir`` finished layers are kept
+        beside ``out`` until the end.
+      dtype: type of activations and products.
+      param_dtype: type of what stays unquantized; None is that of the embedding in the files.
+      sharding: where weights go, by their names in the files.
+      metadata: as for `wush_jax.save`.
+      progress: called as ``progress(done, total, what)``, in passes over a chunk.
+
+    Returns:
+      The `Report`; losses are on the first batch.
+
+    Raises:
+      ValueError: as `wush_jax.quantize_model`; files that are no model of the family.
+      OSError: the state or the checkpoint cannot be written; finished layers are kept.
+
+    Source: as `wush_jax.sequential.quantize_sequentially`.
+    """
+    batches = [np.asarray(batch) for batch in batches]
+    tensors = FolderTensors(source)
+    stored = tensors[EMBEDDING].dtype
+    model = abstract(tensors.config, dtype=dtype, param_dtype=param_dtype or stored)
+    check_names(model, tensors)
+    _check_tokens(batches, tensors.config.vocab_size)
+    check_replaceable(Path(out), {"quantization_config": records_to_json({})})
+    planned = plan(model, rules, batches[0])
+    check_host_memory(model, batches, settings.stack.embed, settings.hidden_dtype)
+    fingerprint = {
+        "model": digest(tensors.values()),
+        "batches": digest(batches),
+        "rules": repr(rules),
+        "settings": f"{settings.granularity} {settings.hidden_dtype} {jnp.dtype(dtype)}",
+    }
+    with _state_dir(settings, out) as folder:
+        state = RunState(folder, fingerprint, resume=settings.resume)
+        run = _Run(settings, DENSE_TYPES, None, _Counter(progress))
+        stream = _Stream(model, tensors, sharding, state, run)
+        rows = stream.quantize(planned, batches)
+        config = stream.config(metadata)
+        write_folder(out, stream.written, config, shard_bytes=stream.largest)
+    return Report(rows, planned.report.skipped, planned.report.unused_rules)
+
+
+def _check_tokens(batches: list[np.ndarray], vocab: int) -> None:
+    if not batches:
+        raise ValueError("batches is empty; pass at least one calibration batch")
+    low, high = min(b.min() for b in batches), max(b.max() for b in batches)
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"batches holds tokens from {low} to {high}, the model has {vocab}: use its tokenizer"
+        )
+
+
+@contextmanager
+def _state_dir(settings: Sequential, out: str | Path) -> Iterator[Path]:
+    """Give the folder of finished layers: the caller's, or one beside the result for a while."""
+    if settings.state_dir is not None:
+        yield Path(settings.state_dir)
+        return
+    parent = Path(out).resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".wush-layers-", dir=parent) as folder:
+        yield Path(folder)
+
+
+@dataclass(frozen=True, eq=False)  # equal to itself alone, so that it is a key
+class _Stage:
+    """Sites that are quantized together: those of a decoder layer, or those after the last.
+
+    Attributes:
+      index: of the file in the state.
+      prefix: "layers.3." or nothing.
+      sites: with paths after the prefix.
+      module: abstract.
+    """
+
+    index: int
+    prefix: str
+    sites: list[SitePlan]
+    module: nnx.Module
+
+    def name(self, path: str) -> str:
+        """Return what a dense layer is called in files."""
+        return tensor_name((self.prefix + path, "kernel")).removesuffix(".weight")
+
+
+class _Stream:
+    """The layers of a model on their way from one folder to the other."""
+
+    def __init__(self, model, tensors: FolderTensors, sharding, state: RunState, run: _Run):
+        self.model, self.tensors, self.sharding = model, tensors, sharding
+        self.state, self.run = state, run
+        self.records: dict[str, LayerRecord] = {}
+        self.written: dict[str, Any] = {}  # of `Later`
+        self._finished = lru_cache(maxsize=1)(self._read)
+
+    def quantize(self, planned: ModelPlan, batches: list[np.ndarray]) -> list[LayerReport]:
+        """Quantize stage after stage; afterwards `written` has all tensors."""
+        stages = self._stages(planned)
+        last = stages[-1].index
+        passes = sum(len(self.run.passes(s.sites)) if s.prefix else 1 for s in stages)
+        self.run.count.total = len(batches) * (passes + last)
+        hidden = [self._embed(batch) for batch in batches]
+        done, rows = _finished_stages(self.state, len(stages)), []
+        for stage in stages:
+            rows += self._quantize_stage(stage, hidden, done, advance=stage.index < last)
+        kept = [n for n in self.tensors if n.removesuffix(".weight") not in self.records]
+        self.written |= {name: self._plain(name) for name in kept}
+        return rows
+
+    def _stages(self, planned: ModelPlan) -> list[_Stage]:
+        prefixes = [f"layers.{i}." for i in range(len(self.model.layers))]
+        stages = [
+            _Stage(i, prefix, _local_sites(planned, prefix), layer)
+            for i, (prefix, layer) in enumerate(zip(prefixes, self.model.layers, strict=True))
+        ]
+        inside = tuple(prefixes)
+        rest = [item for item in planned.sites if not item.site.name.startswith(inside)]
+        if rest:
+            ends = dataclasses.replace(self.tensors.config, num_hidden_layers=0)
+            kinds = {"dtype": self.model.dtype, "param_dtype": self.model.embed_tokens.param_dtype}
+            stages.append(_Stage(len(stages), "", rest, abstract(ends, **kinds)))
+        return stages
+
+    def _embed(self, tokens: np.ndarray) -> np.ndarray:
+        """Look up token vectors in the file, as the model would."""
+        vectors = self.tensors[EMBEDDING][tokens]
+        for dtype in (self.model.embed_tokens.param_dtype, self.model.dtype):
+            vectors = vectors.astype(dtype)
+        return vectors.astype(self.run.settings.hidden_dtype)
+
+    def _quantize_stage(
+        self, stage: _Stage, hidden: list[np.ndarray], done: int, *, advance: bool
+    ) -> list[LayerReport]:
+        """Quantize one stage, or read it from the state; everything is let go at the end."""
+        inside = tuple(stage.prefix.rstrip(".").split(".")) if stage.prefix else ()
+        module = fill(nnx.clone(stage.module), self.tensors, inside=inside, sharding=self.sharding)
+        dense, _ = dense_layers(module)
+        if stage.index < done:
+            packed, rows = _load_stage(self.state, stage.index, stage.sites, dense)
+            self.run.count.done += len(self.run.passes(stage.sites)) * len(hidden)
+        else:
+            packed, rows = self._calibrate(stage, module, dense, hidden)
+            self.state.save(stage.index, packed, {"rows": [row.__dict__ for row in rows]})
+        self._record(stage, {path: packed[path] for path in dense if path in packed})
+        if advance:
+            self.run.advance(swap(module, dense, packed), hidden)
+        return rows
+
+    def _calibrate(self, stage: _Stage, module: nnx.Module, dense, hidden: list[np.ndarray]):
+        """Quantize a stage's sites on what the stages before put out."""
+        if stage.prefix:
+            return self.run.quantize_layer(module, stage.sites, hidden, stage.prefix)
+        chunks = self.run.chunks(hidden, "outside the layers")
+        options: dict[str, Any] = {"call": _head, "dense_types": DENSE_TYPES}
+        return self.run.quantize_stage(module, dense, stage.sites, chunks, hidden[0], **options)
+
+    def _record(self, stage: _Stage, packed: Mapping[str, PackedWeight]) -> None:
+        """Note what the checkpoint says of a stage and holds of it; its values stay on disk.
+
+        Layers come in the order of the module, so that the first of a site is that of `save`.
+        """
+        first: dict[int, str] = {}
+        for path, weight in packed.items():
+            name, site = stage.name(path), None
+            if weight.transform is not None:
+                site = first.setdefault(id(weight.transform), name)
+            self.records[name] = record_of(name, weight, site)
+            for key, value in layer_tensors(name, weight).items():
+                read = partial(self._finished_tensor, stage, key)
+                self.written[key] = Later(value.shape, np.dtype(value.dtype), read)
+
+    def _finished_tensor(self, stage: _Stage, key: str) -> np.ndarray:
+        return self._finished(stage)[key]
+
+    def _read(self, stage: _Stage) -> dict[str, np.ndarray]:
+        """Return the tensors of a finished stage."""
+        dense, _ = dense_layers(stage.module)
+        packed, _ = _load_stage(self.state, stage.index, stage.sites, dense)
+        found: dict[str, np.ndarray] = {}
+        for path, weight in packed.items():
+            found |= layer_tensors(stage.name(path), weight)
+        return {key: np.asarray(value) for key, value in found.items()}
+
+    def _plain(self, name: str) -> Later:
+        """Return a tensor that stays as it is, but for its type."""
+        dtype = np.dtype(self.model.embed_tokens.param_dtype)
+        return Later(
+            self.tensors[name].shape, dtype, lambda: self.tensors[name].astype(dtype, copy=False)
+        )
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest decoder layer in the source: what one file may take."""
+        sizes = [
+            sum(v.size * np.dtype(v.dtype).itemsize for v in jax.tree.leaves(nnx.state(layer)))
+            for layer in self.model.layers
+        ]
+        return max(sizes) // 2
+
+    def config(self, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the content of the checkpoint's ``config.json``."""
+        quantization = {
+            **records_to_json(self.records),
+            **native_extra(self.model, metadata),
+        }
+        return {**self.tensors.config.to_dict(), "quantization_config": quantization}
+
+
+def _head(model: Llama, hidden: jax.Array) -> jax.Array:
+    return model.head(hidden)
