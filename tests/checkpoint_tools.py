@@ -76,8 +76,12 @@ def quantized(model, recipe, sites):
     return swap(model, layers, packed)
 
 
-@functools.cache
 def llama(recipe):
+    return llama_of(RECIPES[recipe])
+
+
+@functools.cache
+def llama_of(recipe):
     shapes = nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
     graph, state = nnx.split(shapes)
     random = np.random.default_rng(0)
@@ -88,7 +92,7 @@ def llama(recipe):
     attention, mlp = (f"layers.0.{part}." for part in ("self_attn", "mlp"))
     sites = [[attention + f"{name}_proj" for name in "qkv"], [attention + "o_proj"]]
     sites += [[mlp + "gate_proj", mlp + "up_proj"], [mlp + "down_proj"]]
-    return quantized(model, RECIPES[recipe], sites)
+    return quantized(model, recipe, sites)
 
 
 @functools.cache

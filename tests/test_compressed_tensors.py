@@ -1,0 +1,128 @@
+"""Our exports, opened by compressed-tensors and by transformers themselves."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_tools import llama_of
+from layout_tools import DERIVED, ROUND_175, model
+
+import wush_jax as wush
+from wush_jax import interchange
+from wush_jax.formats import NVFP4
+
+torch = pytest.importorskip("torch")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.lifecycle import forward
+    from compressed_tensors.quantization.utils import helpers
+    from compressed_tensors.transform import TransformConfig, TransformFactory
+    from safetensors.torch import load_file
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CASES = {
+    "C identity": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "identity"}),
+    "C rounded hadamard": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "hadamard"}),
+    "C derived": ("nvfp4-pack-quantized", {"fmt": DERIVED, "kind": "hadamard", "d": 16}),
+    "D identity": ("mxfp4-pack-quantized", {"fmt": ROUND_175, "kind": "identity"}),
+    "D hadamard": ("mxfp4-pack-quantized", {"fmt": ROUND_175, "kind": "hadamard", "d": 64}),
+}
+
+
+class Layer:
+    """One exported layer in the library's own hands."""
+
+    def __init__(self, folder, name):
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        self.config = QuantizationConfig(**config)
+        self.scheme = self.config.config_groups["group_0"]
+        transforms = config["transform_config"]
+        self.transforms = TransformConfig(**transforms) if transforms else None
+        tensors = load_file(folder / "model.safetensors")
+        prefix = f"{name}."
+        self.tensors = {
+            key.removeprefix(prefix): value
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
+
+    def weight(self):
+        """As its compressor gives it: bfloat16."""
+        compressor = BaseCompressor.get_value_from_registry(self.config.format)
+        names = compressor.compression_param_names(self.scheme)
+        assert set(names) <= set(self.tensors)
+        return compressor.decompress(dict(self.tensors), self.scheme)["weight"]
+
+    def rotated(self, x):
+        """Inputs after the transform at run time."""
+        if self.transforms is None:
+            return x
+        (scheme,) = self.transforms.config_groups.values()
+        factory = TransformFactory.from_scheme(scheme, name="input")
+        linear = torch.nn.Linear(x.shape[-1], 8, bias=False)
+        return factory.create_transform(linear, scheme.apply[0])(x)
+
+    def rounded(self, x):
+        """Inputs after quantization, with the static global scale of the file."""
+        arguments = self.scheme.input_activations
+        scale = self.tensors.get("input_global_scale")
+        module = torch.nn.Linear(x.shape[-1], 8)
+        local, zero = helpers.compute_dynamic_scales_and_zp(x, arguments, module, scale)
+        return forward.fake_quantize(x, local, zero, arguments, global_scale=scale)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_inputs_are_what_we_mean(case, tmp_path):
+    layout, options = CASES[case]
+    source = model(**options).up.packed
+    interchange.export(tmp_path / "model", model(**options), layout)
+    layer = Layer(tmp_path / "model", "up")
+    weight = layer.weight().float().numpy()
+    values = np.asarray(wush.dequantize(source.weight))
+    # Scales over the global scale, then values, are rounded to bfloat16: 2^-9 each. The rounding
+    # of our transform, at most 2^-9, moves to the global scale.
+    np.testing.assert_allclose(weight, values, rtol=3 * 2**-9)
+    if layout == "mxfp4-pack-quantized":
+        np.testing.assert_array_equal(weight, values)
+    x = np.random.default_rng(3).standard_normal((40, 64)).astype("f4")
+    ours = x if source.transform is None else wush.apply_transform(x, source.transform)
+    theirs = layer.rotated(torch.tensor(x))
+    np.testing.assert_allclose(theirs, ours, rtol=2**-8, atol=1e-6)
+    scale = source.input_global_scale
+    ours = np.asarray(wush.fake_quantize(ours, source.input_format, global_scale=scale))
+    theirs = layer.rounded(theirs).numpy()
+    # Values next to a boundary of two codes fall either way: a few in a thousand.
+    close = np.isclose(theirs, ours, rtol=2**-7, atol=1e-6)
+    assert close.mean() > 0.995
+
+
+@pytest.mark.parametrize(
+    ("layout", "fmt"), [("nvfp4-pack-quantized", NVFP4), ("mxfp4-pack-quantized", ROUND_175)]
+)
+def test_transformers_runs_our_exports(layout, fmt, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    source = llama_of(wush.Recipe(fmt, transform="identity"))
+    interchange.export(tmp_path / "model", source, layout)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.bfloat16
+    )
+    tokens = np.random.default_rng(0).integers(16, size=(2, 5))
+    with torch.no_grad():
+        found = theirs(torch.tensor(tokens)).logits.float().numpy()
+    up = theirs.model.layers[0].mlp.up_proj.weight.float().numpy()
+    values = np.asarray(wush.dequantize(source.layers[0].mlp.up_proj.packed.weight))
+    np.testing.assert_allclose(up, values, rtol=2 * 2**-9)
+    wanted = np.asarray(jax.jit(lambda t: source(t))(tokens), np.float32)
+    # bfloat16 there, float32 here, and inputs rounded to 4 bits: a difference of one rounding
+    # moves a value by up to a quarter. Weights alone differ by far more than this (next line).
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error < 0.12
+    other = np.asarray(jnp.roll(wanted, 1, axis=-1))
+    assert np.linalg.norm(other - wanted) / np.linalg.norm(wanted) > 0.5
