@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import Partial
 
 from wush_jax.calibrate import Progress
 
@@ -59,7 +60,8 @@ def _evaluate(
     return measure([call(m, tokens).astype(jnp.float32) for m in models], tokens, extra)
 
 
-_compiled = jax.jit(_evaluate, static_argnums=(0, 1, 2))
+# Graphs are no static arguments: those are hashed, and configs in a model need not be hashable.
+_compiled = jax.jit(_evaluate, static_argnums=(0, 1))
 
 
 def _means(
@@ -72,7 +74,7 @@ def _means(
 ) -> list[float]:
     """Average per-token values over all batches; float64 on the host, so that long sums hold."""
     # Modules are split: as constants of a closure, their weights would be compiled in.
-    parts = [nnx.split(m) if isinstance(m, nnx.Module) else (m, None) for m in models]
+    parts = [nnx.split(m) if isinstance(m, nnx.Module) else (Partial(m), None) for m in models]
     graphs, states = zip(*parts, strict=True)
     # What a plain function closes over may change between calls: never reuse its compilation.
     plain = not all(isinstance(graph, nnx.GraphDef) for graph in graphs)
@@ -278,6 +280,6 @@ def score(
     return Score(*_means(_score, [model], batches, call, progress, logits))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0,))
 def _logits(call, graph, state, tokens):
     return call(nnx.merge(graph, state), tokens).astype(jnp.float32)
