@@ -48,6 +48,7 @@ def contents(folder):
 def state(tmp_path):
     found = RunState(tmp_path / "new" / "state", FINGERPRINT, resume=False)
     found.save(0, TREE, {"rows": [1]})
+    found.close()
     return found
 
 
@@ -66,11 +67,35 @@ def test_a_run_is_not_overwritten(state):
 
 
 def test_another_run_says_what_differs(state):
-    with pytest.raises(ValueError, match="another run: batches, rules differ; start in another"):
+    with pytest.raises(ValueError, match=r"another run: batches \(b is now c\), rules \(None is now d\) differ; start"):
         RunState(state.folder, {"model": "a", "batches": "c", "rules": "d"}, resume=True)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\xff"])
+def test_one_run_at_a_time(tmp_path):
+    """In this process and from another; a run that failed leaves no lock behind."""
+    first = RunState(tmp_path, FINGERPRINT, resume=False)
+    with pytest.raises(BlockingIOError, match=r"state_dir=.* is being written by another process"):
+        RunState(tmp_path, FINGERPRINT, resume=True)
+    code = (
+        "import sys; from wush_jax.resume import RunState; "
+        "RunState(sys.argv[1], {}, resume=True)"
+    )
+    root = Path(wush.__file__).parents[1]
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "BlockingIOError" in other.stderr
+    first.close()
+    with pytest.raises(ValueError, match="belongs to another run"):
+        RunState(tmp_path, {}, resume=True)
+    RunState(tmp_path, FINGERPRINT, resume=True).close()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 10**5, "\xff"])
 def test_a_damaged_run_file(state, text):
     (state.folder / "run.json").write_bytes(text.encode("latin1"))
     with pytest.raises(ValueError, match=r"run\.json is damaged .* start in another folder"):
@@ -193,13 +218,16 @@ def test_missing_stages_are_done_again(finished, deleted, tmp_path):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"seed": 1}, "model"),
-        ({"batches": long_run.batches(1)}, "batches"),
-        ({"recipe": long_run.RECIPE.replace(damping=0.1)}, "rules"),
+        ({"seed": 1}, r"model \(\w+ is now \w+\) differ"),
+        ({"batches": long_run.batches(1)}, r"batches \(\w+ is now \w+\) differ"),
+        (
+            {"recipe": long_run.RECIPE.replace(damping=0.1)},
+            r"rules \(damping=0\.\d+ is now damping=0\.1\) differ",
+        ),
     ],
 )
 def test_another_calibration_is_refused(finished, change, name):
-    with pytest.raises(ValueError, match=f"belongs to another run: {name} differ"):
+    with pytest.raises(ValueError, match=f"belongs to another run: {name}"):
         calibrate(finished[0] / "state", resume=True, **change)
 
 

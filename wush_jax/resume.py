@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,11 +17,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from wush_jax.folder_lock import sole_writer
+
 RUN_FILE = "run.json"
 
 
 class RunState:
     """A folder with one file per finished stage; every file appears whole or not at all.
+
+    One run at a time: from here to `close` (or the end of the process, however it ends) nobody
+    else can open the folder.
 
     Args:
       folder: created where missing.
@@ -30,35 +36,55 @@ class RunState:
     Raises:
       ValueError: the folder holds a run and ``resume`` is not set, or one of another fingerprint:
         the message names what differs.
-      OSError: the folder cannot be written.
+      OSError: the folder cannot be written, or another run is at work in it.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str], *, resume: bool):
         self.folder = Path(folder)
+        self._lock = contextlib.ExitStack()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._lock.enter_context(sole_writer(self.folder, f"state_dir={str(folder)!r}"))
+        try:
+            self._start_or_check(fingerprint, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self._lock.close()
+
+    def _unwritable(self, error: OSError) -> OSError:
+        return OSError(
+            f"state_dir={str(self.folder)!r} cannot be written ({error}); choose another folder"
+        )
+
+    def _start_or_check(self, fingerprint: Mapping[str, str], resume: bool) -> None:
         run = self.folder / RUN_FILE
         if not run.exists():
             text = json.dumps(dict(fingerprint), indent=1)
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 self._write(run, lambda path: path.write_text(text))
             except OSError as error:
-                raise OSError(
-                    f"state_dir={str(folder)!r} cannot be written ({error}); choose another folder"
-                ) from error
+                raise self._unwritable(error) from error
             return
         if not resume:
             raise ValueError(
-                f"state_dir={str(folder)!r} holds the state of a run; pass resume=True to continue "
-                "it, or another folder"
+                f"state_dir={str(self.folder)!r} holds the state of a run; pass resume=True to "
+                "continue it, or another folder"
             )
         try:
             found = json.loads(run.read_text("utf8"))
-            differs = [k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k)]
-        except (ValueError, AttributeError, TypeError) as error:
+            names = sorted(k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k))
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{run} is damaged ({error}); start in another folder") from error
+        differs = [f"{k} ({_difference(found.get(k), fingerprint.get(k))})" for k in names]
         if differs:
             raise ValueError(
-                f"state_dir={str(folder)!r} belongs to another run: {', '.join(sorted(differs))} "
+                f"state_dir={str(self.folder)!r} belongs to another run: {', '.join(differs)} "
                 "differ; start in another folder"
             )
 
@@ -96,7 +122,7 @@ class RunState:
                 about = json.loads((opened.metadata() or {})["stage"])
             note, checksum = about["note"], about["crc32"]
             stored = load_file(file)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{remedy} ({error!r})") from error
         if _checksum(stored) != checksum:
             raise ValueError(f"{remedy}: its checksum is not {checksum}")
@@ -133,6 +159,14 @@ def digest(arrays: Iterable[Any], sample: int = 4096) -> str:
         step = max(1, flat.size // sample)
         state.update(np.ascontiguousarray(np.asarray(flat[::step])).tobytes())
     return state.hexdigest()[:16]
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Return what of a text has changed, in parts between commas."""
+    before, after = (str(text).split(", ") for text in (old, new))
+    gone = ", ".join(part for part in before if part not in after)
+    come = ", ".join(part for part in after if part not in before)
+    return f"{gone[:200] or 'nothing'} is now {come[:200] or 'nothing'}"
 
 
 def _checksum(leaves: Mapping[str, np.ndarray]) -> str:

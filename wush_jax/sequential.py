@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,25 +149,25 @@ def quantize_sequentially(
         sum(len(run.passes(local)) for local in stages) + len(layers) - 1 + bool(rest)
     )
     check_host_memory(model, batches, stack.embed, settings.hidden_dtype)
-    state = _open_state(model, batches, rules, settings)
-    done = _finished_stages(state, len(layers))
-    hidden = [run.embed(model, batch) for batch in batches]
-    rows: list[LayerReport] = []
-    finished: dict[str, PackedWeight] = {}
-    for index, (layer, local) in enumerate(zip(layers, stages, strict=True)):
-        prefix = f"{stack.layers}.{index}."
-        dense, _ = dense_layers(layer, dense_types)
-        if state is not None and index < done:
-            packed, new_rows = _load_stage(state, index, local, dense)
-            run.count.done += len(run.passes(local)) * len(batches)
-        else:
-            packed, new_rows = run.quantize_layer(layer, local, hidden, prefix)
-            if state is not None:
-                state.save(index, packed, {"rows": [r.__dict__ for r in new_rows]})
-        rows += new_rows
-        finished |= {prefix + path: p for path, p in packed.items()}
-        if index + 1 < len(layers):
-            hidden = run.advance(swap(layer, dense, packed, implementation), hidden)
+    with _open_state(model, batches, rules, settings) as state:
+        done = _finished_stages(state, len(layers))
+        hidden = [run.embed(model, batch) for batch in batches]
+        rows: list[LayerReport] = []
+        finished: dict[str, PackedWeight] = {}
+        for index, (layer, local) in enumerate(zip(layers, stages, strict=True)):
+            prefix = f"{stack.layers}.{index}."
+            dense, _ = dense_layers(layer, dense_types)
+            if state is not None and index < done:
+                packed, new_rows = _load_stage(state, index, local, dense)
+                run.count.done += len(run.passes(local)) * len(batches)
+            else:
+                packed, new_rows = run.quantize_layer(layer, local, hidden, prefix)
+                if state is not None:
+                    state.save(index, packed, {"rows": [r.__dict__ for r in new_rows]})
+            rows += new_rows
+            finished |= {prefix + path: p for path, p in packed.items()}
+            if index + 1 < len(layers):
+                hidden = run.advance(swap(layer, dense, packed, implementation), hidden)
     everything, _ = dense_layers(model, dense_types)
     if rest:
         half = swap(model, everything, finished, implementation)
@@ -327,9 +328,12 @@ def _finished_stages(state: RunState | None, count: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(own)).min())
 
 
-def _open_state(model, batches, rules, settings: Sequential) -> RunState | None:
+@contextlib.contextmanager
+def _open_state(model, batches, rules, settings: Sequential) -> Iterator[RunState | None]:
+    """Give the run its folder, where it wants one, and let go of it in the end."""
     if settings.state_dir is None:
-        return None
+        yield None
+        return
     # The state of random streams, such as of dropout, moves on with every call.
     fingerprint = {
         "model": digest(jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))),
@@ -340,4 +344,5 @@ def _open_state(model, batches, rules, settings: Sequential) -> RunState | None:
     folder = Path(settings.state_dir)
     if jax.process_count() > 1:
         folder /= f"process-{jax.process_index()}"
-    return RunState(folder, fingerprint, resume=settings.resume)
+    with contextlib.closing(RunState(folder, fingerprint, resume=settings.resume)) as state:
+        yield state
