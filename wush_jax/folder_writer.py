@@ -15,7 +15,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from wush_jax.folder_lock import sole_writer
-from wush_jax.tensor_folder import CONFIG, DTYPES, INDEX, OWN_FILE, SINGLE, read_json, some
+from wush_jax.tensor_folder import (
+    COMPANIONS,
+    CONFIG,
+    DTYPES,
+    INDEX,
+    OWN_FILE,
+    SINGLE,
+    read_json,
+    some,
+)
 
 SHARD_BYTES = 5_000_000_000
 
@@ -79,6 +88,13 @@ def write_folder(
         )
         number = getattr(error, "errno", None)
         raise (OSError(message) if number is None else OSError(number, message)) from error
+
+
+def copy_companions(source: str | Path, target: str | Path) -> None:
+    """Copy a model's tokenizer and the like, where it has them, to another folder."""
+    for name in COMPANIONS:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 def _beside(path: Path, ending: str) -> Path:

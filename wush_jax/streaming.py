@@ -22,7 +22,7 @@ from flax import nnx
 
 from wush_jax.calibrate import Progress
 from wush_jax.checkpoint import native_extra
-from wush_jax.folder_writer import check_replaceable, write_folder
+from wush_jax.folder_writer import check_replaceable, copy_companions, write_folder
 from wush_jax.host_memory import check_host_memory
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
@@ -86,7 +86,8 @@ def quantize_folder(
     """Quantize a Hugging Face model folder of the Llama family into a native checkpoint.
 
     The same as `wush_jax.quantize_model` with `Sequential` and `wush_jax.save`, for models larger
-    than the memory: of the weights, one decoder layer is in memory at a time.
+    than the memory: of the weights, one decoder layer is in memory at a time. The tokenizer's
+    files are copied.
 
     Args:
       source: folder with ``config.json`` and safetensors files.
@@ -132,6 +133,7 @@ def quantize_folder(
         rows = stream.quantize(planned, batches)
         config = stream.config(metadata)
         write_folder(out, stream.written, config, shard_bytes=stream.largest)
+    copy_companions(source, out)
     return Report(rows, planned.report.skipped, planned.report.unused_rules)
 
 

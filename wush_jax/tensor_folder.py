@@ -24,7 +24,21 @@ from safetensors import SafetensorError, safe_open
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-OWN_FILE = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|" + re.escape(INDEX))
+# What a model's folder has beside weights and config, in nobody's layout.
+COMPANIONS = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+OWN_FILE = re.compile(
+    r"config\.json|model(-\d+-of-\d+)?\.safetensors|"
+    + "|".join(map(re.escape, (INDEX, *COMPANIONS)))
+)
 SHARD_FILE = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 # A header entry or an index line is some 150 bytes: room for 200,000 tensors.
 JSON_BYTES = 2**25
