@@ -1,0 +1,190 @@
+"""Layers of many kernels: experts of a mixture, layers stacked for a scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import wush_jax as wush
+from wush_jax.calibrate import collect_moments, find_sites
+from wush_jax.contraction import Contraction
+from wush_jax.nnx import QuantizedDense, dense_layers
+from wush_jax.site import quantize_site
+
+RTN = wush.Recipe(solver="rtn")
+GPTQ = wush.Recipe(solver="gptq")
+run = nnx.jit(lambda model, x: model(x))
+
+
+class Experts(nnx.Module):
+    """Tokens dispatched to four experts, (E, C, D): a gate, an up and a down projection."""
+
+    def __init__(self, rngs):
+        self.gate = nnx.Einsum("ecd,edf->ecf", (4, 64, 32), rngs=rngs)
+        self.up = nnx.Einsum("ecd,edf->ecf", (4, 64, 32), (4, 32), rngs=rngs)
+        self.down = nnx.Einsum("ecf,efd->ecd", (4, 32, 64), rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def dispatched(seed=0):
+    """Inputs of each expert with its own directions; nothing comes to the last one."""
+    mix = jax.random.normal(jax.random.key(7), (4, 64, 64)) * jnp.arange(1, 65) / 64
+    x = jnp.einsum("ecd,edf->ecf", jax.random.normal(jax.random.key(seed), (4, 128, 64)), mix)
+    return x.at[3].set(0)
+
+
+@pytest.fixture(scope="module")
+def experts():
+    return Experts(nnx.Rngs(0))
+
+
+def test_moments_are_those_of_each_expert(experts):
+    x = dispatched()
+    sites = find_sites(experts, x)
+    assert [site.layers for site in sites] == [("gate", "up"), ("down",)]
+    found = collect_moments(experts, [x, x], dict.fromkeys(sites))[sites[0]]
+    assert found.mean.shape == (4, 64, 64)
+    assert found.count.tolist() == [256] * 4
+    # float32 sums of 128 products
+    expected = jnp.einsum("eci,ecj->eij", x, x, precision="highest") / 128
+    np.testing.assert_allclose(found.mean, expected, atol=1e-5 * float(expected.max()))
+
+
+@pytest.mark.parametrize("recipe", [RTN, GPTQ], ids=["rtn", "gptq"])
+def test_each_expert_is_quantized_by_itself(experts, recipe):
+    x = dispatched()
+    quantized, report = wush.quantize_model(experts, [x], recipe)
+    assert [layer.shape for layer in report.layers] == [(4, 32, 64), (4, 32, 64), (4, 64, 32)]
+    assert report.bytes_before == 3 * 4 * 64 * 32 * 4
+    assert type(quantized.down) is QuantizedDense
+    assert quantized.gate.transform is quantized.up.transform
+    # each expert is what its own weights and moments give; the one without tokens takes the mean
+    layers, _ = dense_layers(experts)
+    moments = jnp.einsum("eci,ecj->eij", x, x, precision="highest") / 128
+    moments = moments.at[3].set(jnp.mean(moments[:3], axis=0))
+    if recipe is RTN:
+        moments = jax.vmap(lambda m: wush.linalg.diagonal_blocks(m, 32))(moments)
+    for e in range(4):
+        weights = [layers[name].weight[e] for name in ("gate", "up")]
+        for name, packed in zip(
+            ("gate", "up"), quantize_site(weights, moments[e], recipe), strict=True
+        ):
+            codes = getattr(quantized, name).codes[...][e]
+            # moments to float32 rounding: a code here and there
+            assert np.mean(np.asarray(codes != packed.weight.codes)) < 0.01
+    # and the call is the calls of the experts
+    twin, y = quantized.up, run(quantized.up, x)
+    one = jax.tree.map(lambda leaf: leaf[1], twin.packed)
+    np.testing.assert_allclose(
+        y[1], wush.quantized_dot(x[1], one) + twin.bias[...][1], atol=1e-5 * float(jnp.abs(y).max())
+    )
+    exact = run(experts, x)
+    error = float(jnp.mean((run(quantized, x) - exact) ** 2) / jnp.mean(exact**2))
+    assert 0 < error < 0.1
+    assert all(0 < layer.relative_loss < 0.05 for layer in report.layers)
+
+
+class Scanned(nnx.Module):
+    """Three layers in one, scanned over; with `remat` their inputs are traced twice."""
+
+    def __init__(self, rngs, remat):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return nnx.Dict(
+                up=nnx.Linear(32, 64, rngs=rngs), down=nnx.LinearGeneral(64, (32,), rngs=rngs)
+            )
+
+        self.layers = stack(rngs)
+        self.remat = remat
+
+    def __call__(self, x):
+        def layer(block, x):
+            return x + block.down(jnp.tanh(block.up(x)))
+
+        step = nnx.remat(layer) if self.remat else layer
+        return nnx.scan(step, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.layers, x)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_stack_under_a_scan_is_a_batch_of_layers(remat):
+    model, x = Scanned(nnx.Rngs(0), remat), jax.random.normal(jax.random.key(0), (40, 32))
+    quantized, report = wush.quantize_model(model, [x], RTN)
+    assert [(la.path, la.shape) for la in report.layers] == [
+        ("layers.up", (3, 64, 32)),
+        ("layers.down", (3, 32, 64)),
+    ]
+    # the same layers, one after the other
+    inputs, moments = x, []
+    for i in range(3):
+        moments.append(wush.second_moment(inputs, 32))
+        at = [jax.tree.map(lambda a, i=i: a[i], nnx.state(model.layers)[n]) for n in ("up", "down")]
+        up, down = ({k: v[...] for k, v in part.items()} for part in at)
+        hidden = jnp.tanh(inputs @ up["kernel"] + up["bias"])
+        inputs = inputs + hidden @ down["kernel"] + down["bias"]
+    for i in range(3):
+        weight = model.layers.up.kernel[...][i].T
+        expected = wush.quantize_weight(weight, moments[i], RTN).weight.codes
+        assert np.mean(np.asarray(quantized.layers.up.codes[...][i] != expected)) < 0.01
+    y, exact = run(quantized, x), run(model, x)
+    assert 0 < float(jnp.mean((y - exact) ** 2) / jnp.mean(exact**2)) < 0.05
+    assert all(0 < layer.relative_loss < 0.05 for layer in report.layers)
+
+
+EQUATIONS = {
+    "experts": ("ecd,edf->ecf", (3, 8, 4), (3, 5, 8), (4, 8), (3,)),
+    "dispatched": ("becd,edf->becf", (3, 8, 4), (2, 3, 5, 8), (4, 8), (3,)),
+    "experts last": ("cde,def->cfe", (8, 3, 4), (5, 8, 3), (4, 8), (3,)),
+    "two axes of experts": ("btgie,gief->btgif", (2, 3, 8, 4), (2, 5, 2, 3, 8), (4, 8), (6,)),
+    # every expert sees every token: outputs of one dense layer
+    "all experts": ("btd,edf->btef", (3, 8, 4), (2, 5, 8), (12, 8), ()),
+    # and their sum contracts the experts
+    "summed": ("btef,efd->btd", (3, 4, 8), (2, 5, 3, 4), (8, 12), ()),
+    "queries, keys, values": ("BTD,SNDH->SBTNH", (3, 2, 8, 4), (2, 5, 8), (24, 8), ()),
+    "keys and values": ("BSD,CKDH->CBSKH", (2, 2, 8, 4), (2, 5, 8), (16, 8), ()),
+}
+
+
+@pytest.mark.parametrize("kind", EQUATIONS)
+def test_equations_are_read_as_batches_of_matrices(kind):
+    equation, kernel_shape, x_shape, shape, batch = EQUATIONS[kind]
+    kernel, x = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate((kernel_shape, x_shape))
+    )
+    reading = Contraction(equation, kernel_shape)
+    assert (reading.shape, reading.batch) == (shape, batch)
+    weight, rows = reading.weight(kernel), reading.rows(x)
+    assert weight.shape == (*batch, *shape)
+    np.testing.assert_array_equal(reading.kernel(weight), kernel)
+    dot = "e...k,enk->e...n" if batch else "...k,nk->...n"
+    y = reading.outputs(jnp.einsum(dot, rows, weight, precision="highest"))
+    expected = jnp.einsum(equation, x, kernel, precision="highest")
+    np.testing.assert_allclose(y, expected, atol=2e-6 * 12)  # 12 products of a few units at most
+
+
+def test_the_bias_of_experts_goes_with_them():
+    reading = Contraction("cde,def->cfe", (8, 3, 4))
+    bias = jnp.arange(12.0).reshape(4, 3)  # in the order of the output: f, e
+    assert reading.bias(bias, 3).shape == (3, 1, 4)
+    np.testing.assert_array_equal(reading.outputs(reading.bias(bias, 3))[0], bias)
+
+
+def test_inputs_read_in_two_ways_are_two_sites():
+    rngs = nnx.Rngs(0)
+    model = nnx.List(
+        [
+            nnx.Einsum("btnh,nhd->btd", (2, 32, 8), rngs=rngs),
+            nnx.Einsum("btnh,hd->btnd", (32, 8), rngs=rngs),
+            nnx.Einsum("btnh,nhd->btnd", (2, 32, 8), rngs=rngs),
+            nnx.Linear(32, 8, rngs=rngs),
+        ]
+    )
+    found = find_sites(model, jnp.ones((1, 3, 2, 32)), call=lambda m, x: [f(x) for f in m])
+    assert [(site.layers, site.size) for site in found] == [
+        (("0",), 64),
+        (("1", "3"), 32),
+        (("2",), 32),
+    ]
