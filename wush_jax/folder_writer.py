@@ -16,12 +16,15 @@ from safetensors.numpy import save_file
 
 from wush_jax.folder_lock import sole_writer
 from wush_jax.tensor_folder import (
+    CHECKSUMS,
     COMPANIONS,
     CONFIG,
     DTYPES,
     INDEX,
     OWN_FILE,
     SINGLE,
+    check_inside,
+    checksum,
     read_json,
     some,
 )
@@ -35,7 +38,7 @@ def write_folder(
     config: Mapping[str, Any],
     *,
     shard_bytes: int = SHARD_BYTES,
-    form: str = "wush",
+    framework: str | None = None,
 ) -> None:
     """Write tensors and a config as a folder that appears whole, or not at all.
 
@@ -45,7 +48,8 @@ def write_folder(
       tensors: by name; brought to the host one shard at a time.
       config: JSON content of ``config.json``.
       shard_bytes: the largest size of a file, unless one tensor alone is larger.
-      form: the "format" in the metadata of the files.
+      framework: the "format" in the metadata of the files, on which some readers insist; None
+        writes checksums there, which `TensorFolder` verifies.
 
     Raises:
       ValueError: a folder with other things in it, a dtype that the files cannot hold, a config
@@ -77,7 +81,7 @@ def write_folder(
             try:
                 _mend(path, fresh)
                 (fresh / CONFIG).write_text(text, encoding="utf-8")
-                _write_shards(fresh, tensors, shard_bytes, form)
+                _write_shards(fresh, tensors, shard_bytes, framework)
                 _move_into_place(fresh, path)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
@@ -91,9 +95,14 @@ def write_folder(
 
 
 def copy_companions(source: str | Path, target: str | Path) -> None:
-    """Copy a model's tokenizer and the like, where it has them, to another folder."""
+    """Copy a model's tokenizer and the like, where it has them, to another folder.
+
+    Raises:
+      ValueError: one is a link to somewhere outside of its folder.
+    """
     for name in COMPANIONS:
         if (Path(source) / name).is_file():
+            check_inside(Path(source) / name)
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
@@ -114,7 +123,9 @@ def _mend(path: Path, fresh: Path) -> None:
         os.replace(old, path)
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, Any], shard_bytes: int, form: str) -> None:
+def _write_shards(
+    folder: Path, tensors: Mapping[str, Any], shard_bytes: int, framework: str | None
+) -> None:
     shards: list[list[str]] = [[]]
     size = total = 0
     for name, value in tensors.items():
@@ -130,7 +141,9 @@ def _write_shards(folder: Path, tensors: Mapping[str, Any], shard_bytes: int, fo
     for file, names in zip(files, shards, strict=True):
         # In C order and of rank 0 where it is: neither save_file nor ascontiguousarray see to both.
         arrays = {name: np.asarray(tensors[name], order="C") for name in names}
-        save_file(arrays, folder / file, metadata={"format": form})
+        sums = {name: checksum(values) for name, values in arrays.items()}
+        metadata = {CHECKSUMS: json.dumps(sums)} if framework is None else {"format": framework}
+        save_file(arrays, folder / file, metadata=metadata)
         shutil.copymode(folder / CONFIG, folder / file)
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}

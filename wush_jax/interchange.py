@@ -69,8 +69,8 @@ def export(
     else:
         content = _content_of_folder(TensorFolder(source, mapped=True))
     tensors, config = written(content, chosen)
-    form = "wush" if layout == "wush" else "pt"  # some readers insist on the name of a framework
-    write_folder(out_folder, tensors, config, shard_bytes=shard_bytes, form=form)
+    framework = None if layout == "wush" else "pt"
+    write_folder(out_folder, tensors, config, shard_bytes=shard_bytes, framework=framework)
 
 
 def read_layers(path: str | Path) -> dict[str, PackedWeight]:

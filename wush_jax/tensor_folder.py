@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ OWN_FILE = re.compile(
 SHARD_FILE = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 # A header entry or an index line is some 150 bytes: room for 200,000 tensors.
 JSON_BYTES = 2**25
+# Metadata of a file, JSON in a string: CRC-32 by tensor.
+CHECKSUMS = "crc32"
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -76,6 +79,7 @@ class Entry:
       shape: of the tensor.
       start: byte of the file at which the values start.
       stamp: the file's identity, size and time when its header was read.
+      crc32: of the values, or None where the file does not say (our writer does).
     """
 
     file: Path
@@ -83,6 +87,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stamp: tuple[int, ...]
+    crc32: int | None
 
     @property
     def nbytes(self) -> int:
@@ -181,7 +186,7 @@ class TensorFolder:
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file; ValueError with the file's name if there is none."""
     try:
-        _check_inside(file)
+        check_inside(file)
         if not file.is_file() or file.stat().st_size > JSON_BYTES:
             raise ValueError("it is missing, not a regular file, or huge")
         content = _parse_json(file.read_bytes())
@@ -192,7 +197,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_inside(file: Path) -> None:
+def check_inside(file: Path) -> None:
     """Refuse links out of a folder, but for those of Hugging Face's cache, whose files are links.
 
     There ``models--x/snapshots/<revision>/config.json`` leads to ``models--x/blobs/<hash>``.
@@ -259,7 +264,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
     if not file.is_file():
         raise ValueError(f"{file} is missing; fetch the whole folder again")
     try:
-        _check_inside(file)
+        check_inside(file)
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             status = os.fstat(stream.fileno())
@@ -272,7 +277,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
         raise ValueError(f"{file} cannot be read ({error}); {remedy}") from error
     if not isinstance(header, dict) or set(header) - {"__metadata__"} != names:
         raise ValueError(f"{file} has an ambiguous header; {remedy}")
-    header.pop("__metadata__", None)
+    sums = _checksums(file, header.pop("__metadata__", None), names)
     stamp = _stamp(status)
     entries = {}
     for name, item in header.items():
@@ -280,10 +285,30 @@ def _read_header(file: Path) -> dict[str, Entry]:
         begin, end = item["data_offsets"]
         if dtype is None:
             raise ValueError(f"{file}: tensor {name!r} has dtype {item['dtype']}, not supported")
-        entries[name] = entry = Entry(file, dtype, shape, 8 + length + begin, stamp)
+        start = 8 + length + begin
+        entries[name] = entry = Entry(file, dtype, shape, start, stamp, sums.get(name))
         if end - begin != entry.nbytes or len(shape) > 16 or max(shape, default=0) > 2**48:
             raise ValueError(f"{file}: tensor {name!r} has a wrong size; {remedy}")
     return entries
+
+
+def _checksums(file: Path, metadata: Any, names: set[str]) -> dict[str, int]:
+    """Return CRC-32s by tensor from the file's metadata: of all tensors, or of none."""
+    text = metadata.get(CHECKSUMS) if isinstance(metadata, dict) else None
+    if text is None:
+        return {}
+    try:
+        sums = _parse_json(text.encode())
+        if set(sums) != names or not all(type(sums[name]) is int for name in names):
+            raise ValueError("not one number a tensor")
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: metadata {CHECKSUMS!r} is damaged ({error})") from error
+    return sums
+
+
+def checksum(values: np.ndarray) -> int:
+    """Return the CRC-32 of an array's bytes, in C order."""
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
@@ -295,11 +320,16 @@ def _read_values(name: str, entry: Entry, mapped: bool) -> np.ndarray:
         if _stamp(os.fstat(stream.fileno())) != entry.stamp:
             raise ValueError(f"{entry.file} changed while it was read; load the folder again")
         if mapped and entry.nbytes:
-            offset = entry.start
-            raw = np.memmap(stream, np.uint8, "r", offset=offset, shape=(entry.nbytes,))
-            return raw.view(np.ndarray).view(entry.dtype).reshape(entry.shape)
-        stream.seek(entry.start)
-        data = stream.read(entry.nbytes)
+            shape = (entry.nbytes,)
+            data = np.memmap(stream, np.uint8, "r", offset=entry.start, shape=shape)
+        else:
+            stream.seek(entry.start)
+            data = np.frombuffer(stream.read(entry.nbytes), np.uint8)
     if len(data) != entry.nbytes:
         raise ValueError(f"{entry.file}: tensor {name!r} is cut off; fetch the file again")
-    return np.frombuffer(data, entry.dtype).reshape(entry.shape)
+    if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
+        raise ValueError(
+            f"{entry.file}: tensor {name!r} is not what was saved, its checksum differs; fetch the "
+            "file again"
+        )
+    return data.view(np.ndarray).view(entry.dtype).reshape(entry.shape)

@@ -39,7 +39,7 @@ def _claims(folder: TensorFolder) -> bool:
 def _records(folder: TensorFolder) -> dict[str, LayerRecord]:
     config = shared.quantization_config(folder)
     dtype, method = config.get("forward_dtype"), config.get("forward_method", "abs_max")
-    if dtype not in DTYPES or method != "abs_max":
+    if dtype not in list(DTYPES) or method != "abs_max":
         raise ValueError(
             f"{folder.path}: forward_dtype={dtype!r} with forward_method={method!r}, expected one "
             f"of {sorted(DTYPES)} with 'abs_max'"
