@@ -1,4 +1,4 @@
-"""The command: what it writes, and how it refuses."""
+"""The command and its demonstration: what it writes, and how it refuses."""
 
 import json
 
@@ -8,15 +8,16 @@ from weights import random_model
 
 import wush_jax as wush
 from wush_jax import cli
+from wush_jax.commands import demo
 from wush_jax.demo import token_batches
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """The demonstration with a model and windows that cost nothing; vocabulary: bytes."""
-    monkeypatch.setattr(cli, "load_demo_model", lambda: random_model(BYTES))
+    monkeypatch.setattr(demo, "load_demo_model", lambda: random_model(BYTES))
     monkeypatch.setattr(
-        cli, "token_batches", lambda text, **_: token_batches(text, batch=2, length=16, limit=1)
+        demo, "token_batches", lambda text, **_: token_batches(text, batch=2, length=16, limit=1)
     )
 
 
@@ -72,3 +73,50 @@ def test_help_tells_what_the_command_does(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--calibration-tokens" in text
     assert "folder for the results" in text
+
+
+def test_all_commands_are_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert command.__name__ in text
+    assert "--config FILE" in text
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, tmp_path, capsys):
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "stdlib_text", interrupt)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.toml", 'quick = true\nout = "there"\ncalibration_tokens = 0\n'),
+        ("run.json", '{"quick": true, "out": "there", "calibration_tokens": 0}'),
+    ],
+)
+def test_flags_of_a_file_come_first(name, text, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    argv = ["demo", "--out", "here", "--config", str(tmp_path / name)]
+    expected = ["demo", "--quick", "--out", "there", "--calibration-tokens", "0", "--out", "here"]
+    assert cli.with_config_file(argv) == expected
+    assert cli.main(argv) == 2
+    assert "calibration_tokens=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("quick = ", "neither TOML nor JSON"), (None, "No such file")],
+)
+def test_bad_config_files(text, message, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    if text is not None:
+        file.write_text(text)
+    assert cli.main(["demo", "--config", str(file)]) == 2
+    assert message in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_random_windows_are_reproducible_pieces_of_the_text():
 
 
 def test_token_batches_refuses_at_once():
-    with pytest.raises(ValueError, match="data has 5 bytes"):
+    with pytest.raises(ValueError, match="data has 5 tokens"):
         demo.token_batches(b"abcde", batch=2, length=3)
     with pytest.raises(ValueError, match="batch = 0"):
         demo.token_batches(b"abcde", batch=0, length=3)

@@ -1,119 +1,103 @@
-"""The ``wush`` command."""
+"""The ``wush`` command: flags or a config file in, an exit code out."""
 
 from __future__ import annotations
 
+import json
 import sys
-import time
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
 import tyro
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
+
+from wush_jax.commands.demo import demo
+from wush_jax.commands.files import bench, export, inspect
+from wush_jax.commands.models import evaluate, generate
+from wush_jax.commands.quantize import plan, quantize
+
+COMMANDS = (plan, quantize, evaluate, generate, export, inspect, bench, demo)
+ABOUT = (
+    "4-bit quantization of language models with WUSH transforms. Every command takes "
+    "--config FILE (.toml or .json): flags by name, which those of the command line override."
 )
-
-from wush_jax import formats
-from wush_jax.checkpoint import save
-from wush_jax.demo import load_demo_model, stdlib_text, token_batches
-from wush_jax.study import compare, grid
-
-DEMO_TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
-
-
-def demo(
-    *,
-    out: Path = Path("wush-demo"),
-    quick: bool = False,
-    calibration_tokens: int = 65536,
-    evaluation_tokens: int = 16384,
-) -> None:
-    """Quantize the embedded language model in every setting and show what each transform buys.
-
-    Calibrates and evaluates on held-out modules of the standard library; needs no network. Writes
-    report.json, plot.png and the quantized checkpoint of the best setting.
-
-    Args:
-      out: folder for the results.
-      quick: three settings of one format and a quarter of the text: under a minute.
-      calibration_tokens: tokens for the second moments.
-      evaluation_tokens: tokens for KL and perplexity.
-    """
-    for name, count in (("calibration", calibration_tokens), ("evaluation", evaluation_tokens)):
-        if count < 1:
-            raise ValueError(f"{name}_tokens={count} must be positive")
-    start = time.perf_counter()
-    console = Console()
-    out.mkdir(parents=True, exist_ok=True)
-    window = {"batch": 16, "length": 256}
-    share = 4 if quick else 1
-    per_batch = window["batch"] * window["length"]
-    calibration = token_batches(
-        stdlib_text("calibration"),
-        limit=max(1, calibration_tokens // share // per_batch),
-        **window,
-    )
-    evaluation = list(
-        token_batches(
-            stdlib_text("evaluation"),
-            limit=max(1, evaluation_tokens // share // per_batch),
-            **window,
-        )
-    )
-    chosen = [formats.MXFP4] if quick else [formats.MXFP4, formats.NVFP4, formats.INT4]
-    names = ("identity", "hadamard", "wush") if quick else DEMO_TRANSFORMS
-    settings = grid(chosen, names)
-    model = load_demo_model()
-    with progress_bar(console) as bar:
-        task = bar.add_task("start", total=len(settings) + 1)
-
-        def step(name: str) -> None:
-            done = 0 if name == "calibrate" else list(settings).index(name) + 1
-            bar.update(task, description=name, completed=done)
-
-        study, models = compare(model, settings, calibration, evaluation, step=step)
-        bar.update(task, description="done", completed=len(settings) + 1)
-    console.print(study.table())
-    study.to_json(out / "report.json")
-    study.plot(out / "plot.png")
-    best = min(study.outcomes, key=lambda outcome: outcome.kl)
-    save(out / "checkpoint", models[best.name])
-    console.print(f"best by KL: {best.name}; its checkpoint: {out / 'checkpoint'}")
-    console.print(f"report.json and plot.png are in {out}; ", end="")
-    console.print(f"{time.perf_counter() - start:.0f} s on {jax.devices()[0].device_kind}")
-
-
-def progress_bar(console: Console) -> Progress:
-    """Return a bar with counts, elapsed time and an ETA."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 for input or a place that is no good.
+    """Run the command line.
 
     Args:
       argv: arguments; None takes the process's own.
+
+    Returns:
+      The exit code: 0; 2 for input or a place that is no good, or what this machine cannot do;
+      130 when interrupted. Anything else is a mistake of ours, and a traceback.
     """
-    commands = tyro.extras.SubcommandApp()
-    commands.command(demo)
+    argv = sys.argv[1:] if argv is None else argv
+    app = tyro.extras.SubcommandApp()
+    for command in COMMANDS:
+        app.command(command)
     try:
-        commands.cli(args=argv, prog="wush")
-    except (ValueError, OSError) as error:
+        argv = with_config_file(argv)
+        if argv[:1] == ["bench"] and "--help" not in argv:
+            bench(tuple(argv[1:]))  # flags of another parser
+        else:
+            app.cli(args=argv, prog="wush", description=ABOUT, config=(tyro.conf.OmitArgPrefixes,))
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"wush: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("wush: interrupted; a quantization goes on with --resume", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def with_config_file(argv: list[str]) -> list[str]:
+    """Return the arguments with those of ``--config FILE`` before them, so that they override.
+
+    >>> with_config_file(["plan", "folder", "--format", "MXFP4"])
+    ['plan', 'folder', '--format', 'MXFP4']
+
+    Raises:
+      ValueError: no file, or one that is no table of flags.
+    """
+    if "--config" not in argv:
+        return argv
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise ValueError("--config needs a file")
+    rest = argv[:at] + argv[at + 2 :]
+    first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    return rest[:first] + as_flags(_read_table(Path(argv[at + 1]))) + rest[first:]
+
+
+def _read_table(file: Path) -> Mapping[str, Any]:
+    try:
+        text = file.read_text("utf8")
+        table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--config {file} is neither TOML nor JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"--config {file} holds a {type(table).__name__}, expected names of flags")
+    return table
+
+
+def as_flags(table: Mapping[str, Any]) -> list[str]:
+    """Return settings as flags.
+
+    >>> as_flags({"block_size": 64, "skip": ["lm_head", "x"], "resume": True, "dry_run": False})
+    ['--block-size', '64', '--skip', 'lm_head', 'x', '--resume', '--no-dry-run']
+    """
+    flags = []
+    for name, value in table.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags
 
 
 if __name__ == "__main__":

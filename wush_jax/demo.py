@@ -87,12 +87,17 @@ def _is_utf8(text: bytes) -> bool:
 
 
 def token_batches(
-    data: bytes, *, batch: int, length: int, limit: int | None = None, seed: int | None = None
+    data: bytes | np.ndarray,
+    *,
+    batch: int,
+    length: int,
+    limit: int | None = None,
+    seed: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Cut text into batches of windows of byte tokens.
+    """Cut text into batches of windows of tokens.
 
     Args:
-        data: the text; every byte is a token.
+        data: integers (n,), or a text whose bytes are tokens.
         batch: windows in a batch.
         length: tokens in a window.
         limit: the largest number of batches; None: all of them, or without end if ``seed`` is
@@ -101,7 +106,7 @@ def token_batches(
             out. Otherwise windows at random places.
 
     Returns:
-        Iterator over int32 (batch, length) with values 0 to 255.
+        Iterator over int32 (batch, length).
 
     Raises:
         ValueError: if a size is not positive or ``data`` is too short for one batch.
@@ -114,10 +119,11 @@ def token_batches(
     needed = batch * length if seed is None else length
     if len(data) < needed:
         raise ValueError(
-            f"data has {len(data)} bytes where one batch takes {needed}; give more text, or a "
+            f"data has {len(data)} tokens where one batch takes {needed}; give more text, or a "
             "smaller batch or length."
         )
-    return _windows(np.frombuffer(data, np.uint8), batch, length, limit, seed)
+    tokens = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    return _windows(tokens, batch, length, limit, seed)
 
 
 def _windows(

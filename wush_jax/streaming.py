@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -126,8 +126,7 @@ def quantize_folder(
         "rules": repr(rules),
         "settings": f"{settings.granularity} {settings.hidden_dtype} {jnp.dtype(dtype)}",
     }
-    with _state_dir(settings, out) as folder:
-        state = RunState(folder, fingerprint, resume=settings.resume)
+    with _state(settings, out, fingerprint) as state:
         run = _Run(settings, DENSE_TYPES, None, _Counter(progress))
         stream = _Stream(model, tensors, sharding, state, run)
         rows = stream.quantize(planned, batches)
@@ -148,15 +147,16 @@ def _check_tokens(batches: list[np.ndarray], vocab: int) -> None:
 
 
 @contextmanager
-def _state_dir(settings: Sequential, out: str | Path) -> Iterator[Path]:
-    """Give the folder of finished layers: the caller's, or one beside the result for a while."""
-    if settings.state_dir is not None:
-        yield Path(settings.state_dir)
-        return
+def _state(settings: Sequential, out: str | Path, fingerprint: dict) -> Iterator[RunState]:
+    """Open the state of finished layers: the caller's, or one beside the result for a while."""
     parent = Path(out).resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".wush-layers-", dir=parent) as folder:
-        yield Path(folder)
+    with ExitStack() as opened:
+        folder = settings.state_dir or opened.enter_context(
+            tempfile.TemporaryDirectory(prefix=".wush-layers-", dir=parent)
+        )
+        state = RunState(folder, fingerprint, resume=settings.resume)
+        yield opened.enter_context(closing(state))
 
 
 @dataclass(frozen=True, eq=False)  # equal to itself alone, so that it is a key

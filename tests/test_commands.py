@@ -1,0 +1,206 @@
+"""Commands on model folders: the same as Python's functions, and how they refuse."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from test_streaming import contents
+from tiny import BYTES
+from weights import random_model
+
+import wush_jax as wush
+from wush_jax import cli
+from wush_jax.commands import options
+from wush_jax.demo import token_batches
+from wush_jax.models import generate, load_pretrained, to_tensors
+from wush_jax.streaming import quantize_folder
+
+TEXT = " ".join(f"the quick brown fox, number {i}," for i in range(40)).encode()
+CONFIG = dataclasses.replace(BYTES, max_position_embeddings=32)
+FLAGS = ["--samples", "4", "--batch", "2", "--dtype", "float32"]
+RECIPE = ["--format", "NVFP4", "--transform", "wush", "--solver", "rtn", "--damping", "0.02"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tensors = to_tensors(random_model(CONFIG))
+    save_file({n: t.astype(jnp.bfloat16) for n, t in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    (folder / "text.txt").write_bytes(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    text = ["--text", str(source / "text.txt")]
+    assert cli.main(["quantize", str(source), "--out", str(out), *text, *FLAGS, *RECIPE]) == 0
+    return out
+
+
+def batches():
+    return list(token_batches(TEXT, batch=2, length=32, limit=2))
+
+
+def recipe():
+    return wush.Recipe(format=wush.NVFP4, transform="wush", solver="rtn", damping=0.02)
+
+
+def test_quantize_equals_python(source, quantized, tmp_path):
+    rules = [("lm_head", None), (".*", recipe())]
+    report = quantize_folder(source, tmp_path / "python", batches(), rules)
+    assert contents(quantized / "checkpoint") == contents(tmp_path / "python")
+    rows = json.loads((quantized / "report.json").read_text())["layers"]
+    assert [row["loss"] for row in rows] == [row.loss for row in report.layers]
+    assert (quantized / "plot.png").stat().st_size > 1000
+    assert (quantized / "checkpoint" / "generation_config.json").is_file()
+    assert sorted(p.name for p in quantized.iterdir()) == ["checkpoint", "plot.png", "report.json"]
+
+
+def test_a_file_of_flags_and_one_of_tokens_give_the_same(source, quantized, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.frombuffer(TEXT, np.uint8))
+    settings = {
+        "out": str(tmp_path / "out"),
+        "tokens": str(tmp_path / "tokens.npy"),
+        "samples": 4,
+        "batch": 2,
+        "dtype": "float32",
+        "format": "NVFP4",
+        "solver": "rtn",
+        "damping": 0.02,
+        "skip": ["lm_head"],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    assert cli.main(["quantize", str(source), "--config", str(tmp_path / "run.json")]) == 0
+    assert contents(tmp_path / "out" / "checkpoint") == contents(quantized / "checkpoint")
+
+
+def test_one_shot(source, tmp_path):
+    text = ["--text", str(source / "text.txt"), "--calibration", "one-shot"]
+    out = ["--out", str(tmp_path)]
+    assert cli.main(["quantize", str(source), *out, *text, *FLAGS, *RECIPE]) == 0
+    model = load_pretrained(source, param_dtype=jnp.bfloat16)
+    expected, _ = wush.quantize_model(model, batches(), recipe())
+    found = wush.load(tmp_path / "checkpoint")
+    for name in ("gate_proj", "down_proj"):
+        codes = [getattr(m.layers[0].mlp, name).codes[...] for m in (found, expected)]
+        np.testing.assert_array_equal(*codes)
+
+
+def test_plan_reads_no_weights(source, tmp_path, capsys):
+    assert cli.main(["plan", str(source), *RECIPE]) == 0
+    planned = capsys.readouterr().out
+    text = ["--text", "nowhere.txt", "--dry-run"]
+    assert cli.main(["quantize", str(source), "--out", str(tmp_path / "x"), *text, *RECIPE]) == 0
+    assert capsys.readouterr().out == planned
+    assert "layers.0.mlp.up_proj" in planned
+    assert "NVFP4/NVFP4" in planned
+    assert "largest_site_bytes" in planned
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_was_interrupted_goes_on(source, quantized, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    command = ["quantize", str(source), "--out", str(tmp_path / "out")]
+    command += ["--text", str(source / "text.txt"), *FLAGS, *RECIPE]
+    with monkeypatch.context() as patch:
+        patch.setattr("wush_jax.streaming.write_folder", interrupt)
+        assert cli.main(command) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main(command) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert contents(tmp_path / "out" / "checkpoint") == contents(quantized / "checkpoint")
+    assert not (tmp_path / "out" / "layers").exists()
+
+
+def test_evaluate_equals_python(source, quantized, tmp_path, capsys):
+    checkpoint = quantized / "checkpoint"
+    command = ["evaluate", str(checkpoint), "--text", str(source / "text.txt"), *FLAGS]
+    out = tmp_path / "figures.json"
+    assert cli.main([*command, "--reference", str(source), "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["tokens"] == 128
+    model = wush.load(checkpoint)
+    assert figures["perplexity"] == pytest.approx(wush.perplexity(model, batches()))
+    kl = wush.kl_divergence(load_pretrained(source), model, batches())
+    # The reference keeps its weights in float32 there and here: the file has bfloat16.
+    assert figures["kl"] == pytest.approx(kl)
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_generate_equals_python(source, quantized, capsys):
+    checkpoint = quantized / "checkpoint"
+    command = ["generate", str(checkpoint), "--prompt", "the quick", "--max-new-tokens", "6"]
+    assert cli.main(command) == 0
+    found = generate(
+        wush.load(checkpoint), [list(b"the quick")], max_new_tokens=6, stop_tokens=(1, 2)
+    )
+    new = bytes(found.tokens[0, : found.lengths[0]].tolist()).decode(errors="replace")
+    assert capsys.readouterr().out == f"the quick{new}\n"
+
+
+def test_export_and_inspect(quantized, tmp_path, capsys):
+    out = tmp_path / "out"
+    layout = ["--layout", "nvfp4-pack-quantized"]
+    assert cli.main(["export", str(quantized / "checkpoint"), "--out", str(out), *layout]) == 2
+    assert "nvfp4-pack-quantized" in capsys.readouterr().err  # which holds no such transform
+    assert not out.exists()
+    layout = ["--layout", "wush"]
+    assert cli.main(["export", str(quantized / "checkpoint"), "--out", str(out), *layout]) == 0
+    assert (out / "generation_config.json").is_file()
+    capsys.readouterr()
+    assert cli.main(["inspect", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "wush" in text
+    assert "NVFP4" in text
+
+
+def test_bench_without_a_gpu_is_refused(capsys):
+    assert cli.main(["bench", "--formats", "MXFP4"]) == 2
+    assert "GPU" in capsys.readouterr().err
+
+
+def test_tokenizers_of_the_folder(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"the": 0, "quick": 1, "fox": 2, "?": 3}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="?")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = options.encode(b"the fox the quick", tmp_path, 4)
+    assert tokens.tolist() == [0, 2, 0, 1]
+    assert options.decode(tokens, tmp_path) == "the fox the quick"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["quantize", "SOURCE", "--out", "OUT"], "give one of --text"),
+        (["quantize", "SOURCE", "--out", "OUT", "--text", "nowhere.txt"], "nowhere.txt"),
+        (["quantize", "nowhere", "--out", "OUT", "--text", "TEXT"], "not a folder"),
+        (["plan", "SOURCE", "--block-size", "48"], "block_size=48"),
+        (["plan", "SOURCE", "--skip", "("], "regular expression"),
+        (["evaluate", "OUT", "--text", "TEXT"], "not a folder"),
+        (["inspect", "OUT"], "not a folder"),
+        (["evaluate", "SOURCE", "--text", "TEXT", "--length", "0"], "length"),
+    ],
+)
+def test_bad_input_ends_with_two_and_a_message(command, message, source, tmp_path, capsys):
+    names = {
+        "SOURCE": str(source),
+        "OUT": str(tmp_path / "out"),
+        "TEXT": str(source / "text.txt"),
+    }
+    assert cli.main([names.get(word, word) for word in command]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wush: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()

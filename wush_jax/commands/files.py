@@ -1,0 +1,49 @@
+"""``wush export``, ``wush inspect`` and ``wush bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from wush_jax import interchange
+from wush_jax.commands.terminal import console
+from wush_jax.folder_writer import copy_companions
+
+Layout = Literal[interchange.WRITABLE]  # type: ignore[valid-type]  # made of the names there
+Arguments = Annotated[tuple[str, ...], tyro.conf.Positional]
+
+
+def export(source: tyro.conf.Positional[Path], *, out: Path, layout: Layout) -> None:
+    """Write a quantized model in the layout of another library; nothing is quantized again.
+
+    Args:
+      source: folder of a quantized model, in any layout that we read.
+      out: folder to write.
+      layout: the layout.
+    """
+    interchange.export(out, source, layout)
+    copy_companions(source, out)
+    console().print(f"{out}: {layout}")
+
+
+def inspect(folder: tyro.conf.Positional[Path]) -> None:
+    """Say what is in a model folder: layout, formats, transforms, sizes; no weight is read.
+
+    Args:
+      folder: with config.json and safetensors files.
+    """
+    summary = interchange.inspect_folder(folder)
+    console().print(summary.table())
+
+
+def bench(arguments: Arguments = ()) -> None:
+    """Measure the kernels on this machine's GPU, as ``python -m pallas_kernels.bench`` does.
+
+    Args:
+      arguments: such as --formats MXFP4 --rows 1 16.
+    """
+    from pallas_kernels import bench as kernels
+
+    kernels.main(list(arguments))

@@ -1,0 +1,149 @@
+"""Flags that several commands share: recipes by field, text as tokens."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
+
+import numpy as np
+import tyro
+
+from wush_jax import formats, recipe
+from wush_jax.demo import token_batches
+from wush_jax.recipe import Recipe, Rules
+from wush_jax.tensor_folder import TensorFolder
+
+FORMATS = {
+    name: value for name, value in vars(formats).items() if isinstance(value, formats.Format)
+}
+NAMED: dict[str, Any] = {
+    "format": Literal[tuple(FORMATS)],
+    "activation_format": Literal[("same", "none", *FORMATS)],
+    "transform": Literal[recipe.TRANSFORMS],
+    "solver": Literal[recipe.SOLVERS],
+    "scale_search": Literal[recipe.SCALE_SEARCHES],
+}
+
+
+def _recipe_flags() -> dict[str, Any]:
+    """Return a type with help for every field of `Recipe`: the flags are what Python has."""
+    text = inspect.cleandoc(Recipe.__doc__ or "")
+    about = dict(re.findall(r"^  (\w+): (.+(?:\n    .+)*)", text, re.MULTILINE))
+    return {
+        name: Annotated[NAMED.get(name, kind), tyro.conf.arg(help=" ".join(about[name].split()))]
+        for name, kind in get_type_hints(Recipe).items()
+    }
+
+
+#: Fields of a `Recipe` that were given; the others are the preset's.
+RecipeFlags = TypedDict("RecipeFlags", _recipe_flags(), total=False)  # type: ignore[misc]  # made
+PRESETS: Mapping[str, Recipe] = {"default": Recipe()}
+Preset = Literal["default"]
+
+
+def recipe_of(preset: str, flags: Mapping[str, Any]) -> Recipe:
+    """Return a preset with the given fields in place of its own.
+
+    >>> recipe_of("default", {"format": "NVFP4", "activation_format": "none"}).input_format
+    """
+    changes = dict(flags)
+    for name in ("format", "activation_format"):
+        if name in changes:
+            changes[name] = {**FORMATS, "same": "same", "none": None}[changes[name]]
+    return PRESETS[preset].replace(**changes)
+
+
+def rules_of(preset: str, flags: Mapping[str, Any], skip: tuple[str, ...]) -> Rules:
+    """Return rules: what matches ``skip`` stays as it is, the rest gets one recipe."""
+    return [*((pattern, None) for pattern in skip), (".*", recipe_of(preset, flags))]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text for a model, as windows of tokens.
+
+    Attributes:
+      text: a text file, read with the tokenizer.json of the model's folder, or as bytes by models
+        with a vocabulary of 256.
+      tokens: a .npy file of integers, in place of a text.
+      length: tokens in a window; no more than the model's positions.
+      samples: the most windows; all for None.
+      batch: windows in a batch.
+    """
+
+    text: Path | None = None
+    tokens: Path | None = None
+    length: int = 2048
+    samples: int | None = 128
+    batch: int = 4
+
+    def batches(self, folder: Path) -> list[np.ndarray]:
+        """Return int32 (batch, length) arrays for the model in a folder.
+
+        Raises:
+          ValueError: not one of text and tokens, a text too short, no tokenizer.
+        """
+        config = TensorFolder(folder).config
+        length = min(self.length, config.get("max_position_embeddings") or self.length)
+        tokens = self._tokens(folder, config.get("vocab_size"))
+        batch = max(1, min(self.batch, len(tokens) // max(length, 1), self.samples or self.batch))
+        limit = None if self.samples is None else self.samples // batch
+        return list(token_batches(tokens, batch=batch, length=length, limit=limit))
+
+    def _tokens(self, folder: Path, vocab: int | None) -> np.ndarray:
+        if (self.text is None) == (self.tokens is None):
+            raise ValueError("give one of --text FILE and --tokens FILE.npy")
+        if self.text is not None:
+            return encode(self.text.read_bytes(), folder, vocab)
+        assert self.tokens is not None
+        tokens = np.load(self.tokens, allow_pickle=False)
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens={str(self.tokens)!r} holds {tokens.dtype}, expected integers")
+        return tokens.reshape(-1)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer of a model's folder, or None where it has none.
+
+    Raises:
+      ValueError: the package that reads it is missing.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ValueError(
+            f"{file} needs the tokenizers package: pip install 'wush-jax[hf]', or give tokens"
+        ) from error
+    return Tokenizer.from_file(str(file))
+
+
+def encode(text: bytes, folder: Path, vocab: int | None) -> np.ndarray:
+    """Return the tokens of a text: by the folder's tokenizer, else its bytes.
+
+    Raises:
+      ValueError: no tokenizer, and a vocabulary that is not of bytes; text that is not UTF-8.
+    """
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is not None:
+        return np.asarray(tokenizer.encode(text.decode()).ids, np.int32)
+    if vocab != 256:
+        raise ValueError(
+            f"{folder} has no tokenizer.json and {vocab} tokens, which are no bytes: add the "
+            "tokenizer's file, or give --tokens FILE.npy"
+        )
+    return np.frombuffer(text, np.uint8).astype(np.int32)
+
+
+def decode(tokens: np.ndarray, folder: Path) -> str:
+    """Return the text of tokens, as `encode` reads it."""
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is not None:
+        return tokenizer.decode(tokens.tolist())
+    return bytes(tokens.astype(np.uint8)).decode(errors="replace")

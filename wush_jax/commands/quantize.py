@@ -1,0 +1,141 @@
+"""``wush plan`` and ``wush quantize``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from wush_jax import checkpoint
+from wush_jax.commands.options import Preset, RecipeFlags, Text, rules_of
+from wush_jax.commands.terminal import console, progress
+from wush_jax.folder_writer import copy_companions
+from wush_jax.model import quantize_model
+from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, load_pretrained
+from wush_jax.planning import plan as plan_model
+from wush_jax.recipe import Rules
+from wush_jax.report import Report
+from wush_jax.sequential import Sequential
+from wush_jax.streaming import EMBEDDING, quantize_folder
+
+Model = tyro.conf.Positional[Path]
+Recipe = Annotated[RecipeFlags, tyro.conf.arg(name="")]
+Source = Annotated[Text, tyro.conf.arg(name="")]
+NOTHING: Any = {}
+
+
+def plan(
+    model: Model,
+    *,
+    preset: Preset = "default",
+    recipe: Recipe = NOTHING,
+    skip: tuple[str, ...] = ("lm_head",),
+) -> None:
+    """Say what would be quantized and how, and what it takes; no weight is read.
+
+    Args:
+      model: folder with config.json and safetensors files.
+      preset: recipe that the flags below change.
+      recipe: fields of a recipe.
+      skip: regular expressions of module paths that stay as they are.
+    """
+    _show(_planned(model, rules_of(preset, recipe, skip)))
+
+
+def quantize(
+    model: Model,
+    *,
+    out: Path,
+    source: Source = Text(),  # noqa: B008  # frozen
+    preset: Preset = "default",
+    recipe: Recipe = NOTHING,
+    skip: tuple[str, ...] = ("lm_head",),
+    calibration: Literal["sequential", "one-shot"] = "sequential",
+    granularity: Literal["site", "layer"] = "site",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    data_parallel: bool = False,
+    dry_run: bool = False,
+    resume: bool = False,
+) -> None:
+    """Quantize a Hugging Face model folder; write OUT/checkpoint, OUT/report.json, OUT/plot.png.
+
+    Args:
+      model: folder with config.json and safetensors files.
+      out: folder for the results.
+      source: calibration text.
+      preset: recipe that the flags below change.
+      recipe: fields of a recipe.
+      skip: regular expressions of module paths that stay as they are.
+      calibration: layer after layer, one of them in memory; or in one shot on the whole model.
+      granularity: layer after layer, whether each site sees the sites before it quantized.
+      dtype: of activations and products.
+      data_parallel: spread each batch over all devices.
+      dry_run: say what would be done, and do nothing.
+      resume: continue a run that was interrupted, layer after layer.
+    """
+    rules = rules_of(preset, recipe, skip)
+    if dry_run:
+        _show(_planned(model, rules))
+        return
+    batches = source.batches(model)
+    rows, everywhere = _spread(batches) if data_parallel else (None, None)
+    state = out / "layers"
+    if state.exists() and not resume:
+        raise ValueError(
+            f"{state} holds a run that did not end: add --resume to continue it, or remove it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
+    with progress() as update:
+        if calibration == "sequential":
+            settings = Sequential(
+                granularity=granularity, state_dir=state, resume=resume, sharding=rows
+            )
+            report = quantize_folder(
+                model,
+                out / "checkpoint",
+                batches,
+                rules,
+                settings=settings,
+                progress=update,
+                **options,
+            )
+        else:
+            placed = [jax.device_put(batch, rows) for batch in batches]
+            whole = load_pretrained(model, param_dtype=jnp.bfloat16, **options)
+            quantized, report = quantize_model(whole, placed, rules, progress=update)
+            checkpoint.save(out / "checkpoint", quantized)
+            copy_companions(model, out / "checkpoint")
+    report.to_json(out / "report.json")
+    report.plot(out / "plot.png")
+    shutil.rmtree(state, ignore_errors=True)
+    _show(report)
+
+
+def _planned(model: Path, rules: Rules) -> Report:
+    """Trace a model of shapes alone."""
+    tensors = FolderTensors(model)
+    whole = abstract(tensors.config, param_dtype=tensors[EMBEDDING].dtype)
+    check_names(whole, tensors)
+    return plan_model(whole, rules, jax.ShapeDtypeStruct((1, 8), jnp.int32)).report
+
+
+def _show(report: Report) -> None:
+    console().print(report.table())
+    for name, value in report.details.items():
+        console().print(f"{name}: {value:,}")
+
+
+def _spread(batches: list[np.ndarray]) -> tuple[NamedSharding, NamedSharding]:
+    """Return the placement of a batch over all devices, and of weights on each of them."""
+    devices, rows = jax.device_count(), len(batches[0])
+    if rows % devices:
+        raise ValueError(f"--batch {rows} is no multiple of {devices} devices; choose one")
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
