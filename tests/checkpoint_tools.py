@@ -101,6 +101,12 @@ def pair(fmt=wush.MXFP4, activation_format="same", **options):
     return quantized(Pair(nnx.Rngs(0)), recipe, [["up", "gate"]])
 
 
+def model_arrays(model):
+    """The state of a model as bytes, by path."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
+    return {path: np.asarray(v.get_value()).tobytes() for path, v in state}
+
+
 # The independent reader: nothing below comes from the library.
 
 

@@ -202,12 +202,13 @@ def check_inside(file: Path) -> None:
 
     There ``models--x/snapshots/<revision>/config.json`` leads to ``models--x/blobs/<hash>``.
     """
-    folder = file.parent.resolve()
+    folder = Path(os.path.realpath(file.parent))
     places = [folder]
     if folder.parent.name == "snapshots":
         places.append(folder.parent.parent / "blobs")
-    if file.is_symlink() and file.resolve().parent not in places:
-        raise ValueError(f"it is a link to {str(file.resolve())!r}, outside of its folder")
+    target = Path(os.path.realpath(file))
+    if file.is_symlink() and target.parent not in places:
+        raise ValueError(f"{file} is a link to {str(target)!r}, outside of its folder")
 
 
 def _parse_json(text: bytes) -> Any:

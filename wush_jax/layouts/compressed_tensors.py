@@ -50,7 +50,10 @@ def _claims(folder: TensorFolder, name: str) -> bool:
 def _records(folder: TensorFolder, layout: str) -> dict[str, LayerRecord]:
     config = shared.quantization_config(folder)
     fmt, quantized_inputs = FORMATS[layout], _has_inputs(folder)
-    block = hadamard.block_from(config.get("transform_config"))
+    try:
+        block = hadamard.block_from(config.get("transform_config"))
+    except ValueError as error:
+        raise ValueError(f"{folder.path}: {error}") from error
     records, sites = {}, {}
     for name in shared.layer_names(folder, ".weight_packed"):
         shape = shared.weight_shape(folder, f"{name}.weight_packed")
