@@ -42,6 +42,26 @@ def test_defaults_follow_the_format():
         ({"block_size": 48}, "block_size=48 must be a multiple of group_size=32 of MXFP4"),
         ({"block_size": 0}, "block_size=0 must be a multiple of group_size=32"),
         ({"format": wush.NVFP4, "activation_format": wush.MXFP4}, "group_size=32 of MXFP4"),
+        ({"descent": 3}, "descent=3 revisits GPTQ's codes; use solver='gptq'"),
+        ({"solver": "gptq", "descent": -1}, "descent=-1 must be a number of sweeps"),
+        ({"input_error": "model"}, "input_error='model' is GPTQ's; use solver='gptq'"),
+        ({"input_error": "exact"}, "input_error='exact' is unknown; choose one of ignore, model"),
+        (
+            {"solver": "gptq", "input_error": "model"},
+            "input_error needs the transforms before GPTQ starts; use interleave=False",
+        ),
+        (
+            {"solver": "gptq", "block_gain": True},
+            "block_gain needs the transforms before GPTQ starts; use interleave=False",
+        ),
+        (
+            {"block_gain": True, "activation_format": None},
+            "block_gain is about quantized activations; activation_format=None",
+        ),
+        (
+            {"block_gain": True, "transform": "hadamard"},
+            "block_gain=True needs a transform for each block; transform='hadamard' is one for all",
+        ),
         ({"damping": -1.0}, "damping=-1.0 must be finite and non-negative; try 1e-2"),
         ({"damping": float("nan")}, "damping=nan must be finite"),
         ({"format": "mxfp4"}, "format='mxfp4' is not a Format; use wush_jax.MXFP4"),

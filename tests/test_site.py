@@ -8,7 +8,8 @@ import pytest
 
 import wush_jax as wush
 from wush_jax.recipe import TRANSFORMS
-from wush_jax.site import build_transform, effective_weight, quantize_site, site_weight_moment
+from wush_jax.site import build_transform, effective_weight, quantize_site
+from wush_jax.site_transform import site_weight_moment
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -17,10 +17,20 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
+from wush_jax.batched import empty_moments
 from wush_jax.moments import Moments
-from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers, replace_modules
+from wush_jax.nnx import (
+    DENSE_TYPES,
+    Contraction,
+    Dense,
+    DenseTypes,
+    dense_layers,
+    dotted,
+    replace_modules,
+)
 
 Call = Callable[[nnx.Module, Any], Any]
+See = Callable[[Any, Any], Any]
 # Called with what is done, the total where it is known, and what is under way.
 Progress = Callable[[int, int | None, str], Any]
 
@@ -48,35 +58,84 @@ class Site:
         return self.layers[0]
 
 
-class Probe(nnx.Module):
-    """Stands in for a dense layer and shows its input to a function before calling it."""
+class Seen(nnx.Variable):
+    """What a probe keeps of the inputs it has seen: any pytree."""
 
-    def __init__(self, layer: nnx.Module, see: Callable[[Any], None]):
+
+class Probe(nnx.Module):
+    """Stands in for a dense layer and folds its inputs into a variable before calling it.
+
+    A variable, since flax carries it through `nnx.remat`, `nnx.scan`, `nnx.vmap` and their like;
+    in a scan over stacked layers it gets their leading axis.
+
+    Args:
+      layer: the module that it stands for.
+      see: (what was seen so far, input) -> what was seen.
+      seen: before the first call, None for nothing.
+    """
+
+    def __init__(self, layer: nnx.Module, see: See, seen: Any = None):
         self.layer = layer
         self.see = see
+        self.seen = nnx.data(None if seen is None else Seen(seen))
 
     def __call__(self, x: Any, *args, **kwargs) -> Any:
         """Call the layer."""
-        self.see(x)
+        if self.seen is None:
+            self.seen = Seen(self.see(None, x))
+        else:
+            self.seen.set_value(self.see(self.seen.get_value(), x))
         return self.layer(x, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes of their layers, such as shapes.
+        if name.startswith("_") or "layer" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.layer, name)
 
-def run_and_capture(
-    model: nnx.Module, batch: Any, call: Call, dense_types: DenseTypes = DENSE_TYPES
-) -> tuple[Any, dict[str, list[Any]]]:
-    """Run a model and return its output and, by layer path, the inputs of every dense layer.
 
-    To be called inside a traced function: a layer that is called several times has several inputs.
+def run_probed(
+    model: nnx.Module, batch: Any, call: Call, probes: Mapping[str, tuple[See, Any]]
+) -> dict[str, Any]:
+    """Run a model and return, by layer path, what the probes have seen.
+
+    Args:
+      model: an NNX module; it is left as it is.
+      batch: passed to the call.
+      call: how to run the model.
+      probes: (see, seen before) of a `Probe` by the path of a layer.
+
+    Returns:
+      What was seen; without the layers that the call does not reach, or reaches only in a copy
+      of the model that it makes by itself (`nnx.merge`).
     """
-    inputs: dict[str, list[Any]] = {}
-    layers, _ = dense_layers(model, dense_types)
 
     def probe(path: str, module: nnx.Module) -> nnx.Module | None:
-        if path not in layers:
-            return None
-        return Probe(module, lambda x: inputs.setdefault(path, []).append(x))
+        return Probe(module, *probes[path]) if path in probes else None
 
-    return call(replace_modules(model, probe), batch), inputs
+    probed = replace_modules(model, probe)
+    call(probed, batch)
+    found = {dotted(p): m.seen for p, m in nnx.iter_modules(probed) if isinstance(m, Probe)}
+    return {path: seen.get_value() for path, seen in found.items() if seen is not None}
+
+
+def capture_rows(
+    model: nnx.Module,
+    batch: Any,
+    layers: Mapping[str, Dense],
+    *,
+    call: Call = plain_call,
+) -> dict[str, jax.Array]:
+    """Run a model and return, by layer path, the (..., K) rows of each layer's first call.
+
+    To be called inside a traced function. Rows of a batch of kernels are (*batch, ..., K).
+    """
+
+    def first(rows: Callable[[jax.Array], jax.Array], seen: Any, x: jax.Array) -> jax.Array:
+        return rows(x) if seen is None else seen
+
+    probes = {path: (partial(first, la.contraction.rows), None) for path, la in layers.items()}
+    return run_probed(model, batch, call, probes)
 
 
 def find_sites(
@@ -105,16 +164,30 @@ def find_sites(
     """
     graph, state = nnx.split(model)
     layers, _ = dense_layers(model, dense_types)
-    found: dict[Any, list[str]] = {}
+    inputs: dict[str, list[Any]] = {}
+
+    def note(path: str, seen: Any, x: Any) -> jax.Array:
+        inputs.setdefault(path, []).append(x)
+        return jnp.zeros(()) if seen is None else seen
+
+    probes = {path: (partial(note, path), None) for path in layers}
 
     def trace(state, batch):
-        _, inputs = run_and_capture(nnx.merge(graph, state), batch, call, dense_types)
-        # Tracers stay alive in `inputs`, so their ids are distinct.
-        for path, seen in inputs.items():
-            found.setdefault(tuple(id(x) for x in seen), []).append(path)
+        return run_probed(nnx.merge(graph, state), batch, call, probes)
 
-    jax.eval_shape(trace, state, batch)
+    reached = jax.eval_shape(trace, state, batch)
+    found: dict[Any, list[str]] = {}
+    for path, seen in inputs.items():
+        if path in reached:
+            # The tracers are still alive in `inputs`, so their ids are distinct.
+            same = tuple(id(x) for x in seen), _reading(layers[path].contraction)
+            found.setdefault(same, []).append(path)
     return tuple(Site(tuple(p), layers[p[0]].contraction.shape[1]) for p in found.values())
+
+
+def _reading(contraction: Contraction) -> Any:
+    """What layers of the same input must have in common to have the same rows of it."""
+    return contraction.reading, contraction.batch, contraction.shape[1]
 
 
 def collect_moments(
@@ -124,6 +197,7 @@ def collect_moments(
     *,
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
+    rows: int = 0,
     progress: Progress | None = None,
 ) -> dict[Site, Moments]:
     """Run all batches and return the second moment of every site's input.
@@ -136,6 +210,7 @@ def collect_moments(
       blocks: the sites to observe, each with its block size d, or None for the full (K, K).
       call: how to run the model on a batch.
       dense_types: what counts as a dense layer.
+      rows: of every site's input to keep as a sample (`wush_jax.sample`).
       progress: called with the number of batches done, None and "calibrate".
 
     Returns:
@@ -147,7 +222,11 @@ def collect_moments(
     """
     graph, state = nnx.split(model)
     check_sharding(state)
-    totals = {site: Moments.init(site.size, block) for site, block in blocks.items()}
+    layers, _ = dense_layers(model, dense_types)
+    totals = {
+        site: empty_moments(site.size, block, layers[site.name].contraction.batch, rows)
+        for site, block in blocks.items()
+    }
     ordered = list(totals.values())
     done = 0
     for done, batch in enumerate(batches, start=1):
@@ -163,12 +242,23 @@ def collect_moments(
     return totals
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+# The graph is no static argument: those are hashed, and configs in a model need not be hashable.
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def _add_batch(graph, sites, call, dense_types, state, totals, batch):
     model = nnx.merge(graph, state)
     layers, _ = dense_layers(model, dense_types)
-    _, inputs = run_and_capture(model, batch, call, dense_types)
-    return [add_inputs(m, s, inputs, layers) for s, m in zip(sites, totals, strict=True)]
+    probes = {
+        site.name: (partial(_add_input, layers[site.name].contraction), moments)
+        for site, moments in zip(sites, totals, strict=True)
+    }
+    seen = run_probed(model, batch, call, probes)
+    return [seen[site.name] for site in sites]
+
+
+def _add_input(contraction: Contraction, moments: Moments, x: jax.Array) -> Moments:
+    """Add a call's input to the moments of a layer: one moment, or one for each expert."""
+    update = Moments.update if contraction.experts is None else jax.vmap(Moments.update)
+    return update(moments, contraction.rows(x))
 
 
 def _local(tree: Any) -> Any:
@@ -181,15 +271,6 @@ def _local(tree: Any) -> Any:
         ),
         tree,
     )
-
-
-def add_inputs(
-    moments: Moments, site: Site, inputs: Mapping[str, list], layers: Mapping
-) -> Moments:
-    """Add a site's captured inputs to its moments."""
-    for x in inputs[site.name]:
-        moments = moments.update(layers[site.name].contraction.rows(x))
-    return moments
 
 
 def check_moments_finite(site: Site, moments: Moments) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from wush_jax import feedback, linalg, scale_search
+from wush_jax import hessian as hessians
+from wush_jax.descent import descend
 from wush_jax.formats import Format, QuantizedArray
 from wush_jax.moments import second_moment
 from wush_jax.transforms import BlockTransform, apply_transform, check_finite
@@ -33,9 +34,6 @@ from wush_jax.transforms import BlockTransform, apply_transform, check_finite
 # static under jit.
 TransformRule = Callable[[jax.Array, jax.Array, jax.Array], BlockTransform]
 
-# Escalation multiplies the damping by 10 up to this; any Hessian that is a second moment up to
-# rounding is positive definite long before.
-MAX_DAMPING = 1.0
 # The updates enlarge weights: headroom of a global scale derived from the original ones.
 HEADROOM = 2.0
 
@@ -50,6 +48,7 @@ class _Options:
     order: bool
     dtype: str
     rule: TransformRule | None
+    descent: int
 
 
 def gptq(
@@ -61,6 +60,8 @@ def gptq(
     block_size: int | None = None,
     damping: float = 1e-2,
     scales: str = "rule",
+    cross_moment: jax.Array | None = None,
+    descent: int = 0,
     activation_order: bool = False,
     dtype: str = "float32",
     name: str = "weight",
@@ -90,6 +91,10 @@ def gptq(
         while the Hessian is not positive definite (a warning says so).
       scales: "rule" takes the format's scale; "sweep" tries the neighbours of
         `wush_jax.scale_search.OFFSETS` and keeps the least error of the group, feedback included.
+      cross_moment: ``E[x_q x^T]`` (K, K) where ``hessian`` is ``E[x_q x_q^T]`` of quantized inputs;
+        the weights then aim at ``W E[x x_q^T] E[x_q x_q^T]^-1``, which makes up for what quantizing
+        the inputs does on average. None: the inputs are not quantized.
+      descent: sweeps of coordinate descent over all codes afterwards (`wush_jax.descent`).
       activation_order: treat blocks in descending order of ``tr M_X``. The result is laid out as
         ever; nothing is permuted at run time.
       dtype: "float32" or "float64" of weights and feedback. Factors are always built in float64.
@@ -115,19 +120,27 @@ def gptq(
     else:
         rule, given, block = transform, None, block_size or fmt.group_size
     _check(weight, hessian, block, fmt, damping, scales, dtype, name)
+    if cross_moment is not None and jnp.shape(cross_moment) != jnp.shape(hessian):
+        raise ValueError(
+            f"cross_moment has shape {jnp.shape(cross_moment)}; for {name} it must be that of "
+            f"hessian, {jnp.shape(hessian)}"
+        )
+    if descent < 0:
+        raise ValueError(f"descent={descent} must be a number of sweeps, 0 for none")
     steps = scale_search.offsets(fmt, scales)
-    options = _Options(fmt, block, steps, activation_order, jnp.dtype(dtype).name, rule)
-    dampings = _dampings(damping)
+    options = _Options(fmt, block, steps, activation_order, jnp.dtype(dtype).name, rule, descent)
+    dampings = hessians.dampings(damping)
     # Under a trace the steps are traced as they are: vmap would batch the jaxpr of an inner jit
     # outside the x64 context and lose its float64 products.
-    traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((weight, hessian, given)))
+    arrays = jax.tree.leaves((weight, hessian, cross_moment, given))
+    traced = any(isinstance(a, jax.core.Tracer) for a in arrays)
     solve = _steps if traced else _compiled_steps
     with jax.enable_x64(True) if options.dtype == "float64" else contextlib.nullcontext():
         quantized, used, attempts, finite = solve(
-            weight, hessian, given, jnp.asarray(dampings, dtype), options
+            weight, hessian, cross_moment, given, jnp.asarray(dampings, dtype), options
         )
     if not traced:
-        _report(int(attempts), bool(finite), dampings, name)
+        hessians.report(int(attempts), bool(finite), dampings, name)
     return quantized, used
 
 
@@ -158,59 +171,46 @@ def _check(weight, hessian, block, fmt, damping, scales, dtype, name) -> None:
     check_finite(f"hessian of {name}", hessian)
 
 
-def _dampings(damping: float) -> list[float]:
-    """The dampings to try in turn: the given one, then tenfold each up to `MAX_DAMPING`."""
-    tried = [float(damping)]
-    while (following := max(10.0 * tried[-1], 1e-6)) <= MAX_DAMPING * (1 + 1e-9):
-        tried.append(following)
-    # One length for all, so that another damping is no other compilation.
-    return tried + tried[-1:] * (8 - len(tried))
-
-
-def _report(attempts: int, finite: bool, dampings: list[float], name: str) -> None:
-    """Say when the damping had to grow; raise when it could not grow enough."""
-    if attempts > len(dampings):
-        raise ValueError(
-            f"hessian of {name} is not positive definite at any damping up to {dampings[-1]:g}: it "
-            "is not a second moment; recompute it from the layer's inputs"
-        )
-    if not finite:
-        raise ValueError(
-            f"weight of {name} overflows float32 on the way; scale it so that squares stay finite"
-        )
-    if attempts > 1:
-        warnings.warn(
-            f"hessian of {name} is not positive definite at damping={dampings[0]:g}; "
-            f"{dampings[attempts - 1]:g} was used",
-            stacklevel=3,
-        )
-
-
-def _steps(weight, hessian, transform, dampings, options: _Options):
+def _steps(weight, hessian, cross, transform, dampings, options: _Options):
     """Everything of `gptq` but the checks; also the dampings tried, and whether all is finite."""
-    d, n = options.block, weight.shape[0]
+    d, n, fmt = options.block, weight.shape[0], options.fmt
     weight, hessian = weight.astype(options.dtype), hessian.astype(options.dtype)
     marginal = linalg.diagonal_blocks(hessian, d)
     order = _order(marginal) if options.order else None
     marginal = _permute(marginal, order)
     weight = _permute_columns(weight, order, d)
-    hessian = _permute_columns(_permute_columns(hessian, order, d).T, order, d).T
+    hessian = _permute_both(hessian, order, d)
+    if cross is not None:
+        cross = _permute_both(cross.astype(options.dtype), order, d)
     if transform is not None and transform.activation.ndim == 3:
         transform = _permute(transform, order)
-    unit, roots, attempts = _factor(hessian, d, dampings)
+    unit, roots, weight, shift, attempts = hessians.factor(hessian, weight, cross, d, dampings)
     global_scale = _global_scale(weight, marginal, transform, dampings, options)
     codes, scale, used = _blocks(
         weight, unit, roots, marginal, transform, dampings, global_scale, options
     )
+    if options.descent:
+        codes = _descend(codes, scale, weight, hessian, shift, used, global_scale, options)
     # (B, G, g, N) and (B, G, N) to rows of outputs, blocks back in their places.
     back = None if order is None else _inverse(order)
     codes, scale = (_permute(a, back).reshape(-1, n).T for a in (codes, scale))
     if used.activation.ndim == 3:
         used = _permute(used, back)
-    fmt = options.fmt
     packed = QuantizedArray(fmt.pack(codes), fmt.store_scales(scale), global_scale, fmt)
     finite = [jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in (scale, *jax.tree.leaves(used))]
     return packed, used, attempts, functools.reduce(jnp.logical_and, finite)
+
+
+def _descend(codes, scale, weight, hessian, shift, used, global_scale, options: _Options):
+    """Coordinate descent in transformed coordinates, on the same damped Hessian."""
+    n, k = weight.shape
+    t_x, t_w = (t.astype(weight.dtype) for t in (used.activation, used.weight))
+    damped = hessian + jnp.eye(k, dtype=hessian.dtype) * shift[None]
+    moved = apply_transform(apply_transform(damped, t_x).T, t_x)
+    target = apply_transform(weight, t_w).T
+    flat = codes.reshape(k, n), scale.reshape(-1, n)
+    lower = descend(*flat, target, moved, options.fmt, global_scale, options.descent)
+    return lower.reshape(codes.shape)
 
 
 _compiled_steps = jax.jit(_steps, static_argnames="options")
@@ -236,36 +236,9 @@ def _permute_columns(x: jax.Array, order: jax.Array | None, d: int) -> jax.Array
     return x if order is None else x.reshape(len(x), -1, d)[:, order].reshape(x.shape)
 
 
-@linalg.float64_construction
-def _factor(hessian, d: int, dampings):
-    """Factor the damped Hessian ``R R^T``.
-
-    Returns:
-      ``R_ij R_jj^-1`` (K, K), the blocks ``R_jj`` (K/d, d, d), and how many dampings were tried,
-      one more than there are when none succeeded; R is then the identity.
-    """
-    k = hessian.shape[0]
-    diagonal = jnp.diagonal(hessian)
-    dead = diagonal <= 0
-    alive = jnp.sum(~dead, dtype=diagonal.dtype)
-    mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(alive, 1.0)
-    mean = jnp.where((mean > 0) & jnp.isfinite(mean), mean, 1.0)
-
-    def attempt(state):
-        tried, _ = state
-        shift = jnp.where(dead, mean - diagonal, 0.0) + dampings[tried] * mean
-        return tried + 1, linalg.upper_factor(hessian + jnp.eye(k) * shift[None])
-
-    def failed(state):
-        tried, r = state
-        return (tried < len(dampings)) & ~jnp.all(jnp.isfinite(jnp.diagonal(r)))
-
-    start = jnp.int32(0), jnp.full((k, k), jnp.nan, jnp.float64)
-    tried, r = lax.while_loop(failed, attempt, start)
-    good = jnp.all(jnp.isfinite(r))
-    r = jnp.where(good, r, jnp.eye(k, dtype=jnp.float64))
-    unit, roots = linalg.unit_blocks(r, d)
-    return unit, roots, tried + (~good).astype(jnp.int32)
+def _permute_both(x: jax.Array, order: jax.Array | None, d: int) -> jax.Array:
+    """Permute the blocks of rows and of columns."""
+    return _permute_columns(_permute_columns(x, order, d).T, order, d).T
 
 
 def _global_scale(weight, marginal, transform, dampings, options: _Options) -> jax.Array:

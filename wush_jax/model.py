@@ -9,9 +9,10 @@ from typing import Any
 from flax import nnx
 
 from wush_jax.calibrate import Call, Progress, Site, collect_moments, plain_call
+from wush_jax.losses import layer_losses
 from wush_jax.moments import Moments
 from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
-from wush_jax.planning import ModelPlan, layer_losses, measured_rows, plan, quantize_planned, swap
+from wush_jax.planning import ModelPlan, measured_rows, plan, quantize_planned, swap
 from wush_jax.recipe import Rules
 from wush_jax.report import Report
 from wush_jax.sequential import Sequential, quantize_sequentially
@@ -79,6 +80,7 @@ def quantize_model(
         {item.site: item.moment_block for item in planned.sites},
         call=call,
         dense_types=dense_types,
+        rows=planned.sample_rows,
         progress=progress,
     )
     options: dict[str, Any] = {

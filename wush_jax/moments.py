@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from wush_jax import linalg
+from wush_jax.sample import Sample
 from wush_jax.transforms import check_finite
 
 
@@ -46,6 +47,7 @@ class Moments:
     Attributes:
       mean: float32 (K, K) or (K/d, d, d).
       count: int32 scalar, tokens seen.
+      sample: some of the rows themselves, or None.
 
     >>> m = Moments.init(4, block=2).update(jnp.ones((3, 4))).update(jnp.zeros((1, 4)))
     >>> m.finalize()[0].tolist()
@@ -54,14 +56,19 @@ class Moments:
 
     mean: jax.Array
     count: jax.Array
+    sample: Sample | None = None
 
     @classmethod
-    def init(cls, size: int, block: int | None = None) -> Moments:
-        """Return empty moments of K = ``size`` channels, full or in blocks of ``block``."""
+    def init(cls, size: int, block: int | None = None, rows: int = 0) -> Moments:
+        """Return empty moments of K = ``size`` channels, full or in blocks of ``block``.
+
+        With ``rows`` a sample of that many rows is kept beside them.
+        """
         if block is not None and (block < 1 or size % block):
             raise ValueError(f"block={block} does not divide size={size}; choose a divisor")
         shape = (size, size) if block is None else (size // block, block, block)
-        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32))
+        sample = Sample.init(size, rows) if rows else None
+        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32), sample)
 
     @property
     def block(self) -> int | None:
@@ -72,7 +79,8 @@ class Moments:
         """Return the moments with the tokens of ``x`` (..., K) added."""
         rows = _rows(x)
         batch = Moments(_gram(rows, self.block) / rows.shape[0], jnp.int32(rows.shape[0]))
-        return self.merge(batch)
+        sample = None if self.sample is None else self.sample.update(rows)
+        return replace(self.merge(batch), sample=sample)
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both streams together: count-weighted mean."""
@@ -80,7 +88,10 @@ class Moments:
             raise ValueError(f"other has shape {other.mean.shape}, expected {self.mean.shape}")
         count = self.count + other.count
         share = other.count.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
-        return Moments(self.mean + (other.mean - self.mean) * share, count)
+        sample = self.sample
+        if sample is not None and other.sample is not None:
+            sample = sample.merge(other.sample)
+        return Moments(self.mean + (other.mean - self.mean) * share, count, sample)
 
     def finalize(self) -> jax.Array:
         """Return the second moment.

@@ -12,18 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from wush_jax import linalg
+from wush_jax.batched import packed_shapes, quantize_batched
 from wush_jax.calibrate import (
     Call,
     Site,
     collect_moments,
     find_sites,
     plain_call,
-    run_and_capture,
 )
-from wush_jax.linear import layer_loss
 from wush_jax.moments import Moments
 from wush_jax.nnx import (
     DENSE_TYPES,
@@ -36,8 +36,14 @@ from wush_jax.nnx import (
 )
 from wush_jax.recipe import Recipe, RuleBook, Rules
 from wush_jax.report import LayerReport, Report
-from wush_jax.site import PackedWeight, quantize_site, site_weight_moment
+from wush_jax.sample import Sample
+from wush_jax.site import PackedWeight, quantize_site
+from wush_jax.site_transform import site_weight_moment
 from wush_jax.transforms import predicted_gain
+
+# Rows of a site's input that are kept for recipes that look at single tokens: enough for the error
+# moments of blocks of 128, and for eight gains to be told apart.
+SAMPLE_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class SitePlan:
         """Block size of the moments that calibration has to keep; None for the full matrix."""
         return None if self.recipe.solver == "gptq" else self.recipe.block
 
+    @property
+    def sample_rows(self) -> int:
+        """Rows of the input that calibration has to keep."""
+        return SAMPLE_ROWS if self.recipe.needs_sample else 0
+
 
 @dataclass(frozen=True)
 class ModelPlan:
@@ -69,6 +80,11 @@ class ModelPlan:
 
     sites: Sequence[SitePlan]
     report: Report
+
+    @property
+    def sample_rows(self) -> int:
+        """The most rows that any site has to keep."""
+        return max(item.sample_rows for item in self.sites)
 
 
 def plan(
@@ -139,7 +155,9 @@ def plan(
 
 def _memory(planned: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[str, Any]:
     """Bytes that calibration and solvers hold: float32 moments, and weights in float32."""
-    moments = [4 * i.site.size * (i.moment_block or i.site.size) for i in planned]
+    kernels = [math.prod(layers[i.site.name].contraction.batch) for i in planned]
+    each = [4 * i.site.size * (i.moment_block or i.site.size) for i in planned]
+    moments = [m * count for m, count in zip(each, kernels, strict=True)]
     weights = [
         4 * sum(math.prod(layers[path].contraction.shape) for path in i.site.layers)
         for i in planned
@@ -147,7 +165,7 @@ def _memory(planned: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[st
     # GPTQ holds the Hessian, its factor and their float64 copies beside the weights twice.
     solver = [
         m * (1 if i.moment_block else 5) + 2 * w
-        for i, m, w in zip(planned, moments, weights, strict=True)
+        for i, m, w in zip(planned, each, weights, strict=True)
     ]
     return {"moment_bytes": sum(moments), "largest_site_bytes": max(solver)}
 
@@ -189,7 +207,7 @@ def quantize_planned(
         if not bool(jnp.all(jnp.isfinite(weight))):
             raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
     try:
-        packed = quantize_site(weights, moments.finalize(), item.recipe, names=names)
+        packed = quantize_batched(weights, moments, item.recipe, names=names)
     except ValueError as error:
         raise ValueError(f"layers {', '.join(names)}: {error}") from error
     # One site at a time: temporaries of several would not fit a device.
@@ -222,47 +240,6 @@ def swap(
     return replace_modules(model, quantized)
 
 
-def layer_losses(
-    model: nnx.Module,
-    batch: Any,
-    sites: Sequence[Site],
-    packed: Mapping[str, PackedWeight],
-    *,
-    call: Call = plain_call,
-    dense_types: DenseTypes = DENSE_TYPES,
-) -> dict[str, tuple[float, float]]:
-    """Return (loss, loss / output power) of every packed layer on one batch's original inputs.
-
-    Loss as in `layer_loss` (paper eq. 1).
-    """
-    graph, state = nnx.split(model)
-    layers, _ = dense_layers(model, dense_types)
-    inputs = _site_inputs(graph, tuple(sites), call, dense_types, state, batch)
-    # One small compilation per shape of layer, not one large one per model.
-    return {
-        path: jax.tree.map(float, _loss_and_share(layers[path].weight, rows, packed[path]))
-        for site, rows in zip(sites, inputs, strict=True)
-        for path in site.layers
-    }
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _site_inputs(graph, sites, call, dense_types, state, batch):
-    model = nnx.merge(graph, state)
-    layers, _ = dense_layers(model, dense_types)
-    _, inputs = run_and_capture(model, batch, call, dense_types)
-    return [layers[site.name].contraction.rows(inputs[site.name][0]) for site in sites]
-
-
-@jax.jit
-def _loss_and_share(weight, rows, packed):
-    weight, rows = weight.astype(jnp.float32), rows.astype(jnp.float32)
-    exact = jnp.einsum("...k,nk->...n", rows, weight, precision=linalg.HIGHEST)
-    loss = layer_loss(weight, rows, packed)
-    # A dead site has neither loss nor output: no loss relative to that.
-    return loss, loss / jnp.maximum(jnp.mean(exact**2), jnp.finfo(jnp.float32).tiny)
-
-
 def _check_fits(item: SitePlan) -> None:
     if item.site.size % item.recipe.block:
         raise ValueError(
@@ -276,7 +253,9 @@ def packed_like(sites: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[
     out: dict[str, PackedWeight] = {}
     for item in sites:
         shapes = tuple(layers[path].contraction.shape for path in item.site.layers)
-        out |= dict(zip(item.site.layers, _packed_shapes(shapes, item.recipe), strict=True))
+        batch = layers[item.site.name].contraction.batch
+        packed = packed_shapes(_packed_shapes(shapes, item.recipe), batch)
+        out |= dict(zip(item.site.layers, packed, strict=True))
     return out
 
 
@@ -284,8 +263,14 @@ def packed_like(sites: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[
 def _packed_shapes(shapes: tuple[tuple[int, int], ...], recipe: Recipe) -> list[PackedWeight]:
     """Trace `quantize_site` for weights of these shapes: once for all sites alike."""
     weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    moment = jax.ShapeDtypeStruct((shapes[0][1], shapes[0][1]), jnp.float32)
-    return jax.eval_shape(partial(quantize_site, recipe=recipe), weights, moment)
+    k = shapes[0][1]
+    moment = jax.ShapeDtypeStruct((k, k), jnp.float32)
+    sample = jax.eval_shape(partial(Sample.init, k, 1)) if recipe.needs_sample else None
+
+    def quantize(weights, moment, sample):
+        return quantize_site(weights, moment, recipe, sample=sample)
+
+    return jax.eval_shape(quantize, weights, moment, sample)
 
 
 def _dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:
@@ -297,7 +282,7 @@ def _dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:
             LayerReport(
                 path=path,
                 site=item.site.name,
-                shape=layers[path].contraction.shape,
+                shape=layers[path].weight_shape,
                 format=f"{recipe.format.name}/{getattr(recipe.input_format, 'name', '-')}",
                 transform=recipe.transform,
                 solver=recipe.solver,
@@ -335,11 +320,14 @@ def measured_rows(
 def _site_gain(item: SitePlan, layers: Mapping[str, Dense], moments: Moments) -> float | None:
     """Mean over blocks of `predicted_gain`; None where a moment without damping has none."""
     weights = [layers[path].weight for path in item.site.layers]
-    blocks = moments.mean
-    if blocks.ndim == 2:
-        blocks = linalg.diagonal_blocks(blocks, item.recipe.block)
-    weight_moment = site_weight_moment(weights, blocks)
-    try:
-        return float(jnp.mean(predicted_gain(weight_moment, blocks, damping=item.recipe.damping)))
-    except ValueError:
-        return None
+    gains = []
+    for index in np.ndindex(weights[0].shape[:-2]):
+        blocks = moments.mean[index]
+        if blocks.ndim == 2:
+            blocks = linalg.diagonal_blocks(blocks, item.recipe.block)
+        weight_moment = site_weight_moment([w[index] for w in weights], blocks)
+        try:
+            gains.append(predicted_gain(weight_moment, blocks, damping=item.recipe.damping))
+        except ValueError:
+            return None
+    return float(np.mean(gains))

@@ -12,6 +12,9 @@ from wush_jax.formats import MXFP4, Format
 TRANSFORMS = ("identity", "random", "hadamard", "calibrated_hadamard", "whitening", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
 SCALE_SEARCHES = ("rule", "sweep")
+INPUT_ERRORS = ("ignore", "model", "sample")
+# Transforms that are one matrix for all blocks, whatever the data.
+DATA_FREE = ("identity", "random", "hadamard")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Recipe:
       interleave: with GPTQ and a transform of the layer's own, build each block's transform from
         the weights as updated by the blocks before (the paper's algorithm 2); False builds all of
         them from the original weights, in one batch. A shared transform is always built so.
+      input_error: what GPTQ knows of the error that quantizing the activations adds: "ignore"
+        nothing (the paper); "model" its power, from the format alone; "sample" its moments,
+        measured on a sample of calibration rows. The weights make up for it (`wush_jax.noise`).
+      descent: sweeps of coordinate descent over the codes after GPTQ.
+      block_gain: multiply each block's transform by the gain 2^(j/8) with the least activation
+        error on a sample of calibration rows; free at run time.
       activation_order: GPTQ treats the blocks with the most input power first.
       solver_dtype: of GPTQ's weights and feedback, "float32" or "float64".
 
@@ -55,6 +64,9 @@ class Recipe:
     share_transform: bool = True
     scale_search: str = "rule"
     interleave: bool = True
+    input_error: str = "ignore"
+    descent: int = 0
+    block_gain: bool = False
     activation_order: bool = False
     solver_dtype: Literal["float32", "float64"] = "float32"
 
@@ -63,6 +75,7 @@ class Recipe:
         _check_choice("solver", self.solver, SOLVERS)
         _check_choice("transform_dtype", self.transform_dtype, ("bfloat16", "float32"))
         _check_choice("scale_search", self.scale_search, SCALE_SEARCHES)
+        _check_choice("input_error", self.input_error, INPUT_ERRORS)
         _check_choice("solver_dtype", self.solver_dtype, ("float32", "float64"))
         if self.format is None:
             raise ValueError(
@@ -78,6 +91,31 @@ class Recipe:
                 )
         if not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping={self.damping} must be finite and non-negative; try 1e-2")
+        self._check_combination()
+
+    def _check_combination(self):
+        """Refuse fields that contradict each other."""
+        gptq = self.solver == "gptq"
+        if not isinstance(self.descent, int) or self.descent < 0:
+            raise ValueError(f"descent={self.descent!r} must be a number of sweeps, 0 for none")
+        if self.descent and not gptq:
+            raise ValueError(f"descent={self.descent} revisits GPTQ's codes; use solver='gptq'")
+        if self.input_error != "ignore" and not gptq:
+            raise ValueError(f"input_error={self.input_error!r} is GPTQ's; use solver='gptq'")
+        if self.block_gain and self.transform in DATA_FREE:
+            raise ValueError(
+                f"block_gain=True needs a transform for each block; transform={self.transform!r} "
+                "is one for all: use 'wush' or the like"
+            )
+        for name in ("input_error", "block_gain"):
+            if getattr(self, name) in ("ignore", False):
+                continue
+            if self.input_format is None:
+                raise ValueError(f"{name} is about quantized activations; activation_format=None")
+            if self.interleaved:
+                raise ValueError(
+                    f"{name} needs the transforms before GPTQ starts; use interleave=False"
+                )
 
     @property
     def block(self) -> int:
@@ -88,6 +126,16 @@ class Recipe:
     def input_format(self) -> Format | None:
         """Format of the activations, "same" resolved."""
         return self.format if self.activation_format == "same" else self.activation_format
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether GPTQ builds the transform of a layer of its own block by block."""
+        return self.solver == "gptq" and self.interleave and self.transform not in DATA_FREE
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether calibration has to keep a sample of rows."""
+        return self.block_gain or self.input_error == "sample"
 
     def replace(self, **changes) -> Recipe:
         """Return this recipe with some fields changed."""

@@ -25,11 +25,11 @@ from wush_jax.calibrate import (
     plain_call,
 )
 from wush_jax.host_memory import check_host_memory
+from wush_jax.losses import layer_losses
 from wush_jax.nnx import DENSE_TYPES, Dense, DenseTypes, dense_layers
 from wush_jax.planning import (
     ModelPlan,
     SitePlan,
-    layer_losses,
     measured_rows,
     packed_like,
     plan,
@@ -271,7 +271,8 @@ class _Run:
         """Calibrate some sites in one pass over the chunks, then quantize them."""
         options: dict[str, Any] = {"call": call, "dense_types": dense_types}
         blocks = {item.site: item.moment_block for item in sites}
-        moments = collect_moments(model, chunks, blocks, **options)
+        rows_kept = max((item.sample_rows for item in sites), default=0)
+        moments = collect_moments(model, chunks, blocks, rows=rows_kept, **options)
         packed: dict[str, PackedWeight] = {}
         rows: list[LayerReport] = []
         for item in sites:
@@ -283,7 +284,7 @@ class _Run:
         return packed, rows
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3, 4))
+@partial(jax.jit, static_argnums=(2, 3, 4))
 def _forward(graph, state, call, dtype, sharding, chunk):
     hidden = call(nnx.merge(graph, state), chunk).astype(dtype)
     return hidden if sharding is None else jax.lax.with_sharding_constraint(hidden, sharding)

@@ -5,19 +5,21 @@ The only place that turns the names of a recipe into transforms and solvers.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax import linalg, moments, scale_search, transforms
+from wush_jax import linalg, noise, scale_search, transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
 from wush_jax.gptq import gptq
-from wush_jax.recipe import Recipe
+from wush_jax.recipe import DATA_FREE, Recipe
 from wush_jax.rtn import rtn
+from wush_jax.sample import Sample
+from wush_jax.site_transform import TransformRule, build_transform
 from wush_jax.transforms import BlockTransform
 
 
@@ -57,6 +59,7 @@ def quantize_weight(
     recipe: Recipe,
     *,
     transform: BlockTransform | None = None,
+    sample: Sample | None = None,
     name: str = "weight",
 ) -> PackedWeight:
     """Quantize one layer's weight under a recipe.
@@ -68,6 +71,8 @@ def quantize_weight(
       recipe: what to do.
       transform: the pair to use in place of the recipe's, such as one shared by a site; already
         rounded to its run-time dtype.
+      sample: rows of the layer's input; recipes with ``block_gain`` or ``input_error="sample"``
+        need them.
       name: of the layer, for messages.
 
     Returns:
@@ -88,9 +93,10 @@ def quantize_weight(
     solver_transform: BlockTransform | TransformRule | None = transform
     if transform is None:
         own = TransformRule(recipe.transform, recipe.transform_dtype)
-        interleaved = recipe.solver == "gptq" and recipe.interleave and own.needs_data
-        solver_transform = own if interleaved else build_transform([weight], blocks, recipe)
-    quantized, used = _solve(weight, activation_moment, blocks, solver_transform, recipe, name)
+        built = None if recipe.interleaved else build_transform([weight], blocks, recipe, sample)
+        solver_transform = own if built is None else built
+    known = _Known(activation_moment, blocks, sample)
+    quantized, used = _solve(weight, known, solver_transform, recipe, name)
     return _packed(quantized, used, blocks, recipe)
 
 
@@ -99,6 +105,7 @@ def quantize_site(
     activation_moment: jax.Array | None,
     recipe: Recipe,
     *,
+    sample: Sample | None = None,
     names: Sequence[str] | None = None,
 ) -> list[PackedWeight]:
     """Quantize all weights that share one input, with one transform.
@@ -111,6 +118,7 @@ def quantize_site(
       weights: (N_i, K) each.
       activation_moment: as for `quantize_weight`.
       recipe: for all of them; ``share_transform=False`` gives each its own transform.
+      sample: as for `quantize_weight`.
       names: of the layers, for messages.
 
     Returns:
@@ -122,15 +130,13 @@ def quantize_site(
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
     if not recipe.share_transform or len(weights) == 1:
         return [
-            quantize_weight(w, activation_moment, recipe, name=name)
+            quantize_weight(w, activation_moment, recipe, sample=sample, name=name)
             for w, name in zip(weights, names, strict=True)
         ]
     blocks = _check_site(weights, activation_moment, recipe)
-    transform = build_transform(weights, blocks, recipe)
-    stacked = jnp.concatenate(weights)
-    quantized, used = _solve(
-        stacked, activation_moment, blocks, transform, recipe, ", ".join(names)
-    )
+    transform = build_transform(weights, blocks, recipe, sample)
+    known = _Known(activation_moment, blocks, sample)
+    quantized, used = _solve(jnp.concatenate(weights), known, transform, recipe, ", ".join(names))
     stops = np.cumsum([w.shape[0] for w in weights])
     rows = [slice(stop - w.shape[0], stop) for w, stop in zip(weights, stops, strict=True)]
     whole = _packed(quantized, used, blocks, recipe)
@@ -142,7 +148,15 @@ def quantize_site(
     ]
 
 
-def _solve(weight, activation_moment, blocks, transform, recipe: Recipe, name: str):
+class _Known(NamedTuple):
+    """What calibration knows of a site's input."""
+
+    moment: jax.Array | None
+    blocks: jax.Array | None
+    sample: Sample | None
+
+
+def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
     """Run the recipe's solver: the quantized weight and the transform that was used."""
     if recipe.solver == "rtn":
         quantized = _rtn(
@@ -150,21 +164,41 @@ def _solve(weight, activation_moment, blocks, transform, recipe: Recipe, name: s
             transform,
             recipe.format,
             scales=recipe.scale_search,
-            activation_moment=blocks,
+            activation_moment=known.blocks,
         )
         return quantized, transform
+    hessian, cross = _quantized_moments(known, transform, recipe)
     return gptq(
         weight,
-        activation_moment,
+        hessian,
         transform,
         recipe.format,
         block_size=recipe.block,
         damping=recipe.damping,
         scales=recipe.scale_search,
+        cross_moment=cross,
+        descent=recipe.descent,
         activation_order=recipe.activation_order,
         dtype=recipe.solver_dtype,
         name=name,
     )
+
+
+def _quantized_moments(known: _Known, transform, recipe: Recipe):
+    """GPTQ's Hessian and cross moment; None for the latter where the inputs count as exact."""
+    fmt = recipe.input_format
+    if recipe.input_error == "ignore" or fmt is None:
+        return known.moment, None
+    assert known.moment is not None  # GPTQ without a moment was refused
+    assert known.blocks is not None
+    if recipe.input_error == "model":
+        return noise.with_noise(known.moment, noise.modelled_noise(known.blocks, transform, fmt))
+    if known.sample is None:
+        raise ValueError("sample=None: input_error='sample' needs rows; calibrate first")
+    scale = scale_search.input_global_scale(
+        fmt, activation_moment=known.blocks, transform=transform.activation
+    )
+    return noise.with_noise(known.moment, noise.sampled_noise(known.sample, transform, fmt, scale))
 
 
 # One compilation a shape: step by step the temporaries of a large layer would not fit.
@@ -181,86 +215,6 @@ def _packed(quantized, transform: BlockTransform, blocks, recipe: Recipe) -> Pac
             fmt, activation_moment=blocks, transform=run_time
         )
     return PackedWeight(quantized, run_time, input_scale, fmt)
-
-
-@dataclass(frozen=True)
-class TransformRule:
-    """From the moments of blocks to their transform, rounded for run time; static and hashable.
-
-    Attributes:
-      name: one of `wush_jax.recipe.TRANSFORMS`.
-      dtype: what the run-time transform is rounded to.
-
-    >>> TransformRule("wush", "bfloat16")(jnp.eye(4), jnp.eye(4), 1e-2).activation.dtype
-    dtype(bfloat16)
-    """
-
-    name: str
-    dtype: str
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the moments matter."""
-        return self.name not in ("identity", "random", "hadamard")
-
-    def __call__(self, weight_moment, activation_moment, damping) -> BlockTransform:
-        """Return the transform of moments (..., d, d)."""
-        table: dict[str, Callable[..., BlockTransform]] = {
-            "wush": transforms.wush_transform,
-            "wus": functools.partial(transforms.wush_transform, hadamard=False),
-            "calibrated_hadamard": transforms.calibrated_hadamard_transform,
-            "whitening": transforms.whitening_transform,
-        }
-        built = table[self.name](weight_moment, activation_moment, damping=damping)
-        return built.astype(jnp.dtype(self.dtype))
-
-
-def build_transform(
-    weights: Sequence[jax.Array], activation_blocks: jax.Array | None, recipe: Recipe
-) -> BlockTransform:
-    """Return the recipe's transform for a site, rounded to its run-time dtype.
-
-    Args:
-      weights: (N_i, K) each.
-      activation_blocks: M_X (K/d, d, d), or None for transforms that look at no data.
-      recipe: names the transform, the damping and the dtype.
-    """
-    d = recipe.block
-    pair = {
-        "identity": lambda: transforms.identity_transform(d),
-        # A fixed key: a quantized model is a function of its inputs.
-        "random": lambda: transforms.random_transform(jax.random.key(d), d),
-        "hadamard": lambda: transforms.hadamard_transform(d),
-    }.get(recipe.transform)
-    if pair is not None:
-        return pair().astype(jnp.dtype(recipe.transform_dtype))
-    if activation_blocks is None:
-        raise ValueError(f"activation_blocks=None: transform={recipe.transform!r} needs moments")
-    m_w = site_weight_moment(weights, activation_blocks)
-    rule = TransformRule(recipe.transform, recipe.transform_dtype)
-    return rule(m_w, activation_blocks, recipe.damping)
-
-
-def site_weight_moment(weights: Sequence[jax.Array], activation_blocks: jax.Array) -> jax.Array:
-    """Return M_W (K/d, d, d) of a site: the mean of its layers' moments at unit output power.
-
-    A single layer's moment is left as it is. Per layer l and block the weight is
-    ``1 / sum_b tr(M_W,l,b M_X,b)``.
-    """
-    d = activation_blocks.shape[-1]
-    each = [moments.second_moment(w, d) for w in weights]
-    if len(each) == 1:
-        return each[0]
-    total = jnp.zeros_like(each[0])
-    for m in each:
-        power = jnp.sum(m * activation_blocks)
-        total += m / jnp.where(power > 0, power, 1.0)
-    # Back to the scale of weights, so that the transform's entries keep a usual size.
-    return (
-        total
-        * (sum(jnp.mean(jnp.abs(m)) for m in each) / len(each))
-        / jnp.maximum(jnp.mean(jnp.abs(total)), jnp.finfo(jnp.float32).tiny)
-    )
 
 
 def effective_weight(packed: PackedWeight) -> jax.Array:
@@ -287,7 +241,7 @@ def _check_site(weights, activation_moment, recipe: Recipe) -> jax.Array | None:
             "choose another block_size or format, or exclude the layer by a rule"
         )
     if activation_moment is None:
-        if recipe.transform not in ("identity", "random", "hadamard") or recipe.solver == "gptq":
+        if recipe.transform not in DATA_FREE or recipe.solver == "gptq":
             raise ValueError(
                 f"activation_moment is None, but transform={recipe.transform!r} with solver="
                 f"{recipe.solver!r} needs the second moment of the layer's input: calibrate first"

@@ -1,0 +1,95 @@
+"""A few rows of a stream of activations, kept so that the rare large ones are never missed.
+
+A second moment says nothing about single tokens; what a quantizer does to the few tokens that carry
+most of a channel's power (BOS-like, "massive" ones) has to be seen on the tokens themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sample:
+    """A priority sample of rows: a pytree of fixed size, mergeable.
+
+    Row x of size ``w = max_i x_i^2`` gets the priority ``w / u`` with u uniform in (0, 1]; the S
+    rows of highest priority stay. With tau the highest priority that had to go,
+
+        ``sum over all rows of f(x)  is estimated without bias by  sum over kept max(1, tau / w) f``
+
+    so rows larger than tau are all there, each counted once.
+
+    Attributes:
+      rows: float32 (S, K); zeros where fewer rows came.
+      priority: float32 (S,); 0 where fewer rows came.
+      threshold: tau, float32 scalar; 0 until a row had to go.
+      count: int32 scalar, rows seen; also what the random numbers hang on.
+
+    Source: priority sampling, Duffield, Lund, Thorup (2007).
+
+    >>> s = Sample.init(4, 2).update(jnp.ones((1, 4))).update(jnp.zeros((1, 4)))
+    >>> s.rows.shape, s.weights.tolist()
+    ((2, 4), [0.5, 0.0])
+    """
+
+    rows: jax.Array
+    priority: jax.Array
+    threshold: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def init(cls, size: int, rows: int) -> Sample:
+        """Return an empty sample of at most ``rows`` rows of K = ``size`` channels."""
+        zero = jnp.zeros((), jnp.float32)
+        return cls(
+            jnp.zeros((rows, size), jnp.float32),
+            jnp.zeros((rows,), jnp.float32),
+            zero,
+            jnp.zeros((), jnp.int32),
+        )
+
+    @classmethod
+    def of(cls, x: jax.Array) -> Sample:
+        """Return all rows of x (..., K) as a sample.
+
+        >>> Sample.of(jnp.ones((2, 3, 4))).rows.shape
+        (6, 4)
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        return cls.init(rows.shape[-1], rows.shape[0]).update(rows)
+
+    def update(self, x: jax.Array) -> Sample:
+        """Return the sample with the rows of x (..., K) added."""
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        key = jax.random.fold_in(jax.random.key(0), self.count)
+        # In (0, 1], so that the priority is finite.
+        uniform = 1.0 - jax.random.uniform(key, rows.shape[:1], jnp.float32)
+        zero, count = jnp.zeros((), jnp.float32), jnp.int32(rows.shape[0])
+        return self.merge(Sample(rows, _size(rows) / uniform, zero, count))
+
+    def merge(self, other: Sample) -> Sample:
+        """Return the sample of both streams together, of this one's size."""
+        kept = self.rows.shape[0]
+        rows = jnp.concatenate([self.rows, other.rows])
+        priority = jnp.concatenate([self.priority, other.priority])
+        ranked, order = jax.lax.top_k(priority, min(kept + 1, len(priority)))
+        threshold = jnp.maximum(self.threshold, other.threshold)
+        if len(ranked) > kept:
+            threshold = jnp.maximum(threshold, ranked[kept])
+        return Sample(rows[order[:kept]], ranked[:kept], threshold, self.count + other.count)
+
+    @property
+    def weights(self) -> jax.Array:
+        """Weights (S,) of the rows in means over all rows seen: ``max(1, tau / w) / count``."""
+        size = _size(self.rows)
+        weights = jnp.maximum(1.0, self.threshold / jnp.where(size > 0, size, jnp.inf))
+        return jnp.where(size > 0, weights, 0.0) / jnp.maximum(self.count, 1).astype(jnp.float32)
+
+
+def _size(rows: jax.Array) -> jax.Array:
+    return jnp.max(rows * rows, axis=-1)
