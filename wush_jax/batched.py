@@ -58,8 +58,8 @@ def quantize_batched(
     """
     batch = weights[0].shape[:-2]
     if not batch:
-        known = {"sample": moments.sample, "names": names}
-        return quantize_site(weights, moments.finalize(), recipe, **known)
+        moment = moments.finalize()
+        return quantize_site(weights, moment, recipe, sample=moments.sample, names=names)
     moments = replace(moments, mean=_fill_dead(moments.mean, len(batch)))
     each = []
     for index in np.ndindex(batch):

@@ -68,8 +68,8 @@ LINEN_TYPES: LinenTypes = (
 )
 
 
-class LinenCollections(nnx.Variable):
-    """The collections of a linen model beside its params."""
+class LinenState(nnx.Variable):
+    """An array of a linen model's collections beside its params."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,8 @@ class LinenModel(LinenScope):
         if not variables.get(PARAMS):
             raise ValueError(f"variables has {list(variables)}; it must hold {PARAMS!r}")
         self.linen = Held(module)
-        self.collections = LinenCollections({k: v for k, v in variables.items() if k != PARAMS})
+        others = {name: value for name, value in variables.items() if name != PARAMS}
+        self.collections = nnx.data(jax.tree.map(LinenState, others))
         calls = _calls(module, variables, arguments, keywords)
         _fill(self, variables[PARAMS], (), calls, dict(types))
 
@@ -213,7 +214,7 @@ class LinenModel(LinenScope):
         changes = not all(isinstance(m, (LinenDense, QuantizedDense)) for m in self.places())
         asked = [mutable] if isinstance(mutable, str) else list(mutable or ())
         collections = asked + [PARAMS] * changes
-        variables = {PARAMS: self.assemble(), **self.collections.get_value()}
+        variables = {PARAMS: self.assemble(), **_values(self.collections)}
         with nn.intercept_methods(_answer):
             out = self.linen.value.apply(
                 variables, *arguments, mutable=collections or False, **keywords

@@ -19,7 +19,7 @@ class LayerReport:
     Attributes:
       path: dotted module path.
       site: path of the first layer that shares its input.
-      shape: (N, K).
+      shape: (N, K); with leading axes for a layer of many kernels, such as experts.
       format: weight and activation formats, such as "MXFP4/MXFP4".
       transform: name of the transform.
       solver: "rtn" or "gptq".
@@ -33,7 +33,7 @@ class LayerReport:
 
     path: str
     site: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     format: str
     transform: str
     solver: str
@@ -90,7 +90,7 @@ class Report:
             shared = "" if layer.site == layer.path else " *"
             table.add_row(
                 layer.path + shared,
-                f"{layer.shape[0]} x {layer.shape[1]}",
+                " x ".join(map(str, layer.shape)),
                 layer.format,
                 layer.transform,
                 layer.solver,
