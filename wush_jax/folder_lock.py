@@ -16,7 +16,7 @@ except ImportError:  # Windows has no such locks, and nothing is refused there
 
 @contextlib.contextmanager
 def sole_writer(folder: Path, name: str) -> Iterator[None]:
-    """Hold the lock of a folder, which exists.
+    """Hold the lock of a folder, which is made where it is missing.
 
     Args:
       folder: what to lock; the lock is on the folder itself, so that nothing is left behind.
@@ -32,22 +32,32 @@ def sole_writer(folder: Path, name: str) -> Iterator[None]:
     Traceback (most recent call last):
     BlockingIOError: [Errno 11] out is being written by another ...
     """
-    if fcntl is None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    except (FileExistsError, FileNotFoundError):
+        if folder.exists() and not folder.is_dir():
+            raise
+        raise _taken(name) from None  # made, and moved away at once, by somebody else
+    if handle is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not folder.exists() or not os.path.samestat(os.stat(folder), os.fstat(handle))
-        except BlockingIOError:
-            taken = True
-        if taken:
-            raise BlockingIOError(
-                errno.EAGAIN,
-                f"{name} is being written by another process or thread; wait until it is done, or "
-                "choose another folder",
-            )
+            moved = not folder.exists() or not os.path.samestat(os.stat(folder), os.fstat(handle))
+        except (BlockingIOError, FileNotFoundError):
+            moved = True
+        if moved:
+            raise _taken(name)
         yield
     finally:
         os.close(handle)
+
+
+def _taken(name: str) -> BlockingIOError:
+    return BlockingIOError(
+        errno.EAGAIN,
+        f"{name} is being written by another process or thread; wait until it is done, or choose "
+        "another folder",
+    )

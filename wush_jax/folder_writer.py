@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -74,17 +75,20 @@ def write_folder(
     except (TypeError, ValueError) as error:
         raise ValueError(f"config or metadata is not JSON ({error}); use plain values") from error
     try:
-        check_replaceable(path, config)
         fresh = _beside(path, "new")
-        fresh.mkdir(parents=True, exist_ok=True)
-        with sole_writer(fresh, str(path)):
+        with contextlib.ExitStack() as locks:
+            locks.enter_context(sole_writer(fresh, str(path)))
             try:
+                if path.is_dir():  # who wrote it may not be done with clearing up
+                    locks.enter_context(sole_writer(path, str(path)))
                 _mend(path, fresh)
+                check_replaceable(path, config)
                 (fresh / CONFIG).write_text(text, encoding="utf-8")
                 _write_shards(fresh, tensors, shard_bytes, framework)
                 _move_into_place(fresh, path)
-            finally:
+            except BaseException:
                 shutil.rmtree(fresh, ignore_errors=True)
+                raise
     except (OSError, SafetensorError) as error:
         message = (
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there is "

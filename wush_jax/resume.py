@@ -43,10 +43,11 @@ class RunState:
         self.folder = Path(folder)
         self._lock = contextlib.ExitStack()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(sole_writer(self.folder, f"state_dir={str(folder)!r}"))
+        except BlockingIOError:
+            raise
         except OSError as error:
             raise self._unwritable(error) from error
-        self._lock.enter_context(sole_writer(self.folder, f"state_dir={str(folder)!r}"))
         try:
             self._start_or_check(fingerprint, resume)
         except BaseException:

@@ -18,7 +18,7 @@ from wush_jax.layouts.layout import Content, Layout
 from wush_jax.packed_layout import Place, layer_tensors, read_packed
 from wush_jax.quantization_config import METHOD, LayerRecord, records_from_json, records_to_json
 from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import CONFIG, TensorFolder
+from wush_jax.tensor_folder import CONFIG, TensorFolder, some
 
 NAME = "wush"
 FORMATS = {np.dtype(jnp.float8_e8m0fnu): MXFP4, np.dtype(jnp.float8_e4m3fn): NVFP4}
@@ -36,11 +36,16 @@ def _records(folder: TensorFolder) -> dict[str, LayerRecord]:
     if not _is_ours(folder):
         return _derived_records(folder)
     try:
-        return records_from_json(shared.quantization_config(folder))
+        records = records_from_json(shared.quantization_config(folder))
+        ending = ".scale_quant"
+        stored = {n.removesuffix(ending) for n in folder.entries if n.endswith(ending)}
+        if stored - set(records):
+            raise ValueError(f"no entry for the layers {some(stored - set(records))} of the files")
     except ValueError as error:
         raise ValueError(
             f"{folder.path / CONFIG}: {error}; give a folder that save wrote"
         ) from error
+    return records
 
 
 def _derived_records(folder: TensorFolder) -> dict[str, LayerRecord]:
