@@ -13,7 +13,6 @@ from weights import random_model
 
 import wush_jax as wush
 from wush_jax import cli
-from wush_jax.commands import options
 from wush_jax.demo import token_batches
 from wush_jax.models import generate, load_pretrained, to_tensors
 from wush_jax.streaming import quantize_folder
@@ -166,18 +165,6 @@ def test_export_and_inspect(quantized, tmp_path, capsys):
 def test_bench_without_a_gpu_is_refused(capsys):
     assert cli.main(["bench", "--formats", "MXFP4"]) == 2
     assert "GPU" in capsys.readouterr().err
-
-
-def test_tokenizers_of_the_folder(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {"the": 0, "quick": 1, "fox": 2, "?": 3}
-    model = tokenizers.models.WordLevel(vocabulary, unk_token="?")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    tokens = options.encode(b"the fox the quick", tmp_path, 4)
-    assert tokens.tolist() == [0, 2, 0, 1]
-    assert options.decode(tokens, tmp_path) == "the fox the quick"
 
 
 @pytest.mark.parametrize(

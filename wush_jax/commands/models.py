@@ -14,12 +14,13 @@ from flax import nnx
 from rich.table import Table
 
 from wush_jax import checkpoint
-from wush_jax.commands.options import Text, decode, encode
+from wush_jax.commands.options import Text
 from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluate import cross_entropy, kl_divergence
 from wush_jax.models import generate as generate_tokens
 from wush_jax.models.hugging_face import load_pretrained
 from wush_jax.tensor_folder import CONFIG, read_json
+from wush_jax.text import Tokenizer
 
 Model = tyro.conf.Positional[Path]
 DType = Literal["bfloat16", "float32"]
@@ -96,24 +97,14 @@ def generate(
       seed: of the random draws.
       dtype: of an unquantized model's weights and activations.
     """
-    config = read_json(model / CONFIG)
-    tokens = encode(prompt.encode(), model, config.get("vocab_size"))
+    tokenizer = Tokenizer.read(model)
     found: Any = generate_tokens(
         open_model(model, dtype),  # type: ignore[arg-type]  # a Llama, as its config says
-        [tokens],
+        [tokenizer.encode(prompt)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        stop_tokens=_stop_tokens(model, config),
+        stop_tokens=tokenizer.stop_tokens,
         key=jax.random.key(seed),
     )
-    text = decode(found.tokens[0, : found.lengths[0]], model)
-    print(prompt + text)
-
-
-def _stop_tokens(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the tokens that end a text, where the folder says so."""
-    generation = folder / "generation_config.json"
-    found = read_json(generation) if generation.is_file() else {}
-    value = found.get("eos_token_id", config.get("eos_token_id"))
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    print(prompt + tokenizer.decode(found.tokens[0, : found.lengths[0]].tolist()))

@@ -16,6 +16,7 @@ from wush_jax import formats, recipe
 from wush_jax.demo import token_batches
 from wush_jax.recipe import Recipe, Rules
 from wush_jax.tensor_folder import TensorFolder
+from wush_jax.text import Tokenizer
 
 FORMATS = {
     name: value for name, value in vars(formats).items() if isinstance(value, formats.Format)
@@ -89,61 +90,19 @@ class Text:
         """
         config = TensorFolder(folder).config
         length = min(self.length, config.get("max_position_embeddings") or self.length)
-        tokens = self._tokens(folder, config.get("vocab_size"))
+        tokens = self._tokens(folder)
         batch = max(1, min(self.batch, len(tokens) // max(length, 1), self.samples or self.batch))
         limit = None if self.samples is None else self.samples // batch
         return list(token_batches(tokens, batch=batch, length=length, limit=limit))
 
-    def _tokens(self, folder: Path, vocab: int | None) -> np.ndarray:
+    def _tokens(self, folder: Path) -> np.ndarray:
         if (self.text is None) == (self.tokens is None):
             raise ValueError("give one of --text FILE and --tokens FILE.npy")
         if self.text is not None:
-            return encode(self.text.read_bytes(), folder, vocab)
+            text = self.text.read_text("utf8")
+            return np.asarray(Tokenizer.read(folder).encode(text), np.int32)
         assert self.tokens is not None
         tokens = np.load(self.tokens, allow_pickle=False)
         if not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"tokens={str(self.tokens)!r} holds {tokens.dtype}, expected integers")
         return tokens.reshape(-1)
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """Return the tokenizer of a model's folder, or None where it has none.
-
-    Raises:
-      ValueError: the package that reads it is missing.
-    """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ValueError(
-            f"{file} needs the tokenizers package: pip install 'wush-jax[hf]', or give tokens"
-        ) from error
-    return Tokenizer.from_file(str(file))
-
-
-def encode(text: bytes, folder: Path, vocab: int | None) -> np.ndarray:
-    """Return the tokens of a text: by the folder's tokenizer, else its bytes.
-
-    Raises:
-      ValueError: no tokenizer, and a vocabulary that is not of bytes; text that is not UTF-8.
-    """
-    tokenizer = tokenizer_of(folder)
-    if tokenizer is not None:
-        return np.asarray(tokenizer.encode(text.decode()).ids, np.int32)
-    if vocab != 256:
-        raise ValueError(
-            f"{folder} has no tokenizer.json and {vocab} tokens, which are no bytes: add the "
-            "tokenizer's file, or give --tokens FILE.npy"
-        )
-    return np.frombuffer(text, np.uint8).astype(np.int32)
-
-
-def decode(tokens: np.ndarray, folder: Path) -> str:
-    """Return the text of tokens, as `encode` reads it."""
-    tokenizer = tokenizer_of(folder)
-    if tokenizer is not None:
-        return tokenizer.decode(tokens.tolist())
-    return bytes(tokens.astype(np.uint8)).decode(errors="replace")

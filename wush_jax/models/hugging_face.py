@@ -44,6 +44,14 @@ def to_tensors(model: Llama) -> dict[str, np.ndarray]:
     return tensors
 
 
+def to_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of :func:`to_tensors`; the model may be abstract."""
+    return {
+        tensor_name(path): variable.shape[::-1] if path[-1] == "kernel" else variable.shape
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
 def from_tensors(
     config: LlamaConfig,
     tensors: Mapping[str, Any],
@@ -78,7 +86,7 @@ def from_tensors(
 
 def check_names(model: Llama, tensors: Mapping[str, Any]) -> None:
     """Raise ValueError unless there is a tensor for every weight of a model, and no other."""
-    names = {tensor_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    names = set(to_shapes(model))
     if names != set(tensors):
         missing, extra = sorted(names - set(tensors)), sorted(set(tensors) - names)
         raise ValueError(
