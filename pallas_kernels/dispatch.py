@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from pallas_kernels import mosaic_gpu, reference, repack, xla
+from pallas_kernels import matmul, mosaic_gpu, reference, repack, xla
 
 Implementation = str | Sequence[str] | None
 
@@ -89,8 +89,8 @@ def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementatio
     Args:
       x: (..., M, K) values, or quantized activations: an object with ``codes``, ``scales``,
         ``global_scale`` and ``format``.
-      packed: quantized weight of shape (N, K), the same kind of object, or one that holds it as
-        ``weight``.
+      packed: quantized weight of shape (N, K), the same kind of object or `fragments.Fragments`
+        (what the kernels read), or one that holds it as ``weight``.
       out_dtype: of the result; default x's dtype, float32 for quantized activations.
       implementation: as for `transform_quantize`.
 
@@ -105,7 +105,7 @@ def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementatio
     _check_inner(x.shape, weight.shape)
     return _first_able(
         "quantized_matmul",
-        {"reference": reference.quantized_matmul},
+        {"mosaic_gpu": matmul.quantized_matmul, "reference": reference.quantized_matmul},
         implementation,
         lambda run: run(x, weight, out_dtype=out_dtype),
     )
@@ -150,7 +150,10 @@ def transform_quantize_matmul(
     _check_inner(x.shape, weight.shape)
     return _first_able(
         "transform_quantize_matmul",
-        {"reference": reference.transform_quantize_matmul},
+        {
+            "mosaic_gpu": matmul.transform_quantize_matmul,
+            "reference": reference.transform_quantize_matmul,
+        },
         implementation,
         lambda run: run(x, transform, weight, fmt, global_scale=global_scale, out_dtype=out_dtype),
     )

@@ -97,5 +97,9 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
 
 
 def dequantize(q) -> jax.Array:
-    """Return the float32 values of an object with codes, scales, global scale and format."""
-    return q.format.decode(q.format.unpack(q.codes), q.scales, q.global_scale)
+    """Return the float32 values of an object with codes, scales, global scale and format.
+
+    Or of one in the layout of the matmul kernels (`pallas_kernels.fragments`).
+    """
+    codes, scales = (q.codes, q.scales) if hasattr(q, "codes") else q.interchange
+    return q.format.decode(q.format.unpack(codes), scales, q.global_scale)

@@ -1,0 +1,248 @@
+"""Weights laid out as the registers of a warpgroup: one record for 64 rows and 128 columns.
+
+wgmma takes its left operand from registers: of every 16 columns a thread holds eight values, two
+neighbours in each of two rows and two column halves. A record keeps the eight codes of such a step
+in one word, the eight words of a thread next to each other, and the scales of the 64 rows behind
+them, so that one contiguous copy brings a step to shared memory and three wide loads bring it to
+registers. Within a word every pair of codes sits where few instructions turn it into two bfloat16
+values (`expand`).
+
+    record = 16 rows of 64 words: codes [half of the columns][thread][step of 16]
+             1 or 2 rows:         scales [warp][row of 8][row, row + 8][group]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ROWS, COLUMNS = 64, 128  # of a record
+CODE_LINES = 16
+# Bits of the four pairs of a word; of each 16-bit half one value. E2M1: sign, then the magnitude.
+E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (14, 2, 1, 0), (13, 11, 10, 9))
+INT4_BITS = tuple(tuple(4 * i + b for b in (3, 2, 1, 0)) for i in range(4))
+# MXFP4: the largest exponent of a tensor is stored as this byte; codes of groups so far below it
+# that their byte would be negative count as zero.
+TOP = 120
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fragments:
+    """A packed weight in the layout of the matmul kernels: a pytree.
+
+    ``value = unit * expanded / global_scale``.
+
+    Attributes:
+      records: uint32 (ceil(N/64), ceil(K/128), lines, 64).
+      unit: float32 scalar.
+      global_scale: float32 scalar, divides.
+      format: the number format; static.
+      shape: (N, K); static.
+    """
+
+    records: jax.Array
+    unit: jax.Array
+    global_scale: jax.Array
+    format: Any = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self.records.nbytes + self.unit.nbytes + self.global_scale.nbytes
+
+    @property
+    def interchange(self) -> tuple[jax.Array, jax.Array]:
+        """Packed codes (N, K/2) and scales (N, K/g) of equal value."""
+        return to_interchange(self.records, self.unit, self.format, self.shape)
+
+
+def lay_out(weight) -> Fragments:
+    """Return a quantized weight (an object with codes, scales, ...) in the kernels' layout.
+
+    Raises:
+      NotImplementedError: no kernel for its format.
+    """
+    records, unit = jax.jit(from_interchange, static_argnums=2)(
+        weight.codes, weight.scales, weight.format
+    )
+    return Fragments(records, unit, weight.global_scale, weight.format, tuple(weight.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Carrier:
+    """How a format's codes and scales are written into records.
+
+    Attributes:
+      kind: "mxfp4", "nvfp4" or "int4".
+      bits: positions of a code's bits, highest first, for each of the four pairs of a word.
+      scale_bytes: of one group's scale.
+      groups: of a row in a record.
+    """
+
+    kind: str
+    bits: tuple[tuple[int, ...], ...]
+    scale_bytes: int
+    groups: int
+
+    @property
+    def lines(self) -> int:
+        """Lines of 64 words in a record."""
+        return CODE_LINES + self.groups * self.scale_bytes // 4
+
+
+def carrier(fmt) -> Carrier:
+    """Return how records hold a format.
+
+    Raises:
+      NotImplementedError: no record for this format.
+    """
+    element, group = fmt.element.name, fmt.group_size
+    if (element, fmt.scale_dtype, group) == ("e2m1", "e8m0", 32):
+        return Carrier("mxfp4", E2M1_BITS, 1, 4)
+    if (element, fmt.scale_dtype, group) == ("e2m1", "e4m3", 16):
+        return Carrier("nvfp4", E2M1_BITS, 1, 8)
+    if (element, fmt.scale_dtype, group) == ("int4_midrise", "bfloat16", 32):
+        return Carrier("int4", INT4_BITS, 2, 4)
+    raise NotImplementedError(
+        f"no register layout for {fmt.name} (element {element}, scales {fmt.scale_dtype}, group "
+        f"{group})"
+    )
+
+
+def from_interchange(codes, scales, fmt):
+    """Return records and the power of two that their values still need.
+
+    Args:
+      codes: packed codes uint8 (N, K/2), interchange layout.
+      scales: (N, K/g).
+      fmt: MXFP4, NVFP4 or INT4, any rule.
+
+    Returns:
+      Records uint32 (ceil(N/64), ceil(K/128), lines, 64), and ``unit``, float32 scalar:
+      ``value = unit * expanded / g`` with the format's global scale g.
+
+    Raises:
+      NotImplementedError: no record for this format.
+    """
+    c = carrier(fmt)
+    codes = fmt.unpack(codes)
+    stored, alive, unit = _stored_scales(c, codes, scales, fmt)
+    codes = jnp.where(jnp.repeat(alive, fmt.group_size, axis=-1), codes, 0)
+    n, k = codes.shape
+    pad_n, pad_k = -n % ROWS, -k % COLUMNS
+    if c.kind == "int4":
+        codes = codes ^ 8  # two's complement to an offset of 8
+    codes = jnp.pad(codes, ((0, pad_n), (0, pad_k)))
+    stored = jnp.pad(stored, ((0, pad_n), (0, pad_k // fmt.group_size)))
+    tiles = ((n + pad_n) // ROWS, (k + pad_k) // COLUMNS)
+    words = _code_words(c, codes.astype(jnp.uint32), tiles)
+    return jnp.concatenate([words, _scale_words(c, stored, tiles)], axis=2), unit
+
+
+def to_interchange(records, unit, fmt, shape):
+    """Undo `from_interchange`: packed codes (N, K/2) and scales (N, K/g) of equal value.
+
+    Zeros lose their sign, and groups of zeros may come back with another scale.
+    """
+    c = carrier(fmt)
+    n, k = shape
+    codes = _codes_of_words(c, records[:, :, :CODE_LINES])[:n, :k].astype(jnp.uint8)
+    stored = _stored_of_words(c, records[:, :, CODE_LINES:])[:n, : k // fmt.group_size]
+    if c.kind == "int4":
+        codes = codes ^ 8
+        return fmt.pack(codes), lax.bitcast_convert_type(stored.astype(jnp.uint16), jnp.bfloat16)
+    if c.kind == "mxfp4":
+        top = lax.bitcast_convert_type(unit, jnp.int32) >> 23
+        byte = jnp.where(stored == 129, 255, jnp.clip(stored + top - 127, 0, 254))
+        return fmt.pack(codes), lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e8m0fnu)
+    exponent, mantissa = (stored >> 3).astype(jnp.int32), (stored & 7).astype(jnp.int32)
+    normal = ((exponent - 9) << 3) | mantissa
+    denormal = (8 | mantissa) >> jnp.clip(10 - exponent, 0, 4)
+    byte = jnp.where(exponent >= 10, normal, denormal)
+    byte = jnp.where(stored == 0xDF, 0x7F, byte).astype(jnp.uint8)
+    return fmt.pack(codes), lax.bitcast_convert_type(byte, jnp.float8_e4m3fn)
+
+
+def _stored_scales(c: Carrier, codes, scales, fmt):
+    """Scales as records keep them (uint32), which groups count, and the unit."""
+    groups = codes.reshape(*scales.shape, fmt.group_size)
+    if c.kind == "int4":
+        bits = lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
+        return bits, jnp.ones(scales.shape, bool), jnp.float32(0.5)
+    used = jnp.any(groups & 7, axis=-1)
+    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+    if c.kind == "mxfp4":
+        finite = byte != 255
+        top = jnp.maximum(jnp.max(jnp.where(used & finite, byte, 0)), 1)
+        shifted = byte - top + TOP
+        stored = jnp.where(finite, jnp.clip(shifted, 0, TOP), 129)
+        # 2**(top - TOP): two steps, since the result may be subnormal
+        half = (top - TOP) // 2
+        unit = _exp2(half) * _exp2(top - TOP - half)
+        return stored.astype(jnp.uint32), used & (shifted >= 0) | ~finite, unit
+    exponent, mantissa = byte >> 3, byte & 7
+    # A subnormal m * 2**-9 becomes normal: its leading bit moves out of the mantissa.
+    lift = jnp.where(mantissa >= 4, 1, jnp.where(mantissa >= 2, 2, 3))
+    normal = ((exponent + 9) << 3) | mantissa
+    lifted = ((10 - lift) << 3) | ((mantissa << lift) & 7)
+    stored = jnp.where(exponent > 0, normal, lifted)
+    stored = jnp.where(byte == 0x7F, 0xDF, stored)
+    return stored.astype(jnp.uint32), used & (byte > 0), jnp.float32(2.0**9)
+
+
+def _exp2(exponent):
+    return lax.bitcast_convert_type((exponent + 127).astype(jnp.int32) << 23, jnp.float32)
+
+
+def _code_words(c: Carrier, codes, tiles):
+    """(N, K) codes -> (n, k, 16, 64) words."""
+    n, k = tiles
+    # n, warp, half of 16 rows, row of 8, k, column half of 128, step, half of 16, lane, pair
+    view = codes.reshape(n, 4, 2, 8, k, 2, 4, 2, 4, 2)
+    view = view.transpose(0, 4, 5, 1, 3, 8, 6, 7, 2, 9)  # n k ch warp row lane step kh half pair
+    word = jnp.zeros(view.shape[:7], jnp.uint32)
+    for column, row, pair in ((i, j, e) for i in (0, 1) for j in (0, 1) for e in (0, 1)):
+        code = view[..., column, row, pair]
+        for place, bit in enumerate(c.bits[2 * column + row]):
+            word = word | (((code >> (3 - place)) & 1) << (bit + 16 * pair))
+    return word.reshape(n, k, CODE_LINES, 64)
+
+
+def _codes_of_words(c: Carrier, words):
+    n, k = words.shape[:2]
+    word = words.reshape(n, k, 2, 4, 8, 4, 4)
+    fields = []
+    for column, row, pair in ((i, j, e) for i in (0, 1) for j in (0, 1) for e in (0, 1)):
+        code = jnp.zeros(word.shape, jnp.uint32)
+        for place, bit in enumerate(c.bits[2 * column + row]):
+            code = code | (((word >> (bit + 16 * pair)) & 1) << (3 - place))
+        fields.append(code)
+    view = jnp.stack(fields, axis=-1).reshape(*word.shape, 2, 2, 2)
+    view = view.transpose(0, 3, 8, 4, 1, 2, 6, 7, 5, 9)
+    return view.reshape(n * ROWS, k * COLUMNS)
+
+
+def _scale_words(c: Carrier, stored, tiles):
+    """(N, K/g) stored scales -> (n, k, 1 or 2, 64) words."""
+    n, k = tiles
+    per = 4 // c.scale_bytes
+    view = stored.reshape(n, 4, 2, 8, k, c.groups // per, per)
+    view = view.transpose(0, 4, 1, 3, 2, 5, 6)  # n k warp row half word byte
+    shifts = jnp.arange(per, dtype=jnp.uint32) * (8 * c.scale_bytes)
+    words = jnp.sum(view << shifts, axis=-1, dtype=jnp.uint32)
+    return words.reshape(n, k, -1, 64)
+
+
+def _stored_of_words(c: Carrier, words):
+    n, k = words.shape[:2]
+    per = 4 // c.scale_bytes
+    word = words.reshape(n, k, 4, 8, 2, c.groups // per, 1)
+    shifts = jnp.arange(per, dtype=jnp.uint32) * (8 * c.scale_bytes)
+    view = (word >> shifts) & (256**c.scale_bytes - 1)
+    return view.transpose(0, 2, 4, 3, 1, 5, 6).reshape(n * ROWS, k * c.groups)
