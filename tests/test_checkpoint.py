@@ -4,6 +4,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from checkpoint_tools import (
     CONFIG,
@@ -15,14 +16,16 @@ from checkpoint_tools import (
     open_file,
     pair,
     quantized,
+    random_packed,
     refuse,
 )
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import wush_jax as wush
+from wush_jax import interchange
 from wush_jax.models import Llama, LlamaConfig
-from wush_jax.nnx import Packed
+from wush_jax.nnx import Packed, QuantizedDense, dense_layers
 from wush_jax.packed_layout import activation_scale_scale
 
 TOKENS = np.random.default_rng(0).integers(16, size=(2, 5))
@@ -205,6 +208,68 @@ def test_sharding(folder, eight_devices):
     loaded = wush.load(folder, Pair(nnx.Rngs(0)), sharding=place)
     leaves = jax.tree.leaves(nnx.state(loaded, nnx.Not(nnx.RngState)))
     assert {leaf.sharding for leaf in leaves} == {place}
+
+
+def test_a_mesh_takes_rows(folder, eight_devices):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+    loaded = wush.load(folder, nnx.eval_shape(lambda: Pair(nnx.Rngs(0))), sharding=mesh)
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (["model"], []))
+    for layer in (loaded.up, loaded.gate):
+        assert layer.codes.get_value().sharding == rows
+        assert layer.scales.get_value().sharding == rows
+        assert layer.transform.get_value().sharding == everywhere
+    assert loaded.up.bias.get_value().sharding == everywhere
+    equal_states(loaded, pair())
+    x = np.random.default_rng(1).standard_normal((6, 64)).astype("f4")
+    wanted, found = (nnx.jit(lambda m, x: m.gate(x))(m, x) for m in (pair(), loaded))
+    # The products of a row lie on one device: no sum is split.
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    # Eight rows do not divide by three.
+    three = Mesh(np.array(jax.devices()[:3]), ("model",))
+    odd = wush.load(folder, Pair(nnx.Rngs(0)), sharding=three)
+    assert odd.gate.codes.get_value().sharding.is_fully_replicated
+    with pytest.raises(ValueError, match="has no axis called 'model'"):
+        wush.load(folder, Pair(nnx.Rngs(0)), sharding=Mesh(np.array(jax.devices()), ("x",)))
+
+
+def test_layers_of_several_kernels(tmp_path):
+    """Experts: a leading axis everywhere; the native layout alone holds them."""
+    model = nnx.List([nnx.Einsum("etk,ekn->etn", (3, 64, 32), rngs=nnx.Rngs(0))])
+    (layer,) = dense_layers(model)[0].values()
+    blocks = np.linalg.qr(np.random.default_rng(2).standard_normal((2, 32, 32)))[0]
+    each = [
+        random_packed((32, 64), RECIPES["mxfp4"], jnp.asarray(blocks, jnp.bfloat16), seed=seed)
+        for seed in range(3)
+    ]
+    packed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    quantized_model = nnx.List([QuantizedDense(layer, packed)])
+    wush.save(tmp_path / "model", quantized_model)
+    equal_states(wush.load(tmp_path / "model", model), quantized_model)
+    assert interchange.inspect_folder(tmp_path / "model").layers[0].shape == (3, 32, 64)
+    with pytest.raises(
+        ValueError, match=r"one matrix a layer, 0 has several kernels \(3, 32, 64\)"
+    ):
+        interchange.export(tmp_path / "out", quantized_model, "fp_quant")
+
+
+def test_orbax_keeps_a_training_state(folder, tmp_path):
+    """The structure comes from our files, values of a later step from orbax."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    model = wush.load(folder, nnx.eval_shape(lambda: Pair(nnx.Rngs(0))))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+    state = nnx.to_pure_dict(nnx.state((model, optimizer)))
+    state = jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", state)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        restored = checkpointer.restore(tmp_path / "step", like)
+    abstract = nnx.state((model, optimizer))
+    nnx.replace_by_pure_dict(abstract, restored)
+    nnx.update((model, optimizer), abstract)
+    found = nnx.to_pure_dict(nnx.state((model, optimizer)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+        assert (a.dtype, np.asarray(a).tobytes()) == (b.dtype, np.asarray(b).tobytes())
 
 
 def test_unquantized_weights_are_never_made(folder, monkeypatch):
