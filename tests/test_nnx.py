@@ -140,6 +140,13 @@ def test_gradient_reaches_bias_and_input_only(quantized):
     assert float(jnp.abs(through).min()) > 0
 
 
+def test_explicit_shardings_are_refused(quantized):
+    x = jnp.ones((2, 64))
+    np.testing.assert_array_equal(quantized[1](x, out_sharding=None), quantized[1](x))
+    with pytest.raises(NotImplementedError, match="meshes with Auto axes only"):
+        quantized[1](x, out_sharding=jax.sharding.PartitionSpec())
+
+
 def test_state_splits_merges_and_compiles(quantized):
     _, layer = quantized
     x = jax.random.normal(jax.random.key(1), (5, 64))
@@ -216,6 +223,8 @@ def test_a_layer_that_views_itself_keeps_its_attributes():
     assert [layer.path for layer in report.layers] == ["0"]
     assert type(twin[0]) is QuantizedDense
     assert twin[0].width == 6
+    assert twin[0].up.shape == (6, 2)
+    assert not [path for path, _ in nnx.to_flat_state(nnx.state(twin)) if path[-1] == "up"]
     assert call(twin, x).shape == (7, 6)
 
 

@@ -33,7 +33,8 @@ class Dense:
       kernel: the weight, in the layer's own shape.
       bias: N values added to the outputs, or None.
       dtype: what the layer casts its input to; None promotes input and kernel to one dtype.
-      attributes: the layer's own static attributes, which models may read (``layer.out_features``).
+      attributes: the layer's static attributes and the shapes of its parameters, which models may
+        read (``layer.out_features``, ``layer.kernel.shape``).
     """
 
     contraction: Contraction
@@ -162,8 +163,15 @@ class QuantizedDense(nnx.Module):
         scale = None if self.input_global_scale is None else self.input_global_scale[...]
         return PackedWeight(weight, transform, scale, self.input_format)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layer: x as the replaced layer took it."""
+    def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+        """Apply the layer.
+
+        Args:
+          x: as the replaced layer took it.
+          out_sharding: of flax's layers; None only, since it asks for explicit mesh axes.
+        """
+        if out_sharding is not None:
+            raise NotImplementedError(f"out_sharding={out_sharding}: meshes with Auto axes only")
         # Flax promotes x and the kernel to one dtype where the layer has none of its own.
         dtype = self.dtype
         x = x.astype(jnp.promote_types(x.dtype, self.kernel_dtype) if dtype is None else dtype)
@@ -186,12 +194,14 @@ def dense_view(module: nnx.Module, dense_types: DenseTypes = DENSE_TYPES) -> Den
     if view is None:
         return None
     dense = view(module)
-    # The twin stands in for the layer also where a model reads, say, its number of features.
-    static = {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and not nnx.is_data(value) and not nnx.has_data(value)
-    }
+    # The twin stands in for the layer also where a model reads, say, its number of features or the
+    # shape of its kernel.
+    static = {}
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Param) and _is_array(value.get_value()):
+            static[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        elif not name.startswith("_") and not nnx.is_data(value) and not nnx.has_data(value):
+            static[name] = value
     return replace(dense, attributes=static)
 
 
@@ -230,9 +240,11 @@ def dense_layers(
 def _matrices(module: nnx.Module) -> str:
     """Name the parameters of two axes or more that a module holds by itself."""
     own = [(n, v) for n, v in vars(module).items() if isinstance(v, nnx.Param)]
-    return ", ".join(
-        f"{name} {v.shape}" for name, v in own if hasattr(v.get_value(), "ndim") and v.ndim > 1
-    )
+    return ", ".join(f"{n} {v.shape}" for n, v in own if _is_array(v.get_value()) and v.ndim > 1)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def replace_modules(
