@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_tools import Pair, decode, open_file, write_file
+from checkpoint_tools import Pair, decode, llama_of, open_file, write_file
 from checkpoint_tools import pair as native_pair
 from flax import nnx
 from layout_tools import DERIVED, ROUND_175, effective, hadamard, model, transform
@@ -51,6 +51,9 @@ BOTH = {
         {"fmt": ROUND_175, "kind": "hadamard", "d": 64, "inputs": None},
     ),
 }
+
+
+weight_of = jax.jit(effective_weight)
 
 
 @jax.jit
@@ -105,6 +108,21 @@ def test_through_every_layout(tmp_path):
     assert loaded.up.input_format.rule == "absmax"
     config = json.loads((tmp_path / "3" / "config.json").read_text())["quantization_config"]
     assert config["metadata"] == {"converted_from": "fp_quant"}
+
+
+@pytest.mark.parametrize(("layout", "fmt"), [("fp_quant", MXFP4), ("nvfp4-pack-quantized", NVFP4)])
+def test_a_llama_of_another_layout_needs_no_model(layout, fmt, tmp_path):
+    source = llama_of(wush.Recipe(fmt, transform="identity"))
+    interchange.export(tmp_path / "out", source, layout)
+    loaded = wush.load(tmp_path / "out")
+    tokens = np.arange(10).reshape(2, 5)
+    wanted, found = (nnx.jit(lambda m, t: m(t))(m, tokens) for m in (source, loaded))
+    np.testing.assert_array_equal(found, wanted)
+    assert loaded.layers[0].mlp.up_proj.transform is None
+    assert loaded.lm_head.kernel.dtype == jnp.bfloat16
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "float32"
+    assert config["model_type"] == "qwen2"
 
 
 def test_models_without_names_of_their_own(tmp_path):
@@ -235,7 +253,7 @@ def random_layer(n, seed, kind):
 def check_loaded(folder, wanted):
     loaded = wush.load(folder, shapes())
     for name, weight in wanted.items():
-        found = effective_weight(getattr(loaded, name).packed)
+        found = weight_of(getattr(loaded, name).packed)
         np.testing.assert_allclose(found, weight, rtol=1e-5, atol=2e-6 * np.abs(weight).max())
     return loaded
 

@@ -140,7 +140,10 @@ def written(content: Content, layout: Layout) -> tuple[dict[str, Any], dict[str,
         )
     tensors, quantization = layout.write(content)
     model_names.add(tensors, content.plain)
-    return tensors, {**content.config, "quantization_config": quantization}
+    config = dict(content.config)
+    if layout is not NATIVE and "activation_dtype" in content.extra:
+        config.setdefault("torch_dtype", content.extra["activation_dtype"])
+    return tensors, {**config, "quantization_config": quantization}
 
 
 def load(
