@@ -172,13 +172,19 @@ class QuantizedDense(nnx.Module):
         """
         if out_sharding is not None:
             raise NotImplementedError(f"out_sharding={out_sharding}: meshes with Auto axes only")
+        return self.around(partial(quantized_dot, implementation=self.implementation), x)
+
+    def around(self, dot: Callable, x: jax.Array, *more: jax.Array) -> jax.Array:
+        """Return the layer's output with ``dot(rows, packed, *more)`` as its matrix product.
+
+        Arrays have the leading axis of the experts, where there are experts; dot has not.
+        """
         # Flax promotes x and the kernel to one dtype where the layer has none of its own.
         dtype = self.dtype
         x = x.astype(jnp.promote_types(x.dtype, self.kernel_dtype) if dtype is None else dtype)
-        dot = partial(quantized_dot, implementation=self.implementation)
         if self.contraction.experts is not None:
             dot = jax.vmap(dot)
-        y = dot(self.contraction.rows(x), self.packed)
+        y = dot(self.contraction.rows(x), self.packed, *more)
         if self.bias is not None:
             y = y + self.contraction.bias(jnp.asarray(self.bias[...], y.dtype), y.ndim)
         return self.contraction.outputs(y)

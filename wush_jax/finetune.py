@@ -1,0 +1,134 @@
+"""Training the quantized weights themselves: rounded in every forward pass, straight through back.
+
+`unpack` puts a float weight, in the layer's transformed coordinates, in place of the codes; the
+model computes as if packed while any optimizer of ``nnx.Param`` trains it; `pack` rounds for good.
+Transforms, formats and scales of activations stay what calibration made them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wush_jax import linalg
+from wush_jax.batched import over_batch
+from wush_jax.formats import QuantizedArray, fake_quantize, quantize
+from wush_jax.nnx import (
+    DENSE_TYPES,
+    Dense,
+    DenseTypes,
+    Packed,
+    QuantizedDense,
+    dense_layers,
+    replace_modules,
+)
+from wush_jax.site import PackedWeight
+from wush_jax.transforms import apply_transform
+
+
+class LatentDense(nnx.Module):
+    """A quantized layer whose weight is rounded when it is called.
+
+    ``y = q(x T_X^T) @ q(V)^T`` with V = W T_X^{-1} trained; both q pass gradients straight through.
+
+    Args:
+      twin: the packed layer; it keeps its transform, formats and bias.
+      weight: W (N, K), or (*batch, N, K), in original coordinates.
+    """
+
+    def __init__(self, twin: QuantizedDense, weight: jax.Array):
+        self.twin = twin
+        move = over_batch(_to_latent, weight.shape[:-2])
+        self.latent = nnx.Param(move(weight, twin.packed))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the layer."""
+        return self.twin.around(_latent_dot, x, self.latent[...])
+
+    def pack(self) -> QuantizedDense:
+        """Return the packed layer with the weight as it is now."""
+        latent = self.latent[...]
+        rounded = over_batch(_round, latent.shape[:-2])(latent, self.twin.packed)
+        self.twin.codes = Packed(rounded.codes)
+        self.twin.scales = Packed(rounded.scales)
+        return self.twin
+
+
+def _to_latent(weight: jax.Array, packed: PackedWeight) -> jax.Array:
+    if packed.transform is None:
+        return weight.astype(jnp.float32)
+    inverse = jnp.linalg.inv(packed.transform.astype(jnp.float32))
+    return apply_transform(weight.astype(jnp.float32), inverse.mT)
+
+
+def _latent_dot(x: jax.Array, packed: PackedWeight, latent: jax.Array) -> jax.Array:
+    fmt, scale = packed.weight.format, packed.weight.global_scale
+    y = x if packed.transform is None else apply_transform(x, packed.transform)
+    if packed.input_format is not None:
+        y = fake_quantize(y, packed.input_format, global_scale=packed.input_global_scale)
+    weight = fake_quantize(latent, fmt, global_scale=scale)
+    dot = jnp.einsum(
+        "...k,nk->...n",
+        y.astype(jnp.float32),
+        weight,
+        precision=linalg.HIGHEST,
+    )
+    return dot.astype(x.dtype)
+
+
+def _round(latent: jax.Array, packed: PackedWeight) -> QuantizedArray:
+    return quantize(latent, packed.weight.format, global_scale=packed.weight.global_scale)
+
+
+def unpack(
+    quantized: nnx.Module, original: nnx.Module, *, dense_types: DenseTypes = DENSE_TYPES
+) -> nnx.Module:
+    """Return a quantized model whose weights can be trained; both models are left as they are.
+
+    Args:
+      quantized: from `wush_jax.quantize_model`.
+      original: the model that it was made of; the weights start from its, before rounding.
+      dense_types: module types that are dense layers.
+
+    Returns:
+      The model with `LatentDense` layers, float32 parameters ``latent``. A layer that was rounded
+      to nearest computes the same as before; one that GPTQ rounded starts from its nearest codes.
+
+    Raises:
+      ValueError: nothing quantized, or a quantized layer that the original does not have.
+
+    >>> from wush_jax import Recipe, quantize_model
+    >>> model = nnx.List([nnx.Linear(32, 8, rngs=nnx.Rngs(0))])
+    >>> x, call = jnp.ones((1, 32)), lambda m, x: m[0](x)
+    >>> quantized, _ = quantize_model(model, [x], Recipe(solver="rtn"), call=call)
+    >>> student = unpack(quantized, model)
+    >>> student[0].latent.shape, type(pack(student)[0]).__name__
+    ((8, 32), 'QuantizedDense')
+    """
+    layers, _ = dense_layers(original, dense_types)
+    found = []
+
+    def latent(path: str, module: nnx.Module) -> nnx.Module | None:
+        if not isinstance(module, QuantizedDense):
+            return None
+        found.append(path)
+        return LatentDense(module, _weight(layers, path))
+
+    unpacked = replace_modules(quantized, latent)
+    if not found:
+        raise ValueError("quantized has no quantized layers; pass what quantize_model returned")
+    return unpacked
+
+
+def _weight(layers: dict[str, Dense], path: str) -> jax.Array:
+    if path not in layers:
+        raise ValueError(f"original has no dense layer {path!r}; give the model that was quantized")
+    return layers[path].weight
+
+
+def pack(model: nnx.Module) -> nnx.Module:
+    """Round the weights of `unpack` for good: a quantized model as `quantize_model` makes it."""
+    return replace_modules(
+        model, lambda path, module: module.pack() if isinstance(module, LatentDense) else None
+    )
