@@ -5,6 +5,7 @@ import pickle
 import resource
 import shutil
 import struct
+import time
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,34 @@ def test_damaged_files_are_refused(damage, folder):
     act, match = DAMAGES[damage]
     act(folder)
     refuse(folder, match)
+
+
+def test_a_header_beyond_any_size_is_refused_unread(folder):
+    """A sparse file: 16 GiB of header that cost nobody anything."""
+    with open(folder / "model.safetensors", "wb") as stream:
+        stream.write(struct.pack("<Q", 2**34))
+        stream.truncate(2**35)
+    start = time.perf_counter()
+    refuse(folder, "its header claims 17179869184 bytes")
+    assert time.perf_counter() - start < 5
+
+
+def test_sizes_without_bytes_are_refused(folder):
+    """Zero times anything is no byte, but no shape that an array can have either."""
+    for shape in ([2**62, 0], [0] * 40):
+        change_tensors(lambda t, s=shape: t.update({"up.bias": ("BF16", s, b"")}))(folder)
+        refuse(folder, "'up.bias' has a wrong size|cannot be read")
+
+
+def test_a_checksum_tells_what_safetensors_cannot(folder):
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    refuse(folder, "is not what was saved, its checksum differs")
+    data = bytes(data).replace(b'"crc32":"{', b'"crc32":"[')
+    file.write_bytes(data)
+    refuse(folder, "metadata 'crc32' is damaged")
 
 
 def test_hostile_index_is_refused(folder):
