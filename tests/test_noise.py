@@ -73,8 +73,10 @@ def test_sampled_noise_is_the_moment_of_the_error():
     e = np.einsum("sbj,bij->sbi", q - y, np.linalg.inv(t))
     mean = e.mean(0)
     covariance = np.einsum("sbi,sbj->bij", e - mean, e - mean) / len(e)
+    chance = np.trace(covariance, axis1=1, axis2=2) / len(e)
+    mean *= np.maximum(0, 1 - chance / (mean**2).sum(1))[:, None]
     size = np.sqrt(np.abs(covariance).max())  # codes next to a tie may fall on either side
-    np.testing.assert_allclose(found.mean, mean.ravel(), atol=1e-3 * size)
+    np.testing.assert_allclose(found.mean, mean.ravel(), atol=2e-3 * size)
     np.testing.assert_allclose(found.covariance, covariance, atol=1e-3 * size**2)
     np.testing.assert_allclose(found.input_mean, np.float64(rows).mean(0), rtol=1e-4, atol=1e-4)
 
@@ -123,6 +125,13 @@ def test_knowing_the_error_of_the_inputs_pays(kind):
         for r in (GPTQ, GPTQ.replace(input_error=kind))
     )
     assert after < 0.99 * before
+
+
+def test_chance_is_no_error_in_common():
+    """Rows without a mean: what a small sample shows of one is nearly all taken back."""
+    found = quick_noise(Sample.of(TRAIN[:256]), wush.hadamard_transform(D), wush.MXFP4)
+    power = np.trace(found.covariance, axis1=1, axis2=2).sum() / 256
+    assert np.square(found.mean).sum() < 0.5 * power
 
 
 # ---------------------------------------------------------------- gains

@@ -1,5 +1,6 @@
 """Near-optimal adaptive transforms (WUSH) for 4-bit quantization in JAX: the public names."""
 
+from wush_jax.auto import choose_recipes as choose_recipes
 from wush_jax.checkpoint import load as load
 from wush_jax.checkpoint import save as save
 from wush_jax.evaluate import kl_divergence as kl_divergence
@@ -22,6 +23,9 @@ from wush_jax.model import quantize_model as quantize_model
 from wush_jax.moments import Moments as Moments
 from wush_jax.moments import second_moment as second_moment
 from wush_jax.planning import plan as plan
+from wush_jax.presets import BEST as BEST
+from wush_jax.presets import BEST_WIDE as BEST_WIDE
+from wush_jax.presets import PAPER as PAPER
 from wush_jax.recipe import Recipe as Recipe
 from wush_jax.sequential import Sequential as Sequential
 from wush_jax.site import PackedWeight as PackedWeight

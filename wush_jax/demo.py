@@ -65,6 +65,17 @@ def stdlib_text(
     return b"\n\n".join(text for text in map(Path.read_bytes, files) if _is_utf8(text))
 
 
+def split_text(text: bytes) -> dict[str, bytes]:
+    """Cut any text in three: the last twentieth for evaluation, the one before it to calibrate.
+
+    >>> {name: len(part) for name, part in split_text(bytes(40)).items()}
+    {'train': 36, 'calibration': 2, 'evaluation': 2}
+    """
+    part = len(text) // 20
+    cuts = {"train": (0, -2 * part), "calibration": (-2 * part, -part), "evaluation": (-part, None)}
+    return {name: text[slice(*cut)] for name, cut in cuts.items()}
+
+
 def _training_files(root: Path) -> list[Path]:
     held_out = {f"{name}.py" for names in _HELD_OUT.values() for name in names}
     tests = {f"test_{name}" for name in held_out}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,27 @@ from flax import nnx
 from wush_jax import linalg
 from wush_jax.batched import over_batch
 from wush_jax.calibrate import Call, Site, capture_rows, plain_call
-from wush_jax.linear import layer_loss
+from wush_jax.linear import quantized_dot
 from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.site import PackedWeight
+
+# A value this many times the root mean square of its site makes its token a massive one. Gaussian
+# inputs reach 5, heavy-tailed ones 15; the few tokens that models use as a bias go far beyond.
+MASSIVE = 32.0
+
+
+class LayerLoss(NamedTuple):
+    """What a packed layer loses on a batch.
+
+    Attributes:
+      loss: ``mean (q(W) q(x) - W x)^2`` over tokens and outputs (paper eq. 1).
+      relative: the loss over the mean of ``(W x)^2``.
+      typical: the same two means over the tokens without a massive value, divided.
+    """
+
+    loss: float
+    relative: float
+    typical: float
 
 
 def layer_losses(
@@ -26,17 +44,14 @@ def layer_losses(
     *,
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
-) -> dict[str, tuple[float, float]]:
-    """Return (loss, loss / output power) of every packed layer on one batch's original inputs.
-
-    Loss as in `layer_loss` (paper eq. 1).
-    """
+) -> dict[str, LayerLoss]:
+    """Return the loss of every packed layer on one batch's original inputs."""
     graph, state = nnx.split(model)
     layers, _ = dense_layers(model, dense_types)
     inputs = _site_inputs(graph, tuple(sites), call, dense_types, state, batch)
     # One small compilation per shape of layer, not one large one per model.
     return {
-        path: jax.tree.map(float, _loss_and_share(layers[path].weight, rows, packed[path]))
+        path: jax.tree.map(float, _losses(layers[path].weight, rows, packed[path]))
         for site, rows in zip(sites, inputs, strict=True)
         for path in site.layers
     }
@@ -51,13 +66,22 @@ def _site_inputs(graph, sites, call, dense_types, state, batch):
 
 
 @jax.jit
-def _loss_and_share(weight, rows, packed):
-    def loss_and_power(weight, rows, packed):
-        exact = jnp.einsum("...k,nk->...n", rows, weight, precision=linalg.HIGHEST)
-        return layer_loss(weight, rows, packed), jnp.mean(exact**2)
-
+def _losses(weight, rows, packed) -> LayerLoss:
     weight, rows = weight.astype(jnp.float32), rows.astype(jnp.float32)
-    each = over_batch(loss_and_power, weight.shape[:-2])(weight, rows, packed)
-    loss, power = jax.tree.map(jnp.mean, each)
+    each = over_batch(_powers, weight.shape[:-2])(weight, rows, packed)
+    error, power, typical_error, typical_power = jax.tree.map(jnp.mean, each)
     # A dead site has neither loss nor output: no loss relative to that.
-    return loss, loss / jnp.maximum(power, jnp.finfo(jnp.float32).tiny)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return LayerLoss(
+        error, error / jnp.maximum(power, tiny), typical_error / jnp.maximum(typical_power, tiny)
+    )
+
+
+def _powers(weight, rows, packed):
+    """Mean squares of error and output, over all tokens and over those without massive values."""
+    exact = jnp.einsum("...k,nk->...n", rows, weight, precision=linalg.HIGHEST)
+    error = quantized_dot(rows, packed, implementation="reference") - exact
+    size = jnp.max(jnp.abs(rows), axis=-1)
+    typical = (size <= MASSIVE * jnp.sqrt(jnp.mean(rows**2))).astype(jnp.float32)
+    squares = [jnp.mean(y * y, axis=-1) for y in (error, exact)]
+    return *map(jnp.mean, squares), *(jnp.mean(s * typical) for s in squares)

@@ -126,5 +126,6 @@ def quantize_with(
         for item in planned.sites
         for row in measured_rows(item, layers, moments[item.site], losses)
     ]
-    report = Report(rows, planned.report.skipped, planned.report.unused_rules)
+    dry = planned.report
+    report = Report(rows, dry.skipped, dry.unused_rules, dry.details)
     return swap(model, layers, packed, implementation), report

@@ -74,7 +74,7 @@ class SampledNoise(NamedTuple):
 
     Attributes:
       mean: ``E[e]`` (K,): what all tokens have in common, such as a large constant channel, rounds
-        the same way in all of them.
+        the same way in all of them. Shrunk to zero, block by block, as far as chance explains it.
       input_mean: ``E[x]`` (K,).
       covariance: the diagonal blocks of e's covariance, (K/d, d, d). Between blocks and with x the
         rest of e is uncorrelated but for chance, which in a small sample is larger than the truth.
@@ -104,7 +104,12 @@ def sampled_noise(
     rest = (error - mean[None]).reshape(len(error), -1, transform.block_size)
     weighted = rest * share[:, None, None]
     covariance = jnp.einsum("sbi,sbj->bij", weighted, rest, precision=linalg.HIGHEST)
-    return SampledNoise(mean, input_mean, covariance)
+    # Positive-part James-Stein: what the mean's own variance leaves of it.
+    blocks = mean.reshape(-1, transform.block_size)
+    chance = jnp.trace(covariance, axis1=-2, axis2=-1) * jnp.sum(share * share)
+    power = jnp.maximum(jnp.sum(blocks * blocks, axis=-1), jnp.finfo(jnp.float32).tiny)
+    kept = jnp.maximum(0.0, 1.0 - chance / power)
+    return SampledNoise((blocks * kept[:, None]).ravel(), input_mean, covariance)
 
 
 def with_noise(moment: jax.Array, noise: jax.Array | SampledNoise) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,8 @@ from wush_jax.calibrate import (
     find_sites,
     plain_call,
 )
+from wush_jax.costs import SiteCost, total_costs
+from wush_jax.losses import LayerLoss
 from wush_jax.moments import Moments
 from wush_jax.nnx import (
     DENSE_TYPES,
@@ -111,9 +113,8 @@ def plan(
 
     Returns:
       `ModelPlan`; its report lists layers, shapes, bytes before and after, what is skipped and
-      why, and rules that decide no layer; its details estimate memory (``moment_bytes``: of all
-      sites at once, ``largest_site_bytes``: moments and weights of one) and, where measured,
-      ``seconds_per_batch``.
+      why, and rules that decide no layer; its details say what the plan costs offline and at run
+      time (`wush_jax.costs`) and, where measured, ``seconds_per_batch``.
 
     Raises:
       ValueError: malformed rules, a recipe that does not fit a layer, nothing to quantize.
@@ -144,7 +145,7 @@ def plan(
     for item in planned:
         _check_fits(item)
     rows = [row for item in planned for row in _dry_rows(item, layers)]
-    details = _memory(planned, layers)
+    details: dict[str, Any] = dict(total_costs([site_cost(i, layers) for i in planned]))
     if measure:
         if batch is None:
             raise ValueError("measure=True needs a batch to run; pass one")
@@ -153,21 +154,15 @@ def plan(
     return ModelPlan(planned, Report(rows, skipped, book.unused(layers), details))
 
 
-def _memory(planned: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[str, Any]:
-    """Bytes that calibration and solvers hold: float32 moments, and weights in float32."""
-    kernels = [math.prod(layers[i.site.name].contraction.batch) for i in planned]
-    each = [4 * i.site.size * (i.moment_block or i.site.size) for i in planned]
-    moments = [m * count for m, count in zip(each, kernels, strict=True)]
-    weights = [
-        4 * sum(math.prod(layers[path].contraction.shape) for path in i.site.layers)
-        for i in planned
-    ]
-    # GPTQ holds the Hessian, its factor and their float64 copies beside the weights twice.
-    solver = [
-        m * (1 if i.moment_block else 5) + 2 * w
-        for i, m, w in zip(planned, each, weights, strict=True)
-    ]
-    return {"moment_bytes": sum(moments), "largest_site_bytes": max(solver)}
+def site_cost(item: SitePlan, layers: Mapping[str, Dense]) -> SiteCost:
+    """Return what a planned site costs."""
+    return SiteCost(
+        item.recipe,
+        item.site.size,
+        tuple(math.prod(layers[path].contraction.shape) for path in item.site.layers),
+        math.prod(layers[item.site.name].contraction.batch),
+        item.sample_rows,
+    )
 
 
 def _measure(model, planned, batch, call, dense_types) -> tuple[dict[str, float | None], float]:
@@ -302,7 +297,7 @@ def measured_rows(
     item: SitePlan,
     layers: Mapping[str, Dense],
     moments: Moments,
-    losses: Mapping[str, tuple[float, float]],
+    losses: Mapping[str, LayerLoss],
 ) -> list[LayerReport]:
     """Return the report's rows of one quantized site."""
     gain = _site_gain(item, layers, moments)
@@ -310,8 +305,9 @@ def measured_rows(
         replace(
             row,
             predicted_gain=gain,
-            loss=losses[row.path][0],
-            relative_loss=losses[row.path][1],
+            loss=losses[row.path].loss,
+            relative_loss=losses[row.path].relative,
+            typical_loss=losses[row.path].typical,
         )
         for row in _dry_rows(item, layers)
     ]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 class Sample:
     """A priority sample of rows: a pytree of fixed size, mergeable.
 
-    Row x of size ``w = max_i x_i^2`` gets the priority ``w / u`` with u uniform in (0, 1]; the S
+    Row x of size ``w = max_i |x_i|`` gets the priority ``w / u`` with u uniform in (0, 1]; the S
     rows of highest priority stay. With tau the highest priority that had to go,
 
         ``sum over all rows of f(x)  is estimated without bias by  sum over kept max(1, tau / w) f``
@@ -92,4 +92,4 @@ class Sample:
 
 
 def _size(rows: jax.Array) -> jax.Array:
-    return jnp.max(rows * rows, axis=-1)
+    return jnp.max(jnp.abs(rows), axis=-1)

@@ -175,7 +175,8 @@ def quantize_sequentially(
         packed, new_rows = run.quantize_stage(half, everything, rest, chunks, batches[0], **options)
         finished |= packed
         rows += new_rows
-    report = Report(rows, planned.report.skipped, planned.report.unused_rules)
+    dry = planned.report
+    report = Report(rows, dry.skipped, dry.unused_rules, dry.details)
     return swap(model, everything, finished, implementation), report
 
 

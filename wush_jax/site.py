@@ -5,6 +5,7 @@ The only place that turns the names of a recipe into transforms and solvers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -189,16 +190,25 @@ def _quantized_moments(known: _Known, transform, recipe: Recipe):
     fmt = recipe.input_format
     if recipe.input_error == "ignore" or fmt is None:
         return known.moment, None
-    assert known.moment is not None  # GPTQ without a moment was refused
-    assert known.blocks is not None
+    assert known.blocks is not None  # GPTQ without a moment was refused
     if recipe.input_error == "model":
-        return noise.with_noise(known.moment, noise.modelled_noise(known.blocks, transform, fmt))
+        return _with_modelled_noise(known.moment, known.blocks, transform, fmt)
     if known.sample is None:
         raise ValueError("sample=None: input_error='sample' needs rows; calibrate first")
     scale = scale_search.input_global_scale(
         fmt, activation_moment=known.blocks, transform=transform.activation
     )
-    return noise.with_noise(known.moment, noise.sampled_noise(known.sample, transform, fmt, scale))
+    return _with_sampled_noise(known.moment, known.sample, transform, fmt, scale)
+
+
+@functools.partial(jax.jit, static_argnames="fmt")
+def _with_modelled_noise(moment, blocks, transform, fmt: Format):
+    return noise.with_noise(moment, noise.modelled_noise(blocks, transform, fmt))
+
+
+@functools.partial(jax.jit, static_argnames="fmt")
+def _with_sampled_noise(moment, sample, transform, fmt: Format, scale):
+    return noise.with_noise(moment, noise.sampled_noise(sample, transform, fmt, scale))
 
 
 # One compilation a shape: step by step the temporaries of a large layer would not fit.

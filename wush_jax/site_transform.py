@@ -89,7 +89,7 @@ def _with_gains(built: BlockTransform, m_w, m_x, recipe: Recipe, sample: Sample 
     if sample is None:
         raise ValueError("sample=None: block_gain=True needs rows of the input; calibrate first")
     scale = scale_search.input_global_scale(fmt, activation_moment=m_x, transform=built.activation)
-    gains = noise.best_gains(sample, built, m_w, fmt, scale)[:, None, None]
+    gains = _best_gains(sample, built, m_w, fmt, scale)[:, None, None]
     scaled = built.activation.astype(jnp.float32) * gains
     return BlockTransform(scaled, built.weight / gains).astype(jnp.dtype(recipe.transform_dtype))
 
@@ -114,3 +114,6 @@ def site_weight_moment(weights: Sequence[jax.Array], activation_blocks: jax.Arra
         * (sum(jnp.mean(jnp.abs(m)) for m in each) / len(each))
         / jnp.maximum(jnp.mean(jnp.abs(total)), jnp.finfo(jnp.float32).tiny)
     )
+
+
+_best_gains = jax.jit(noise.best_gains, static_argnames="fmt")

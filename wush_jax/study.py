@@ -32,6 +32,7 @@ class Outcome:
     Attributes:
       name: of the setting.
       layer_loss: mean over layers of output loss / output power, on held-out text.
+      typical_loss: the same over tokens without massive values (`wush_jax.losses`).
       kl: mean KL divergence from the unquantized model, nats.
       perplexity: on the evaluation text.
       seconds: to quantize and evaluate.
@@ -40,6 +41,7 @@ class Outcome:
 
     name: str
     layer_loss: float
+    typical_loss: float
     kl: float
     perplexity: float
     seconds: float
@@ -63,14 +65,15 @@ class Study:
     def table(self) -> Table:
         """Return a `rich` table, one row a setting."""
         table = Table(title="quantized against the original (loss and KL x 1000)")
-        for name in ("setting", "layer loss", "KL", "perplexity", "bits", "s"):
+        for name in ("setting", "layer loss", "typical", "KL", "perplexity", "bits", "s"):
             table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=True)
         bits = f"{self.reference.bits_per_token:.4f}"
-        table.add_row("unquantized", "0", "0", f"{self.reference.perplexity:.4f}", bits, "")
+        table.add_row("unquantized", "0", "0", "0", f"{self.reference.perplexity:.4f}", bits, "")
         for o in self.outcomes:
             table.add_row(
                 o.name,
                 f"{o.layer_loss * 1e3:.2f}",
+                f"{o.typical_loss * 1e3:.2f}",
                 f"{o.kl * 1e3:.2f}",
                 f"{o.perplexity:.4f}",
                 f"{np.log2(o.perplexity):.4f}",
@@ -136,22 +139,26 @@ def compare(
     step("calibrate")
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     sites = find_sites(model, evaluation[0], **options)
-    moments = collect_moments(model, calibration, dict.fromkeys(sites), **options)
+    planned = {
+        name: plan(model, rules, evaluation[0], **options) for name, rules in settings.items()
+    }
+    rows = max((p.sample_rows for p in planned.values()), default=0)
+    moments = collect_moments(model, calibration, dict.fromkeys(sites), rows=rows, **options)
     reference = reference_logits(model, evaluation, call=call)
     original = score(model, evaluation, reference, call=call)
     outcomes, models = [], {}
-    for name, rules in settings.items():
+    for name in settings:
         step(name)
         start = time.perf_counter()
-        planned = plan(model, rules, evaluation[0], **options)
-        chosen = {item.site: moments[_site_of(item.site, sites)] for item in planned.sites}
-        models[name], report = quantize_with(model, planned, chosen, evaluation[0], **options)
+        todo = planned[name]
+        chosen = {item.site: moments[_site_of(item.site, sites)] for item in todo.sites}
+        models[name], report = quantize_with(model, todo, chosen, evaluation[0], **options)
         measured = score(models[name], evaluation, reference, call=call)
-        losses = [r.relative_loss for r in report.layers if r.relative_loss is not None]
         seconds = time.perf_counter() - start
-        outcomes.append(
-            Outcome(name, float(np.mean(losses)), measured.kl, measured.perplexity, seconds, report)
-        )
+        losses = [(r.relative_loss, r.typical_loss) for r in report.layers]
+        layer_loss, typical = np.mean(np.array(losses, float), axis=0).tolist()
+        kl, perplexity = measured.kl, measured.perplexity
+        outcomes.append(Outcome(name, layer_loss, typical, kl, perplexity, seconds, report))
     return Study(original, outcomes), models
 
 

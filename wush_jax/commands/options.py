@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 import numpy as np
 import tyro
 
-from wush_jax import formats, recipe
+from wush_jax import formats, presets, recipe
 from wush_jax.demo import token_batches
 from wush_jax.recipe import Recipe, Rules
 from wush_jax.tensor_folder import TensorFolder
@@ -23,10 +23,11 @@ FORMATS = {
 }
 NAMED: dict[str, Any] = {
     "format": Literal[tuple(FORMATS)],
-    "activation_format": Literal[("same", "none", *FORMATS)],
+    "activation_format": Literal[("same", "tuned", "none", *FORMATS)],
     "transform": Literal[recipe.TRANSFORMS],
     "solver": Literal[recipe.SOLVERS],
     "scale_search": Literal[recipe.SCALE_SEARCHES],
+    "input_error": Literal[recipe.INPUT_ERRORS],
 }
 
 
@@ -42,8 +43,13 @@ def _recipe_flags() -> dict[str, Any]:
 
 #: Fields of a `Recipe` that were given; the others are the preset's.
 RecipeFlags = TypedDict("RecipeFlags", _recipe_flags(), total=False)  # type: ignore[misc]  # made
-PRESETS: Mapping[str, Recipe] = {"default": Recipe()}
-Preset = Literal["default"]
+PRESETS: Mapping[str, Recipe] = {
+    "default": Recipe(),
+    "paper": presets.PAPER,
+    "best": presets.BEST,
+    "best-wide": presets.BEST_WIDE,
+}
+Preset = Literal["default", "paper", "best", "best-wide"]
 
 
 def recipe_of(preset: str, flags: Mapping[str, Any]) -> Recipe:
@@ -54,7 +60,9 @@ def recipe_of(preset: str, flags: Mapping[str, Any]) -> Recipe:
     changes = dict(flags)
     for name in ("format", "activation_format"):
         if name in changes:
-            changes[name] = {**FORMATS, "same": "same", "none": None}[changes[name]]
+            changes[name] = {**FORMATS, "same": "same", "tuned": "tuned", "none": None}[
+                changes[name]
+            ]
     return PRESETS[preset].replace(**changes)
 
 
