@@ -92,7 +92,16 @@ CASES = {
 STATIC = {"Format", "Recipe", "MXFP4", "NVFP4", "INT4", "INT8", "MXFP8", "MXFP6"}
 RESULTS = {"QuantizedArray", "PackedWeight"}  # what the cases above take and return
 # Models and files; tested with them.
-HOST = {"Sequential", "choose_recipes", "kl_divergence", "load", "perplexity", "plan", "quantize_model", "save"}
+HOST = {
+    "Sequential",
+    "choose_recipes",
+    "kl_divergence",
+    "load",
+    "perplexity",
+    "plan",
+    "quantize_model",
+    "save",
+}
 each = pytest.mark.parametrize("name", CASES)
 
 
