@@ -26,8 +26,9 @@ CODE_LINES = 16
 E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (14, 2, 1, 0), (13, 11, 10, 9))
 INT4_BITS = tuple(tuple(4 * i + b for b in (3, 2, 1, 0)) for i in range(4))
 # MXFP4: the largest exponent of a tensor is stored as this byte; codes of groups so far below it
-# that their byte would be negative count as zero.
-TOP = 120
+# that their byte would be negative count as zero. Above HIGHEST the unit would overflow: tensors
+# that reach beyond store larger bytes.
+TOP, HIGHEST = 120, 247
 
 
 @jax.tree_util.register_dataclass
@@ -148,7 +149,8 @@ def from_interchange(codes, scales, fmt):
 def to_interchange(records, unit, fmt, shape):
     """Undo `from_interchange`: packed codes (N, K/2) and scales (N, K/g) of equal value.
 
-    Zeros lose their sign, and groups of zeros may come back with another scale.
+    Zeros lose their sign, groups of zeros may come back with another scale, those of NaN with
+    other codes.
     """
     c = carrier(fmt)
     n, k = shape
@@ -179,20 +181,22 @@ def _stored_scales(c: Carrier, codes, scales, fmt):
     byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
     if c.kind == "mxfp4":
         finite = byte != 255
-        top = jnp.maximum(jnp.max(jnp.where(used & finite, byte, 0)), 1)
+        byte = jnp.maximum(byte, 1)  # the lowest two bytes are both 2**-126, as in the format
+        top = jnp.clip(jnp.max(jnp.where(used & finite, byte, 0)), 1, HIGHEST)
         shifted = byte - top + TOP
-        stored = jnp.where(finite, jnp.clip(shifted, 0, TOP), 129)
+        stored = jnp.where(finite, jnp.clip(shifted, 0, TOP + 254 - HIGHEST), 129)
         # 2**(top - TOP): two steps, since the result may be subnormal
         half = (top - TOP) // 2
         unit = _exp2(half) * _exp2(top - TOP - half)
-        return stored.astype(jnp.uint32), used & (shifted >= 0) | ~finite, unit
+        # 129 becomes an infinity, which makes NaN of a zero only.
+        return stored.astype(jnp.uint32), used & (shifted >= 0) & finite, unit
     exponent, mantissa = byte >> 3, byte & 7
     # A subnormal m * 2**-9 becomes normal: its leading bit moves out of the mantissa.
     lift = jnp.where(mantissa >= 4, 1, jnp.where(mantissa >= 2, 2, 3))
     normal = ((exponent + 9) << 3) | mantissa
     lifted = ((10 - lift) << 3) | ((mantissa << lift) & 7)
     stored = jnp.where(exponent > 0, normal, lifted)
-    stored = jnp.where(byte == 0x7F, 0xDF, stored)
+    stored = jnp.where(byte & 0x7F == 0x7F, 0xDF, stored)  # NaN, of either sign
     return stored.astype(jnp.uint32), used & (byte > 0), jnp.float32(2.0**9)
 
 
