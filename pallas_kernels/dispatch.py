@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from pallas_kernels import matmul, mosaic_gpu, reference, repack, xla
+from pallas_kernels import matmul, mosaic_gpu, reference, repack, xla, xla_fp8
 
 Implementation = str | Sequence[str] | None
 
@@ -53,8 +53,8 @@ def transform_quantize(
     if layout not in repack.LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose from {repack.LAYOUTS}")
     x, transform, global_scale = jax.lax.stop_gradient((x, transform, global_scale))
-    if implementation is None and jax.default_backend() != "gpu":
-        implementation = ("mosaic_gpu", "reference")  # "xla" gains nothing on a CPU
+    if implementation is None:
+        implementation = _candidates()
     return _first_able(
         "transform_quantize",
         {
@@ -92,7 +92,9 @@ def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementatio
       packed: quantized weight of shape (N, K), the same kind of object or `fragments.Fragments`
         (what the kernels read), or one that holds it as ``weight``.
       out_dtype: of the result; default x's dtype, float32 for quantized activations.
-      implementation: as for `transform_quantize`.
+      implementation: as for `transform_quantize`: "mosaic_gpu" (packed weights in the kernels'
+        layout, Hopper), "xla" (weights expanded to bfloat16 by the call), "reference"; only on
+        request "xla_fp8" (MXFP4 by MXFP4: weights expanded to FP8 by the call).
 
     Returns:
       (..., M, N).
@@ -105,8 +107,13 @@ def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementatio
     _check_inner(x.shape, weight.shape)
     return _first_able(
         "quantized_matmul",
-        {"mosaic_gpu": matmul.quantized_matmul, "reference": reference.quantized_matmul},
-        implementation,
+        {
+            "mosaic_gpu": matmul.quantized_matmul,
+            "xla": xla.quantized_matmul,
+            "reference": reference.quantized_matmul,
+            "xla_fp8": xla_fp8.quantized_matmul,
+        },
+        _candidates() if implementation is None else implementation,
         lambda run: run(x, weight, out_dtype=out_dtype),
     )
 
@@ -152,11 +159,20 @@ def transform_quantize_matmul(
         "transform_quantize_matmul",
         {
             "mosaic_gpu": matmul.transform_quantize_matmul,
+            "xla": xla.transform_quantize_matmul,
             "reference": reference.transform_quantize_matmul,
+            "xla_fp8": xla_fp8.transform_quantize_matmul,
         },
-        implementation,
+        _candidates() if implementation is None else implementation,
         lambda run: run(x, transform, weight, fmt, global_scale=global_scale, out_dtype=out_dtype),
     )
+
+
+def _candidates() -> tuple[str, ...]:
+    """What is tried, in order, where nothing is forced."""
+    if jax.default_backend() == "gpu":
+        return "mosaic_gpu", "xla", "reference"
+    return "mosaic_gpu", "reference"  # "xla" gains nothing on a CPU
 
 
 def _first_able(

@@ -9,6 +9,8 @@ bfloat16 number times 2**-126; the scale brings the power back, so that the prod
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -75,7 +77,7 @@ def to_bfloat16(c: fragments.Carrier):
     def expand(_, record):
         layout = fa.WGMMA_LAYOUT
         outs = [np.empty(layout.registers_shape(shape), dtype=object) for _ in range(operands(c))]
-        for step, registers in enumerate(_fragments(c, record)):
+        for step, registers in enumerate(fragments_of(c, record)):
             for which, register in enumerate(registers):
                 column, half = divmod(which % 4, 2)
                 two = utils.bitcast(register, ir.VectorType.get((2,), ir.BF16Type.get()))
@@ -121,32 +123,36 @@ def multiply(c: fragments.Carrier, tokens: int):
             chunk = arith.xori(arith.addi(matrix, const(4 * (pair % 2))), row)
             at = arith.addi(address, arith.muli(chunk, const(16)))
             at = arith.addi(at, const(2048 * tile + 1024 * (pair // 2)))
-            x_parts[pair, tile] = _asm(
+            x_parts[pair, tile] = asm(
                 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
                 4,
                 at,
                 volatile=True,
             )
-        steps = _fragments(c, record)
-        for step, registers in enumerate(steps):
+        for step, registers in enumerate(fragments_of(c, record)):
             out = chains[step % len(chains)]
             for tile in range(tokens // 8):
                 halves = x_parts[step // 2, tile][2 * (step % 2) :][:2]
+                places = [(0, tile, 0, 0, half, 0, 0, 0, 0) for half in (0, 1)]
                 for first in range(0, len(registers), 4):
-                    at = [(0, tile, 0, 0, half, 0, 0, 0, 0) for half in (0, 1)]
-                    c_in = [llvm.extractelement(out[i], const(e)) for i in at for e in (0, 1)]
-                    c_out = _mma(c_in, registers[first : first + 4], halves)
-                    for which, i in enumerate(at):
-                        pair = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
-                        for e in (0, 1):
-                            pair = llvm.insertelement(pair, c_out[2 * which + e], const(e))
-                        out[i] = pair
+                    before = [llvm.extractelement(out[i], const(e)) for i in places for e in (0, 1)]
+                    after = _mma(before, registers[first : first + 4], halves)
+                    for place, two in zip(places, (after[:2], after[2:]), strict=True):
+                        out[place] = _pair(*two)
         out = chains[0]
         for i in np.ndindex(out.shape) if len(chains) == 2 else ():
             out[i] = arith.addf(out[i], chains[1][i])
         return fa.FragmentedArray(_registers=out, _layout=sums.layout, _is_signed=None)
 
     return run
+
+
+def _pair(low, high):
+    """Two float32 values as a vector."""
+    vector = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
+    for e, value in enumerate((low, high)):
+        vector = llvm.insertelement(vector, value, const(e))
+    return vector
 
 
 def _mma(sums, weights, x):
@@ -157,18 +163,18 @@ def _mma(sums, weights, x):
         " {$8,$9}, {$10,$11,$12,$13};"
     )
     constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
-    out = llvm.inline_asm(kind, [*weights, *x, *sums], code, constraints)
+    out = cast(ir.Value, llvm.inline_asm(kind, [*weights, *x, *sums], code, constraints))
     return [llvm.extractvalue(ir.F32Type.get(), out, [i]) for i in range(4)]
 
 
-def _fragments(c: fragments.Carrier, record):
+def fragments_of(c: fragments.Carrier, record):
     """The registers of each step of 16 columns: four, or eight for two operands."""
     words, scales = _load(c, record)
     utils.warpgroup_barrier()
     for step, word in enumerate(words):
         group = step * c.groups // len(words)
         pair = [_scale(c, scales[half], group) for half in (0, 1)]
-        yield _asm(INT4 if c.kind == "int4" else E2M1, 4 * operands(c), word, *pair)
+        yield asm(INT4 if c.kind == "int4" else E2M1, 4 * operands(c), word, *pair)
 
 
 def plain(c: fragments.Carrier, record):
@@ -218,26 +224,29 @@ def _scale(c: fragments.Carrier, words, group):
     """The bfloat16 scale of one group, twice in a register."""
     if c.kind == "int4":
         word, selector = words[group // 2], HALF[group % 2]
-        return _asm(f"prmt.b32 $0,$1,$1,{selector};", 1, word)[0]
+        return asm(f"prmt.b32 $0,$1,$1,{selector};", 1, word)[0]
     shift, base = SPREAD[c.kind]
     word, selector = words[group // 4], BYTE[group % 4]
     code = (
         f"{{ .reg .b32 t; prmt.b32 t,$1,0,{selector};"
         f" mad.lo.u32 $0,t,{1 << shift},{base * 0x10001}; }}"
     )
-    return _asm(code, 1, word)[0]
+    return asm(code, 1, word)[0]
 
 
 def _shared(address, count):
     """Load ``count`` consecutive words, at once."""
     names = ",".join(f"${i}" for i in range(count))
-    return _asm(f"ld.shared.v{count}.b32 {{{names}}}, [${count}];", count, address, volatile=True)
+    return asm(f"ld.shared.v{count}.b32 {{{names}}}, [${count}];", count, address, volatile=True)
 
 
-def _asm(code, results, *arguments, volatile=False):
+def asm(code, results, *arguments, volatile=False):
     """A PTX block with several 32-bit results."""
     # "&": the block writes results while it still reads its operands
     constraints = ",".join(["=&r"] * results + ["r"] * len(arguments))
     kind = i32() if results == 1 else llvm.StructType.get_literal([i32()] * results)
-    out = llvm.inline_asm(kind, list(arguments), code, constraints, has_side_effects=volatile)
+    out = cast(
+        ir.Value,
+        llvm.inline_asm(kind, list(arguments), code, constraints, has_side_effects=volatile),
+    )
     return [out] if results == 1 else [llvm.extractvalue(i32(), out, [i]) for i in range(results)]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import mosaic_gpu, xla
 from pallas_kernels.fragments import Fragments
 
 FEW = 16  # tokens up to which a call is bound by reading the weights
@@ -46,7 +45,7 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     codes, scales = mosaic_gpu.launch(
         x, transform, fmt, global_scale=global_scale, layout="interchange", device=device
     )
-    parts = exact_parts(codes, scales, fmt)
+    parts = xla.exact_parts(codes, scales, fmt)
     return launch(
         parts, weight, out_dtype=out_dtype or x.dtype, factor=1 / jnp.float32(global_scale)
     )
@@ -54,13 +53,13 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
 
 def launch(x, weight, *, out_dtype=None, factor=1.0):
     """As `quantized_matmul`, without asking for a device; x may be a tuple of summands."""
-    from pallas_kernels import matmul_kernel
+    from pallas_kernels import matmul_kernel, tiled_kernel
 
     check_weight(weight)
     if hasattr(x, "codes"):
         out_dtype = out_dtype or jnp.float32
         factor = factor / x.global_scale
-        x = exact_parts(x.codes, x.scales, x.format)
+        x = xla.exact_parts(x.codes, x.scales, x.format)
     elif not isinstance(x, tuple):
         if x.dtype != jnp.bfloat16:
             raise NotImplementedError(f"x has dtype {x.dtype}: the kernels multiply bfloat16")
@@ -68,29 +67,19 @@ def launch(x, weight, *, out_dtype=None, factor=1.0):
     lead, k = x[0].shape[:-1], x[0].shape[-1]
     m, n = math.prod(lead), weight.shape[0]
     dtype = jnp.dtype(out_dtype or x[0].dtype)
-    if dtype.name not in ("float32", "bfloat16", "float16") or m == 0 or k % 8:
-        raise NotImplementedError(
-            f"no kernel for x {x[0].shape} and out_dtype={dtype.name}: K must be a multiple of 8"
-        )
+    if dtype.name not in ("float32", "bfloat16", "float16") or m == 0:
+        raise NotImplementedError(f"no kernel for x {x[0].shape} and out_dtype={dtype.name}")
     rows = jnp.concatenate([part.reshape(m, k) for part in x])
-    if rows.shape[0] > FEW:
-        raise NotImplementedError(f"{rows.shape[0]} rows of activations: more than {FEW}")
-    scale = factor * weight.unit / weight.global_scale
-    split = choose(rows.shape[0], *weight.records.shape[:2])
-    wide = dtype if len(x) == 1 else jnp.float32
-    y = matmul_kernel.matmul(rows, weight.records, scale, weight.format, n, split, out_dtype=wide)
+    if k % 64:  # TMA's view of a swizzled tile splits K by 64 columns
+        rows = jnp.pad(rows, ((0, 0), (0, -k % 64)))
+    operands = (rows, weight.records, factor * weight.unit / weight.global_scale, weight.format, n)
+    wide = dtype if len(x) == 1 else jnp.dtype(jnp.float32)
+    shape = (rows.shape[0], *weight.records.shape[:2])
+    if rows.shape[0] <= FEW:
+        y = matmul_kernel.matmul(*operands, choose(*shape), out_dtype=wide)
+    else:
+        y = tiled_kernel.matmul(*operands, choose_tiling(*shape), out_dtype=wide)
     return y.reshape(len(x), *lead, n).sum(0).astype(dtype) if len(x) > 1 else y.reshape(*lead, n)
-
-
-def exact_parts(codes, scales, fmt) -> tuple[jax.Array, ...]:
-    """Quantized values times their global scale as a sum of bfloat16 arrays, without error."""
-    values = fmt.decode(fmt.unpack(codes), scales, jnp.float32(1))
-    first = values.astype(jnp.bfloat16)
-    if fmt.element.name == "e2m1":  # 2 + 4 significant bits at most
-        return (first,)
-    # Rounding by hand: compilers may delete a cast to bfloat16 and back.
-    first = jax.lax.reduce_precision(values, 8, 7)
-    return first.astype(jnp.bfloat16), (values - first).astype(jnp.bfloat16)
 
 
 def check_weight(weight) -> None:
@@ -114,4 +103,16 @@ def choose(tokens: int, tiles: int, steps: int):
     while ways > 1 and steps < 2 * ways:
         ways //= 2
     narrow = 8 if tokens <= 8 else 16
-    return Split(narrow, 2, 4, ways, clusters, 6 if ways > 1 else 3, False, 1 if ways > 1 else 2)
+    return Split(narrow, 2, 4, ways, clusters, 6 if ways > 1 else 3, 1 if ways > 1 else 2)
+
+
+def choose_tiling(tokens: int, tiles: int, steps: int):
+    """How to divide a call with many tokens: K is cut where tiles are too few for all."""
+    from pallas_kernels.tiled_kernel import Tiling
+
+    width = 64 if tokens <= 64 else 128 if tokens <= 512 else 256
+    tasks = -(-tiles // 2) * -(-tokens // width)
+    cuts = 1
+    while tasks * cuts * 2 <= 132 and steps >= 4 * cuts:
+        cuts *= 2
+    return Tiling(width, warpgroups=2, cuts=cuts)
