@@ -309,7 +309,7 @@ def _checksums(file: Path, metadata: Any, names: set[str]) -> dict[str, int]:
 
 def checksum(values: np.ndarray) -> int:
     """Return the CRC-32 of an array's bytes, in C order."""
-    return zlib.crc32(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
@@ -328,7 +328,7 @@ def _read_values(name: str, entry: Entry, mapped: bool) -> np.ndarray:
             data = np.frombuffer(stream.read(entry.nbytes), np.uint8)
     if len(data) != entry.nbytes:
         raise ValueError(f"{entry.file}: tensor {name!r} is cut off; fetch the file again")
-    if entry.crc32 is not None and zlib.crc32(memoryview(data)) != entry.crc32:
+    if entry.crc32 is not None and zlib.crc32(data.data) != entry.crc32:
         raise ValueError(
             f"{entry.file}: tensor {name!r} is not what was saved, its checksum differs; fetch the "
             "file again"
