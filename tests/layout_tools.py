@@ -11,8 +11,8 @@ from flax import nnx
 
 import wush_jax as wush
 from wush_jax.formats import MXFP4, NVFP4
-from wush_jax.model import swap
 from wush_jax.nnx import dense_layers
+from wush_jax.planning import swap
 
 ROUND_175 = MXFP4.replace(rule="round_175", global_scale=1.0)
 DERIVED = NVFP4.replace(global_scale=None)

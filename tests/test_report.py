@@ -31,7 +31,7 @@ def test_table_shows_every_layer(report):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.table())
     text = console.export_text()
-    assert "2 layers, weights 5.2x smaller" in text
+    assert "2 layers, weights 5.2x smaller: 6.18 bits each" in text  # 8 * 9500 / 12288
     assert "32,768 -> 8,000" in text
     assert "64 x 128" in text
     assert "k *" in text  # shares the transform of q

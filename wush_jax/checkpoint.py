@@ -21,8 +21,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from pallas_kernels.fragments import Fragments
 from wush_jax import model_names
 from wush_jax.folder_writer import SHARD_BYTES, write_folder
+from wush_jax.kernel_layout import pack_for_kernels
 from wush_jax.layouts import layout_of
 from wush_jax.layouts.layout import Content, Layout
 from wush_jax.layouts.wush import LAYOUT as NATIVE
@@ -103,8 +105,12 @@ def content_of(qmodel: nnx.Module, metadata: Mapping[str, Any] | None = None) ->
         name, site = model_names.layer_name(qmodel, dotted(module_path)), None
         if module.transform is not None:
             site = first.setdefault(id(module.transform), name)
-        layers[name] = module.packed
-        records[name] = record_of(name, module.packed, site)
+        packed = module.packed
+        if isinstance(packed.weight, Fragments):
+            # To the host at once: all layers in both layouts may not fit the device.
+            packed = dataclasses.replace(packed, weight=jax.device_get(packed.interchange))
+        layers[name] = packed
+        records[name] = record_of(name, packed, site)
     if not records:
         raise ValueError("qmodel has no quantized layers; pass what quantize_model returned")
     config: dict[str, Any] = getattr(getattr(qmodel, "config", None), "to_dict", dict)()
@@ -170,7 +176,8 @@ def load(
       implementation: of the quantized layers; None lets the dispatch choose.
 
     Returns:
-      The model with `QuantizedDense` layers. Layers saved as one site share one transform.
+      The model with `QuantizedDense` layers. Layers saved as one site share one transform. Layers
+      that this device's kernels serve are in their layout (`wush_jax.kernel_layout`).
 
     Raises:
       ValueError: files that are missing, damaged or hostile, or do not fit the model.
@@ -215,6 +222,7 @@ def load(
     loaded = replace_modules(_hollow(model), replace)
     layers.check_all_built()
     _fill(loaded, folder, place)
+    pack_for_kernels(loaded)
     for name in folder.entries:
         repeated = layout is not NATIVE and name == _repeated_embedding(loaded)
         if name.endswith(layout.skipped) or repeated:

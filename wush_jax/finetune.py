@@ -14,11 +14,11 @@ from flax import nnx
 from wush_jax import linalg
 from wush_jax.batched import over_batch
 from wush_jax.formats import QuantizedArray, fake_quantize, quantize
+from wush_jax.kernel_layout import pack_for_kernels
 from wush_jax.nnx import (
     DENSE_TYPES,
     Dense,
     DenseTypes,
-    Packed,
     QuantizedDense,
     dense_layers,
     replace_modules,
@@ -50,8 +50,7 @@ class LatentDense(nnx.Module):
         """Return the packed layer with the weight as it is now."""
         latent = self.latent[...]
         rounded = over_batch(_round, latent.shape[:-2])(latent, self.twin.packed)
-        self.twin.codes = Packed(rounded.codes)
-        self.twin.scales = Packed(rounded.scales)
+        self.twin.hold(rounded)
         return self.twin
 
 
@@ -129,6 +128,8 @@ def _weight(layers: dict[str, Dense], path: str) -> jax.Array:
 
 def pack(model: nnx.Module) -> nnx.Module:
     """Round the weights of `unpack` for good: a quantized model as `quantize_model` makes it."""
-    return replace_modules(
+    packed = replace_modules(
         model, lambda path, module: module.pack() if isinstance(module, LatentDense) else None
     )
+    pack_for_kernels(packed)
+    return packed

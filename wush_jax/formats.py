@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import reference
+from pallas_kernels.fragments import Fragments
 from wush_jax import numerics, scales
 from wush_jax.numerics import E2M1, E2M3, E4M3, Element, IntElement
 
@@ -286,13 +288,17 @@ def quantize(
     return QuantizedArray(fmt.pack(codes), stored, global_scale, fmt)
 
 
-def dequantize(q: QuantizedArray, dtype=jnp.float32) -> jax.Array:
+def dequantize(q: QuantizedArray | Fragments, dtype=jnp.float32) -> jax.Array:
     """Return the values of a quantized array: ``code_value * scale / global_scale``, (..., K).
+
+    Args:
+      q: the array, in the interchange layout or in that of the matmul kernels.
+      dtype: of the result.
 
     >>> dequantize(quantize(jnp.full((32,), 2.0), MXFP4)).max().item()
     2.0
     """
-    return q.format.decode(q.format.unpack(q.codes), q.scales, q.global_scale).astype(dtype)
+    return reference.dequantize(q).astype(dtype)
 
 
 @jax.custom_jvp

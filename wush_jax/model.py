@@ -12,7 +12,7 @@ from wush_jax.calibrate import Call, Progress, Site, collect_moments, plain_call
 from wush_jax.losses import layer_losses
 from wush_jax.moments import Moments
 from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
-from wush_jax.planning import ModelPlan, measured_rows, plan, quantize_planned, swap
+from wush_jax.planning import ModelPlan, finish, measured_rows, plan, quantize_planned
 from wush_jax.recipe import Rules
 from wush_jax.report import Report
 from wush_jax.sequential import Sequential, quantize_sequentially
@@ -126,6 +126,4 @@ def quantize_with(
         for item in planned.sites
         for row in measured_rows(item, layers, moments[item.site], losses)
     ]
-    dry = planned.report
-    report = Report(rows, dry.skipped, dry.unused_rules, dry.details)
-    return swap(model, layers, packed, implementation), report
+    return finish(model, layers, packed, implementation, rows, planned.report)

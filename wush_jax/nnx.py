@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.fragments import Fragments
 from wush_jax.contraction import Contraction as Contraction
 from wush_jax.formats import QuantizedArray
 from wush_jax.linear import quantized_dot
@@ -135,12 +136,9 @@ class QuantizedDense(nnx.Module):
         self.contraction = dense.contraction
         self.dtype = dense.dtype
         self.kernel_dtype = dense.kernel.dtype
-        self.weight_format = packed.weight.format
         self.input_format = packed.input_format
         self.implementation = implementation
-        self.codes = Packed(packed.weight.codes)
-        self.scales = Packed(packed.weight.scales)
-        self.global_scale = Packed(packed.weight.global_scale)
+        self.hold(packed.weight)
         if transform is None and packed.transform is not None:
             transform = Packed(packed.transform)
         self.transform = nnx.data(transform)
@@ -153,12 +151,26 @@ class QuantizedDense(nnx.Module):
             if not hasattr(self, name):
                 setattr(self, name, value)
 
+    def hold(self, weight: QuantizedArray | Fragments) -> None:
+        """Keep a weight, in the layout that it has, in place of the one before."""
+        self.weight_format = weight.format
+        self.global_scale = Packed(weight.global_scale)
+        self.codes, self.scales = _held(weight, "codes"), _held(weight, "scales")
+        self.records, self.unit = _held(weight, "records"), _held(weight, "unit")
+
     @property
     def packed(self) -> PackedWeight:
-        """The layer's weight as the functional routines take it."""
-        weight = QuantizedArray(
-            self.codes[...], self.scales[...], self.global_scale[...], self.weight_format
-        )
+        """The layer's weight as the functional routines take it, in the layout that is held."""
+        weight: QuantizedArray | Fragments
+        if self.records is None:
+            weight = QuantizedArray(
+                self.codes[...], self.scales[...], self.global_scale[...], self.weight_format
+            )
+        else:
+            weight = Fragments(
+                *(self.records[...], self.unit[...], self.global_scale[...]),
+                *(self.weight_format, self.contraction.shape),
+            )
         transform = None if self.transform is None else self.transform[...]
         scale = None if self.input_global_scale is None else self.input_global_scale[...]
         return PackedWeight(weight, transform, scale, self.input_format)
@@ -188,6 +200,11 @@ class QuantizedDense(nnx.Module):
         if self.bias is not None:
             y = y + self.contraction.bias(jnp.asarray(self.bias[...], y.dtype), y.ndim)
         return self.contraction.outputs(y)
+
+
+def _held(weight: QuantizedArray | Fragments, name: str) -> Any:
+    """Return a weight's array in a variable, or None where its layout has no such array."""
+    return nnx.data(Packed(getattr(weight, name)) if hasattr(weight, name) else None)
 
 
 def dense_view(module: nnx.Module, dense_types: DenseTypes = DENSE_TYPES) -> Dense | None:

@@ -106,14 +106,15 @@ def layer_tensors(name: str, packed: PackedWeight) -> dict[str, Any]:
     >>> sorted(layer_tensors("up", packed))[-3:]
     ['up.scale_quant', 'up.transform', 'up.weight_global_scale']
     """
+    weight = packed.interchange
     tensors = {
-        _codes_name(name, packed.weight.format): packed.weight.codes,
-        f"{name}.scale_quant": packed.weight.scales,
+        _codes_name(name, weight.format): weight.codes,
+        f"{name}.scale_quant": weight.scales,
     }
     if packed.transform is not None:
         tensors[f"{name}.transform"] = packed.transform
     inputs = packed.input_global_scale
-    constants = _constants(packed.weight.global_scale, inputs, packed.input_format)
+    constants = _constants(weight.global_scale, inputs, packed.input_format)
     return tensors | {f"{name}.{key}": value for key, value in constants.items()}
 
 

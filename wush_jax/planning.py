@@ -25,6 +25,7 @@ from wush_jax.calibrate import (
     plain_call,
 )
 from wush_jax.costs import SiteCost, total_costs
+from wush_jax.kernel_layout import pack_for_kernels
 from wush_jax.losses import LayerLoss
 from wush_jax.moments import Moments
 from wush_jax.nnx import (
@@ -233,6 +234,25 @@ def swap(
         )
 
     return replace_modules(model, quantized)
+
+
+def finish(
+    model: nnx.Module,
+    layers: dict[str, Dense],
+    packed: dict[str, PackedWeight],
+    implementation: str | None,
+    rows: Sequence[LayerReport],
+    dry: Report,
+) -> tuple[nnx.Module, Report]:
+    """Return the quantized model, laid out for this device's kernels, and its report.
+
+    ``packed`` is emptied, so that every weight is freed once it is laid out.
+    """
+    quantized = swap(model, layers, packed, implementation)
+    packed.clear()
+    gained = pack_for_kernels(quantized)
+    rows = [replace(row, bytes_after=row.bytes_after + gained.get(row.path, 0)) for row in rows]
+    return quantized, Report(rows, dry.skipped, dry.unused_rules, dry.details)
 
 
 def _check_fits(item: SitePlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,11 @@ class Report:
         """Bytes of the weights and transforms after."""
         return sum(layer.bytes_after for layer in self.layers)
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of codes, scales, transforms and padding for each quantized weight."""
+        return 8 * self.bytes_after / max(sum(math.prod(m.shape) for m in self.layers), 1)
+
     def table(self) -> Table:
         """Return a `rich` table, one row a layer."""
         table = Table(title=self._title())
@@ -129,7 +135,8 @@ class Report:
 
     def _title(self) -> str:
         ratio = self.bytes_before / max(self.bytes_after, 1)
-        return f"{len(self.layers)} layers, weights {ratio:.1f}x smaller"
+        bits = self.bits_per_weight
+        return f"{len(self.layers)} layers, weights {ratio:.1f}x smaller: {bits:.2f} bits each"
 
     def _caption(self) -> str:
         lines = ["* shares the transform of the site's first layer"] if self._has_sharing() else []

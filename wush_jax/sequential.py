@@ -30,6 +30,7 @@ from wush_jax.nnx import DENSE_TYPES, Dense, DenseTypes, dense_layers
 from wush_jax.planning import (
     ModelPlan,
     SitePlan,
+    finish,
     measured_rows,
     packed_like,
     plan,
@@ -175,9 +176,7 @@ def quantize_sequentially(
         packed, new_rows = run.quantize_stage(half, everything, rest, chunks, batches[0], **options)
         finished |= packed
         rows += new_rows
-    dry = planned.report
-    report = Report(rows, dry.skipped, dry.unused_rules, dry.details)
-    return swap(model, everything, finished, implementation), report
+    return finish(model, everything, finished, implementation, rows, planned.report)
 
 
 class _Counter:

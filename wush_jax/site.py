@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.fragments import Fragments
 from wush_jax import linalg, noise, scale_search, transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
 from wush_jax.gptq import gptq
@@ -32,13 +33,14 @@ class PackedWeight:
     ``y = dequantize(q(x T_X^T)) @ dequantize(weight)^T``
 
     Attributes:
-      weight: `QuantizedArray` (N, K), in transformed coordinates.
+      weight: (N, K) in transformed coordinates: a `QuantizedArray`, or `Fragments` where the
+        matmul kernels are to read it.
       transform: T_X, (K/d, d, d), or (d, d) shared by all blocks, or None for the identity.
       input_global_scale: global scale of the activations, float32 scalar, or None for the format's.
       input_format: format of the activations, or None to leave them unquantized; static.
     """
 
-    weight: QuantizedArray
+    weight: QuantizedArray | Fragments
     transform: jax.Array | None
     input_global_scale: jax.Array | None
     input_format: Format | None = field(metadata={"static": True})
@@ -52,6 +54,18 @@ class PackedWeight:
     def nbytes(self) -> int:
         """Bytes of the weight and its transform."""
         return self.weight.nbytes + (0 if self.transform is None else self.transform.nbytes)
+
+    @property
+    def interchange(self) -> QuantizedArray:
+        """The weight as codes and scales, which files hold."""
+        if isinstance(self.weight, QuantizedArray):
+            return self.weight
+        return _interchange(self.weight)
+
+
+@jax.jit
+def _interchange(weight: Fragments) -> QuantizedArray:
+    return QuantizedArray(*weight.interchange, weight.global_scale, weight.format)
 
 
 def quantize_weight(

@@ -156,12 +156,13 @@ def _write(content: Content, layout: str) -> tuple[dict[str, Any], dict[str, Any
         block, ratio = hadamard.block_of(name, packed.transform, layout)
         blocks.append(block)
         formats.append(record.input_format is not None)
-        tensors[f"{name}.weight_packed"] = packed.weight.codes
+        weight = packed.interchange
+        tensors[f"{name}.weight_packed"] = weight.codes
         if layout == MX:
             _check_no_scale(name, record, ratio)
-            tensors[f"{name}.weight_scale"] = shared.bits_of(packed.weight.scales)
+            tensors[f"{name}.weight_scale"] = shared.bits_of(weight.scales)
             continue
-        tensors[f"{name}.weight_scale"] = packed.weight.scales
+        tensors[f"{name}.weight_scale"] = weight.scales
         scales[name] = _global_scales(name, record, ratio)
         for key, value in zip(("weight", "input"), scales[name], strict=True):
             if value is not None:

@@ -143,10 +143,11 @@ def _write(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
         dtypes.append(dtype)
         blocks.append(len(matrix))
         kinds.append(_kind(matrix))
+        weight = packed.interchange
         weight_scale = shared.scalar_scale(name, record.global_scale, NAME)
         tensors |= {
-            f"{name}.qweight": packed.weight.codes,
-            f"{name}.scales": shared.bits_of(packed.weight.scales),
+            f"{name}.qweight": weight.codes,
+            f"{name}.scales": shared.bits_of(weight.scales),
             f"{name}.forward_hadamard_matrix": matrix,
             f"{name}.backward_hadamard_matrix": matrix,
             f"{name}.weight_global_scale": np.reshape(weight_scale, 1),

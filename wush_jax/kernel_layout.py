@@ -1,0 +1,126 @@
+"""Quantized layers in the layout that this device's matmul kernels read, and back.
+
+Layers hold one layout at a time: codes and scales, which files and every other device know, or the
+records of `pallas_kernels.fragments`. Values are equal, bit for bit but for the sign of zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import fragments, mosaic_gpu
+from pallas_kernels.fragments import Fragments
+from wush_jax.formats import QuantizedArray, dequantize
+from wush_jax.linear import quantized_dot
+from wush_jax.nnx import QuantizedDense, dotted
+from wush_jax.site import PackedWeight
+
+
+def pack_for_kernels(model: nnx.Module, *, force: bool = False) -> dict[str, int]:
+    """Lay out a model's quantized layers for the kernels, in place, one at a time.
+
+    A layer changes where this device's kernels serve its calls, where its weight is one matrix on
+    one device, and where records hold each of its values; all others stay as they are. Without a
+    Hopper GPU that is all of them. `wush_jax.quantize_model` and `wush_jax.load` end with this;
+    ``implementation="reference"`` there keeps codes and scales.
+
+    Args:
+      model: any NNX module; codes and scales are freed unless something else holds them.
+      force: also where no kernel would read the records, for checks.
+
+    Returns:
+      The bytes that each changed layer gained, by path: its padding to whole records.
+
+    >>> from wush_jax import Recipe, quantize_weight
+    >>> from wush_jax.nnx import dense_layers
+    >>> dense = dense_layers(nnx.Linear(128, 48, rngs=nnx.Rngs(0)))[0][""]
+    >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
+    >>> model = nnx.List([QuantizedDense(dense, packed)])
+    >>> pack_for_kernels(model, force=True)
+    {'0': 1092}
+    >>> unpack_from_kernels(model)
+    >>> bool((model[0].codes[...] == packed.weight.codes).all())
+    True
+    """
+    gained = {}
+    for path, layer in nnx.iter_modules(model):
+        if not isinstance(layer, QuantizedDense) or not (force or _is_served(layer)):
+            continue
+        weight = layer.packed.weight
+        laid = _laid_out(weight)
+        if laid is not None:
+            gained[dotted(path)] = laid.nbytes - weight.nbytes
+            layer.hold(laid)
+    return gained
+
+
+def unpack_from_kernels(model: nnx.Module) -> None:
+    """Give a model's quantized layers codes and scales again, in place, one at a time.
+
+    Args:
+      model: any NNX module.
+    """
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, QuantizedDense):
+            layer.hold(layer.packed.interchange)
+
+
+def _laid_out(weight: QuantizedArray | Fragments) -> Fragments | None:
+    """Return a weight's records, or None where there are none for it."""
+    if len(weight.shape) != 2 or len(_devices(weight)) != 1:
+        return None
+    try:
+        laid = fragments.lay_out(weight)
+    except NotImplementedError:
+        return None
+    return laid if bool(_equal(weight, laid)) else None
+
+
+def _devices(weight: QuantizedArray | Fragments) -> set[jax.Device]:
+    """Where the codes are; nowhere, if they are on the host, or records."""
+    codes = getattr(weight, "codes", None)
+    return codes.devices() if isinstance(codes, jax.Array) else set()
+
+
+@jax.jit
+def _equal(weight: QuantizedArray, laid: Fragments) -> jax.Array:
+    one, two = dequantize(weight), dequantize(laid)
+    return jnp.all((one == two) | (jnp.isnan(one) & jnp.isnan(two)))
+
+
+def _is_served(layer: QuantizedDense) -> bool:
+    """Whether the kernels of this device take a token of a layer, if its weight is laid out."""
+    if layer.implementation not in (None, "mosaic_gpu"):
+        return False
+    try:
+        mosaic_gpu.require_hopper()
+    except NotImplementedError:
+        return False
+    if {d.platform for d in _devices(layer.packed.weight)} != {jax.default_backend()}:
+        return False
+    # A layer without a dtype of its own promotes its input to that of the kernel it had.
+    dtype = jnp.dtype(layer.dtype or layer.kernel_dtype)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), layer.packed)
+    return _takes(shapes, dtype)
+
+
+@functools.cache
+def _takes(packed: PackedWeight, dtype) -> bool:
+    """Ask the dispatch itself, for one token: shapes alone."""
+
+    def call(x, packed):
+        laid = fragments.lay_out(packed.weight)
+        packed = PackedWeight(
+            laid, packed.transform, packed.input_global_scale, packed.input_format
+        )
+        return quantized_dot(x, packed, implementation="mosaic_gpu")
+
+    try:
+        jax.eval_shape(call, jax.ShapeDtypeStruct((1, packed.shape[-1]), dtype), packed)
+    except NotImplementedError:
+        return False
+    return True
