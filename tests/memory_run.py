@@ -6,6 +6,7 @@ python memory_run.py run FOLDER OUT [SOLVER]     quantizes it, prints MiB as JSO
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -64,6 +65,7 @@ def run(folder, out, solver="rtn"):
     jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
     base = status("VmRSS")
     recipe = wush.Recipe(transform="wush", solver=solver)
+    tracemalloc.start()  # what the host allocates: neither devices nor the runtime
     quantize_folder(folder, out, batches, recipe, dtype=jnp.bfloat16)
     found = {
         "device": jax.devices()[0].device_kind,
@@ -72,6 +74,7 @@ def run(folder, out, solver="rtn"):
         "hidden": 2 * BATCH * LENGTH * tensors.config.hidden_size * 2 / MIB,
         "base": base,
         "peak": status("VmHWM"),
+        "host": tracemalloc.get_traced_memory()[1] / MIB,
     }
     print(json.dumps({key: v if isinstance(v, str) else round(v, 1) for key, v in found.items()}))
 

@@ -1,9 +1,14 @@
 """A folder quantized layer by layer: the same files as with the whole model in memory."""
 
 import dataclasses
+import gc
 import json
+import subprocess
+import sys
 
+import jax
 import jax.numpy as jnp
+import memory_run
 import numpy as np
 import pytest
 from test_hugging_face import write
@@ -107,3 +112,38 @@ def test_mistakes_are_named_before_any_work(source, tmp_path):
     (tmp_path / "bare" / "config.json").write_text(json.dumps(UNTIED.to_dict()))
     with pytest.raises(ValueError, match="neither"):
         quantize_folder(tmp_path / "bare", tmp_path / "new", BATCHES, BODY)
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path):
+    """Of eight layers' weights no more than one is on the devices whenever progress is told."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=8)
+    source = write(tmp_path, config, to_tensors(random_model(config)), 2)
+    layer = sum(t.nbytes for n, t in to_tensors(random_model(config)).items() if ".layers.0." in n)
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    peaks = []
+
+    def look(done, total, what):
+        peaks.append(sum(a.nbytes for a in jax.live_arrays() if id(a) not in before))
+
+    quantize_folder(source, tmp_path / "out", BATCHES, BODY, progress=look)
+    assert max(peaks) < 2 * layer, (max(peaks), layer)
+
+
+@pytest.mark.slow
+def test_host_memory_is_that_of_a_layer(tmp_path):
+    """Wider layers take, at the peak, 1.5 times what they are larger, and their activations."""
+    figures = []
+    for width in (256, 1024):
+        folder, out = tmp_path / f"{width}", tmp_path / f"{width}-out"
+        for arguments in (["make", folder, "3", width], ["run", folder, out]):
+            done = subprocess.run(
+                [sys.executable, memory_run.__file__, *map(str, arguments)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        figures.append(json.loads(done.stdout))
+    small, large = figures
+    more = {key: large[key] - small[key] for key in ("layer", "hidden", "host")}
+    assert more["host"] < 1.5 * more["layer"] + more["hidden"], figures
