@@ -1,8 +1,8 @@
 """Device time of the kernels: ``python -m pallas_kernels.bench`` on one GPU.
 
-Each call finds a cold L2: an array of 1 GiB is rewritten just before. Times are CUPTI's, of the
-kernels alone, medians. The floor is the least traffic of the call at the rate of the fastest copy
-measured in the same run; the results are compared with the jitted definition in the same run.
+Each call finds a cold L2 (`measure`). For ``transform_quantize`` the floor is the least traffic of
+the call at the rate of the fastest copy measured in the same run, and results are compared with the
+jitted definition; ``--matmul`` measures the products (`bench_matmul`).
 """
 
 from __future__ import annotations
@@ -11,51 +11,15 @@ import argparse
 import dataclasses
 import importlib
 import json
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import mosaic_gpu, reference, xla
+from pallas_kernels import bench_matmul, mosaic_gpu, reference, xla
 from pallas_kernels.cases import BENCH, Case
+from pallas_kernels.measure import copy_rate, device_time
 from pallas_kernels.tiles import SHARED_MEMORY, Tiles
-
-GIB = 1 << 30
-
-
-def device_time(function, *arguments, repeats: int = 9) -> float:
-    """Return the median device time in seconds of a call that finds a cold L2."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    @jax.jit
-    def cold(flush, arguments):
-        # The barrier makes the call wait for the rewrite.
-        flush, arguments = jax.lax.optimization_barrier((flush + 1, arguments))
-        return flush, function(*arguments)
-
-    flush = jnp.zeros((GIB // 4,), jnp.float32)
-    measured = profiler.measure(cold, aggregate=False)
-    times = []
-    for _ in range(repeats):
-        (flush, _), kernels = measured(flush, arguments)
-        milliseconds: list[float] = [time for _, time in kernels or ()]
-        times.append(sum(milliseconds[1:]) / 1e3)
-    return statistics.median(times)
-
-
-def copy_rate() -> float:
-    """Return the rate in bytes per second, read and written, of the fastest copy of 1 GiB."""
-    x = jnp.ones((GIB // 2,), jnp.bfloat16)
-    copy = jax.jit(jnp.copy)
-    jax.block_until_ready(copy(x))
-    best = device_time(lambda y: y + 1, x, repeats=3)
-    for _ in range(3):
-        start = time.perf_counter()
-        jax.block_until_ready([copy(x) for _ in range(8)])
-        best = min(best, (time.perf_counter() - start) / 8)
-    return 2 * GIB / best
 
 
 def mismatch(function, case: Case, fmt) -> tuple[float, float]:
@@ -179,6 +143,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--rows", type=int, nargs="*", help="only cases with these M")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the XLA versions")
     parser.add_argument("--tune", action="store_true", help="measure tiles, write a table")
+    parser.add_argument("--matmul", action="store_true", help="measure products, whole layers")
     parser.add_argument("--output", help="JSON file for the rows, or for the table")
     options = parser.parse_args(arguments)
     mosaic_gpu.require_hopper()
@@ -187,7 +152,13 @@ def main(arguments=None) -> None:
     if options.rule:
         formats = [fmt.replace(rule=options.rule) for fmt in formats]
     result: dict | list[dict]
-    if options.tune:
+    if options.matmul:
+        shapes = bench_matmul.SHAPES
+        if options.tune:
+            result = bench_matmul.tune(formats, shapes, options.rows or bench_matmul.TUNED)
+        else:
+            result = bench_matmul.compare(formats, shapes, options.rows or bench_matmul.TOKENS)
+    elif options.tune:
         result = tune(formats)
     else:
         cases = [c for c in BENCH if not options.rows or c.rows in options.rows]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic_gpu, xla
-from pallas_kernels.fragments import Fragments
+from pallas_kernels import tiles as tile_tables
+from pallas_kernels.fragments import Fragments, carrier
+from pallas_kernels.tiles import Split, Tiling
 
 FEW = 16  # tokens up to which a call is bound by reading the weights
 
@@ -25,8 +28,8 @@ def quantized_matmul(x, weight, *, out_dtype=None):
     Raises:
       NotImplementedError: what the kernels, the device or this jax do not cover.
     """
-    mosaic_gpu.require_hopper()
-    return launch(x, weight, out_dtype=out_dtype)
+    device = mosaic_gpu.require_hopper()
+    return launch(x, weight, device=device, out_dtype=out_dtype)
 
 
 def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
@@ -39,20 +42,19 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     if fmt is None:
         if transform is not None:
             raise NotImplementedError("a transform without quantization has no kernel")
-        return launch(x, weight, out_dtype=out_dtype)
+        return launch(x, weight, device=device, out_dtype=out_dtype)
     if global_scale is None:
         global_scale = fmt.global_scale
     codes, scales = mosaic_gpu.launch(
         x, transform, fmt, global_scale=global_scale, layout="interchange", device=device
     )
     parts = xla.exact_parts(codes, scales, fmt)
-    return launch(
-        parts, weight, out_dtype=out_dtype or x.dtype, factor=1 / jnp.float32(global_scale)
-    )
+    factor = 1 / jnp.float32(global_scale)
+    return launch(parts, weight, device=device, out_dtype=out_dtype or x.dtype, factor=factor)
 
 
-def launch(x, weight, *, out_dtype=None, factor=1.0):
-    """As `quantized_matmul`, without asking for a device; x may be a tuple of summands."""
+def launch(x, weight, *, device, out_dtype=None, factor=1.0, plan: Split | Tiling | None = None):
+    """As `quantized_matmul`, for a named device; x may be a tuple of summands, the plan given."""
     from pallas_kernels import matmul_kernel, tiled_kernel
 
     check_weight(weight)
@@ -74,11 +76,11 @@ def launch(x, weight, *, out_dtype=None, factor=1.0):
         rows = jnp.pad(rows, ((0, 0), (0, -k % 64)))
     operands = (rows, weight.records, factor * weight.unit / weight.global_scale, weight.format, n)
     wide = dtype if len(x) == 1 else jnp.dtype(jnp.float32)
-    shape = (rows.shape[0], *weight.records.shape[:2])
-    if rows.shape[0] <= FEW:
-        y = matmul_kernel.matmul(*operands, choose(*shape), out_dtype=wide)
-    else:
-        y = tiled_kernel.matmul(*operands, choose_tiling(*shape), out_dtype=wide)
+    tiles, steps = weight.records.shape[:2]
+    kind = carrier(weight.format).kind
+    how = plan or choose(rows.shape[0], tiles, steps, kind, device)
+    kernel = matmul_kernel if isinstance(how, Split) else tiled_kernel
+    y = kernel.matmul(*operands, how, out_dtype=wide)
     return y.reshape(len(x), *lead, n).sum(0).astype(dtype) if len(x) > 1 else y.reshape(*lead, n)
 
 
@@ -90,26 +92,51 @@ def check_weight(weight) -> None:
         )
 
 
-def choose(tokens: int, tiles: int, steps: int):
-    """How to divide a call with few tokens: measured on an H200, see docs/kernels.md.
+def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split | Tiling:
+    """Return how to divide a call: the device's tuned entry for its sizes, else a rule's.
 
-    All multiprocessors work in pairs, each with half of K. Warpgroups share tiles where there are
-    too few for all.
+    Entries (``python -m pallas_kernels.bench --matmul --tune``) are ``{"kind", "tiles", "steps",
+    "tokens": up to, "split" or "tiling": {...}}``; the first that fits counts.
+
+    Args:
+      tokens: rows of activations, M.
+      tiles: of 64 weights, N/64.
+      steps: of 128 columns, K/128.
+      kind: of the records, see `fragments.Carrier`.
+      device: ``device_kind`` of the GPU.
     """
-    from pallas_kernels.matmul_kernel import Split
+    for entry in tile_tables.table(device, "quantized_matmul"):
+        sizes = entry["kind"], entry["tiles"], entry["steps"]
+        if sizes == (kind, tiles, steps) and tokens <= entry["tokens"]:
+            if "split" not in entry:
+                return Tiling(**entry["tiling"])
+            # An entry speaks for fewer tokens, too: their products may be narrower.
+            split = Split(**entry["split"])
+            return dataclasses.replace(split, tokens=8 if tokens <= 8 else 16)
+    return few(tokens, tiles, steps) if tokens <= FEW else many(tokens, tiles, steps)
 
+
+def few(tokens: int, tiles: int, steps: int) -> Split:
+    """Measured on an H200: all multiprocessors in pairs, each with half of K.
+
+    Warpgroups share tiles where there are too few for all.
+    """
     clusters = 66
     ways = next((w for w in (4, 2) if tiles * w <= 4 * clusters * 1.1), 1)
     while ways > 1 and steps < 2 * ways:
         ways //= 2
-    narrow = 8 if tokens <= 8 else 16
-    return Split(narrow, 2, 4, ways, clusters, 6 if ways > 1 else 3, 1 if ways > 1 else 2)
+    shared = ways > 1
+    return Split(
+        8 if tokens <= 8 else 16,
+        ways=ways,
+        clusters=clusters,
+        stages=6 if shared else 3,
+        records=1 if shared else 2,
+    )
 
 
-def choose_tiling(tokens: int, tiles: int, steps: int):
-    """How to divide a call with many tokens: K is cut where tiles are too few for all."""
-    from pallas_kernels.tiled_kernel import Tiling
-
+def many(tokens: int, tiles: int, steps: int) -> Tiling:
+    """Not measured: wide tiles where there are tokens for them, K cut where tiles are few."""
     width = 64 if tokens <= 64 else 128 if tokens <= 512 else 256
     tasks = -(-tiles // 2) * -(-tokens // width)
     cuts = 1

@@ -25,35 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import expand, fragments
 from pallas_kernels.cluster_sum import PAD, ClusterSum
 from pallas_kernels.quantize_kernel import _swizzled
-from pallas_kernels.tiles import SHARED_MEMORY
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """How a call divides its work.
-
-    Attributes:
-      tokens: 8 or 16, M rounded up: columns of the products.
-      slices: CTAs of a cluster, each with its part of K.
-      warpgroups: of a CTA.
-      ways: warpgroups that share a tile of rows, each with its part of the slice of K.
-      clusters: that share the rows of weights.
-      stages: records that a warpgroup has in flight.
-      records: side by side, that one copy brings.
-    """
-
-    tokens: int
-    slices: int = 4
-    warpgroups: int = 4
-    ways: int = 1
-    clusters: int = 32
-    stages: int = 6
-    records: int = 1
-
-    @property
-    def groups(self) -> int:
-        """Tiles that a CTA has in work."""
-        return self.warpgroups // self.ways
+from pallas_kernels.tiles import SHARED_MEMORY, Split
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,33 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, fragments
 from pallas_kernels.quantize_kernel import _swizzled
-from pallas_kernels.tiles import SHARED_MEMORY
+from pallas_kernels.tiles import SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a call divides its work.
-
-    Attributes:
-      tokens: activations of a tile, a multiple of 8, at most 256.
-      warpgroups: that compute, each with 64 rows of weights.
-      cuts: parts of K.
-      ctas: thread blocks, at most one a multiprocessor.
-      stages: steps of 128 columns in flight.
-    """
-
-    tokens: int
-    warpgroups: int = 2
-    cuts: int = 1
-    ctas: int = 132
-    stages: int = 4
-
-    def shared_memory(self, lines: int, itemsize: int) -> int:
-        """Bytes of shared memory of a CTA."""
-        step = self.tokens * fragments.COLUMNS * 2 + self.warpgroups * lines * 256
-        return self.stages * step + self.warpgroups * self.tokens * fragments.ROWS * itemsize
 
 
 def matmul(x, records, factor, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bfloat16):

@@ -40,6 +40,58 @@ class Tiles:
         return 2 * transforms + 64 * self.warpgroups * row
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How `matmul_kernel` divides its work.
+
+    Attributes:
+      tokens: 8 or 16, M rounded up: columns of the products.
+      slices: CTAs of a cluster, each with its part of K.
+      warpgroups: of a CTA.
+      ways: warpgroups that share a tile of rows, each with its part of the slice of K.
+      clusters: that share the rows of weights.
+      stages: records that a warpgroup has in flight.
+      records: side by side, that one copy brings.
+    """
+
+    tokens: int
+    slices: int = 2
+    warpgroups: int = 4
+    ways: int = 1
+    clusters: int = 66
+    stages: int = 6
+    records: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Tiles that a CTA has in work."""
+        return self.warpgroups // self.ways
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How `tiled_kernel` divides its work.
+
+    Attributes:
+      tokens: activations of a tile, a multiple of 8, at most 256.
+      warpgroups: that compute, each with 64 rows of weights.
+      cuts: parts of K.
+      ctas: thread blocks, at most one a multiprocessor.
+      stages: steps of 128 columns in flight.
+    """
+
+    tokens: int
+    warpgroups: int = 2
+    cuts: int = 1
+    ctas: int = 132
+    stages: int = 4
+
+    def shared_memory(self, lines: int, itemsize: int) -> int:
+        """Bytes of shared memory of a CTA."""
+        step = self.tokens * 256 + self.warpgroups * lines * 256
+        return self.stages * step + self.warpgroups * self.tokens * 64 * itemsize
+
+
 def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, device: str) -> Tiles:
     """Return the tiles of a call: the table's entry if it fits, else the rule's.
 
@@ -59,7 +111,7 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
     >>> choose(16, 4096, MXFP4, 32, False, "interchange", "none").warpgroups
     1
     """
-    for entry in table(device):
+    for entry in table(device, "transform_quantize"):
         if rows <= (entry["rows"] or rows) and entry["scale"] in (None, fmt.scale_dtype):
             tiles = Tiles(**entry["tiles"])
             break
@@ -103,9 +155,9 @@ def _resident(tiles: Tiles) -> int:
 
 
 @functools.cache
-def table(device: str) -> list[dict]:
-    """Return the tuned entries of a device, in order; none for a device without a table."""
+def table(device: str, op: str) -> list[dict]:
+    """Return a device's tuned entries for an operation, in order; none where there is no table."""
     file = importlib.resources.files("pallas_kernels.tuned") / f"{device.replace(' ', '_')}.json"
     if not file.is_file():
         return []
-    return json.loads(file.read_text())["transform_quantize"]
+    return json.loads(file.read_text()).get(op, [])

@@ -1,0 +1,156 @@
+"""Products of packed weights against BF16: ``python -m pallas_kernels.bench --matmul``.
+
+For each shape and M: the time of ``jnp.dot`` in bfloat16, of the product with packed weights, and
+of the whole W4A4 layer (transform, quantize, multiply), in one run. The floor is the packed weight
+and the activations at the rate of a reduction of 1 GiB. Errors are against float64 products of the
+dequantized operands, over a sample of columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import fragments, matmul, mosaic_gpu, reference
+from pallas_kernels.measure import device_time, read_rate
+from pallas_kernels.tiles import Split, Tiling
+
+# (K, N) of Llama-3.1-8B: q, k, v together; o; gate and up together; down.
+SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+TUNED = (8, 16, 64, 256, 1024, 4096)
+SAMPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A random weight (N, K) quantized in a format, as `pallas_kernels` takes it."""
+
+    codes: Any
+    scales: Any
+    global_scale: Any
+    format: Any
+    shape: tuple[int, int]
+
+
+def random_weight(fmt, k: int, n: int, seed: int = 0) -> Weight:
+    """Return a quantized Gaussian weight whose rows lie up to three octaves up or down."""
+    keys = jax.random.split(jax.random.key(seed))
+    octaves = jax.random.randint(keys[0], (n, 1), -3, 4)
+    values = jax.random.normal(keys[1], (n, k)) * jnp.exp2(octaves) / k**0.5
+    codes, scales = jax.jit(lambda v: fmt.encode(v, fmt.global_scale))(values)
+    return Weight(fmt.pack(codes), scales, jnp.float32(fmt.global_scale), fmt, (n, k))
+
+
+def operands(fmt, k: int, n: int, m: int, seed: int = 1):
+    """Return bfloat16 activations (M, K) and transforms (K/g, g, g)."""
+    keys = jax.random.split(jax.random.key(seed))
+    g = fmt.group_size
+    x = jax.random.normal(keys[0], (m, k)).astype(jnp.bfloat16)
+    return x, (jax.random.normal(keys[1], (k // g, g, g)) / g**0.5).astype(jnp.bfloat16)
+
+
+def error(run, x, weight: Weight, laid_out) -> float:
+    """Return the relative error of a product over the first columns, against float64."""
+    y = np.asarray(jax.jit(run)(x, laid_out)[:, :SAMPLE], np.float64)
+    rows = Weight(
+        *(weight.codes[:SAMPLE], weight.scales[:SAMPLE], weight.global_scale, weight.format),
+        (SAMPLE, weight.shape[1]),
+    )
+    exact = np.asarray(x, np.float64) @ np.asarray(reference.dequantize(rows), np.float64).T
+    return float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
+
+
+def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
+    """Measure products and whole layers against BF16; print and return a row for each."""
+    device = mosaic_gpu.require_hopper()
+    rate = read_rate()
+    print(f"{jax.devices()[0].device_kind}, reads {rate / 1e12:.2f} TB/s")
+    rows = []
+    for fmt, (k, n) in ((f, s) for f in formats for s in shapes):
+        weight = random_weight(fmt, k, n)
+        laid_out = fragments.lay_out(weight)
+        dense = reference.dequantize(weight).astype(jnp.bfloat16)
+        for m in tokens:
+            x, t = operands(fmt, k, n, m)
+
+            def product(x, w):
+                return matmul.launch(x, w, device=device)
+
+            def layer(x, t, w, fmt=fmt):
+                return matmul.transform_quantize_matmul(x, t, w, fmt)
+
+            base = device_time(lambda x, w: jnp.dot(x, w.T), x, dense)
+            ours, whole = device_time(product, x, laid_out), device_time(layer, x, t, laid_out)
+            floor = (laid_out.nbytes + 2 * m * (k + n)) / rate
+            row = {
+                **{"format": fmt.name, "k": k, "n": n, "tokens": m, "bf16_us": base * 1e6},
+                **{"product_us": ours * 1e6, "layer_us": whole * 1e6},
+                **{"share_of_floor": floor / ours, "bits": laid_out.nbytes * 8 / (k * n)},
+                "error": error(
+                    lambda x, w: matmul.launch(x, w, device=device, out_dtype=jnp.float32),
+                    *(x, weight, laid_out),
+                ),
+            }
+            rows.append(row)
+            print(
+                f"{fmt.name:6s} {k:6d} {n:6d} M={m:5d}  bf16 {base * 1e6:8.2f} us  product"
+                f" {ours * 1e6:8.2f} us {base / ours:5.2f}x  layer {whole * 1e6:8.2f} us"
+                f" {base / whole:5.2f}x  {floor / ours:4.0%} of floor  error {row['error']:.1e}",
+                flush=True,
+            )
+    return rows
+
+
+def candidates(tokens: int, tiles: int, steps: int):
+    """Ways to divide a call that are worth measuring."""
+    if tokens <= matmul.FEW:
+        width = 8 if tokens <= 8 else 16
+        for ways, records in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2)):
+            yield Split(width, ways=ways, stages=6 if records == 1 else 3, records=records)
+        return
+    for width, warpgroups, cuts in np.ndindex(3, 3, 4):
+        tiling = Tiling((64, 128, 256)[width], (2, 3, 4)[warpgroups], 2**cuts)
+        tasks = -(-tiles // tiling.warpgroups) * -(-tokens // tiling.tokens)
+        registers = tiling.tokens // 2 * tiling.warpgroups  # of sums, all warpgroups together
+        useful = tiling.tokens < 2 * tokens and steps >= 4 * tiling.cuts and registers <= 256
+        if useful and (tiling.cuts == 1 or tasks * tiling.cuts <= 2 * 132):
+            yield tiling
+
+
+def tune(formats, shapes=SHAPES, tokens=TUNED) -> dict:
+    """Measure the candidates; return entries for the table of this device."""
+    device = mosaic_gpu.require_hopper()
+    entries = []
+    for fmt, (k, n) in ((f, s) for f in formats for s in shapes):
+        laid_out = fragments.lay_out(random_weight(fmt, k, n))
+        for m in sorted(tokens):
+            x, _ = operands(fmt, k, n, m)
+            timed = {}
+            for plan in candidates(m, *laid_out.records.shape[:2]):
+
+                def product(x, w, plan=plan):
+                    return matmul.launch(x, w, device=device, plan=plan)
+
+                try:  # what does not compile is no candidate
+                    jax.jit(product).lower(x, laid_out).compile()
+                except (ValueError, NotImplementedError):
+                    continue
+                timed[plan] = device_time(product, x, laid_out, repeats=5)
+                print(f"{fmt.name} {k} {n} {m} {timed[plan] * 1e6:8.2f} us {plan}", flush=True)
+            best = min(timed, key=lambda plan: timed[plan])
+            name = "split" if isinstance(best, Split) else "tiling"
+            entries.append(
+                {
+                    "kind": fragments.carrier(fmt).kind,
+                    **dict(zip(("tiles", "steps"), laid_out.records.shape[:2], strict=True)),
+                    "tokens": m,
+                    name: dataclasses.asdict(best),
+                    "microseconds": round(timed[best] * 1e6, 2),
+                }
+            )
+    return {"quantized_matmul": entries}
