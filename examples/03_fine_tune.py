@@ -41,14 +41,14 @@ class Options:
       evaluation_batches: of held-out text, 16 windows of 256 bytes each.
     """
 
-    steps: int = 300
+    steps: int = 100
     batch: int = 8
     length: int = 128
-    rate: float = 3e-4
+    rate: float = 3e-5
     train: Literal["weights", "rest", "adapters"] = "weights"
     rank: int = 8
     transform: Literal["identity", "hadamard", "wush"] = "identity"
-    evaluation_batches: int = 8
+    evaluation_batches: int = 4
 
 
 def with_adapters(model: nnx.Module, rank: int) -> nnx.Module:
