@@ -1,0 +1,186 @@
+"""Tokens a second of a Llama-3.1-8B-shaped decoder: packed 4-bit weights against BF16.
+
+    python examples/bench_generate.py                    # on a GPU: 8B shapes, both, a table
+    python examples/bench_generate.py --small --new 4    # a tiny decoder, to see it run anywhere
+
+Weights are random; transforms are per block, as WUSH's are, and layers that share an input share
+them. Each variant runs in a process of its own, so that the peak of device memory is its own.
+Decoding is the time of `--new` tokens less that of one, so that compilation and the prompt are out;
+prefill is the logits of one prompt of 4096 tokens. The head stays BF16 in both.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import wush_jax as wush
+from wush_jax.kernel_layout import pack_for_kernels
+from wush_jax.models import Llama, LlamaConfig
+from wush_jax.models.generate import generate
+from wush_jax.nnx import QuantizedDense, dense_layers, replace_modules
+from wush_jax.site import quantize_site
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    rope_theta=500_000.0,
+    tie_word_embeddings=False,
+)
+SMALL = dataclasses.replace(
+    LLAMA_8B,
+    vocab_size=256,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+)
+SITES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+def build(config, fmt):
+    """Return a decoder with random weights: bfloat16, or in a format wherever sites are."""
+    kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kinds))
+    if fmt is not None:
+        layers, _ = dense_layers(model)
+        packed = {}
+        for i in range(config.num_hidden_layers):
+            for site in SITES:
+                packed |= random_site([f"layers.{i}.{name}" for name in site], layers, fmt, i)
+        model = replace_modules(
+            model,
+            lambda path, _: QuantizedDense(layers[path], packed[path]) if path in packed else None,
+        )
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    filled = [random_array(i, leaf) for i, leaf in enumerate(leaves)]
+    model = nnx.merge(graph, jax.tree.unflatten(tree, filled))
+    if fmt is not None:
+        pack_for_kernels(model)
+    return model
+
+
+def random_array(seed, leaf):
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if len(leaf.shape) == 1:
+        return jnp.ones(leaf.shape, leaf.dtype)
+    return random_normal(seed, leaf.shape, leaf.dtype)
+
+
+def random_normal(seed, shape, dtype):
+    def draw():
+        return (jax.random.normal(jax.random.key(seed), shape) * 0.02).astype(dtype)
+
+    return jax.jit(draw)()
+
+
+def random_site(paths, layers, fmt, seed):
+    """Random weights of the layers of one site, quantized with one transform a block."""
+    shapes = [layers[path].contraction.shape for path in paths]
+    weights = [random_normal(seed + i, s, jnp.float32) for i, s in enumerate(shapes)]
+    d = fmt.group_size
+    x = jax.random.normal(jax.random.key(seed), (shapes[0][1] // d, 4 * d, d))
+    moment = jnp.einsum("bti,btj->bij", x, x, precision="highest") / (4 * d)
+    return dict(zip(paths, quantize_site(weights, moment, wush.Recipe(format=fmt)), strict=True))
+
+
+def decode_seconds(model, batch, prompt, new):
+    """Seconds a token of decoding, all rows together."""
+    tokens = jax.random.randint(jax.random.key(1), (batch, prompt), 0, model.config.vocab_size)
+
+    def run(count):
+        generate(model, tokens, max_new_tokens=count)  # compiles
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            generate(model, tokens, max_new_tokens=count)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return (run(new) - run(1)) / (new - 1)
+
+
+def prefill_seconds(model, length):
+    """Seconds of the logits of one prompt."""
+    tokens = jax.random.randint(jax.random.key(2), (1, length), 0, model.config.vocab_size)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def last(state, tokens):
+        logits, cache = nnx.merge(graph, state).prefill(tokens, jnp.array([length]), length)
+        return logits, cache
+
+    jax.block_until_ready(last(state, tokens))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(last(state, tokens))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure(options):
+    """One variant: a JSON line."""
+    fmt = None if options.variant == "BF16" else getattr(wush, options.variant)
+    model = build(SMALL if options.small else LLAMA_8B, fmt)
+    result = {"variant": options.variant}
+    for batch in options.batches:
+        seconds = decode_seconds(model, batch, 32, options.new)
+        result[f"tokens_per_second_{batch}"] = batch / seconds
+    result["prefill_seconds"] = prefill_seconds(model, 64 if options.small else 4096)
+    stats = jax.devices()[0].memory_stats() or {}
+    result["peak_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
+    print(json.dumps(result))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a tiny decoder")
+    parser.add_argument("--variants", nargs="*", default=["BF16", "MXFP4", "NVFP4"])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--new", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        measure(options)
+        return
+    rows = []
+    for variant in options.variants:
+        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        rows.append(json.loads(out.splitlines()[-1]))
+        base = rows[0]
+        speeds = "  ".join(
+            f"batch {b}: {rows[-1][key]:8.1f} tokens/s ({rows[-1][key] / base[key]:.2f}x)"
+            for b in options.batches
+            for key in [f"tokens_per_second_{b}"]
+        )
+        seconds = rows[-1]["prefill_seconds"]
+        print(
+            f"{variant:6s} {speeds}  prefill {seconds * 1e3:7.1f} ms"
+            f" ({base['prefill_seconds'] / seconds:.2f}x)  peak {rows[-1]['peak_gib']:.2f} GiB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
