@@ -122,8 +122,13 @@ def test_sites_see_the_sites_before_them(model, layer_by_layer):
     assert len(site_by_site.progress) == (2 + 2) * len(BATCHES)
 
 
-def test_eight_devices_give_the_same(model, layer_by_layer, eight_devices):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("count", [8, pytest.param(2, marks=pytest.mark.gpu)])
+def test_several_devices_give_the_same(model, layer_by_layer, count):
+    """Eight virtual ones, or two GPUs."""
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices; there are {jax.device_count()}")
+    devices = np.array(jax.devices()[:count])
+    mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     settings = dataclasses.replace(FLOAT32, sharding=sharding)
     sharded = run(model, settings, rules=[("layers.0.*", RECIPE)])
