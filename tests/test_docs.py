@@ -1,0 +1,44 @@
+"""The pages: their examples run, and the reference has every public name."""
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import pallas_kernels
+import wush_jax
+
+DOCS = Path(wush_jax.__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page):
+    """Those with a prompt; the others, which need a model or a folder, have to compile."""
+    options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    failed, _ = doctest.testfile(str(page), module_relative=False, optionflags=options)
+    assert not failed
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf8"), re.M | re.S):
+        compile(block, str(page), "exec")
+
+
+def test_prompts_are_examples():
+    """A prompt that no example block holds would show as text."""
+    pages = {page.name: page.read_text("utf8") for page in PAGES}
+    blocks = r"^```pycon\n.*?^```$"
+    assert not [
+        n for n, text in pages.items() if ">>> " in re.sub(blocks, "", text, flags=re.M | re.S)
+    ]
+
+
+def test_reference_has_every_public_name():
+    entries = re.findall(r"^\.\. \S+:: (\S+)$", (DOCS / "api.md").read_text("utf8"), re.M)
+    names = [
+        f"{package.__name__}.{name}"
+        for package in (wush_jax, pallas_kernels)
+        for name, value in vars(package).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    ]
+    assert sorted(entries) == sorted(names)
