@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import matmul, mosaic_gpu, reference, repack, xla, xla_fp8
 
@@ -196,6 +197,8 @@ def _first_able(
 
 
 def _check_operands(x, transform, group_size: int) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}; it must be floating point: cast it first")
     k = x.shape[-1] if x.ndim else 0
     if k == 0 or k % group_size:
         raise ValueError(

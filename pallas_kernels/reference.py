@@ -90,7 +90,7 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     y = apply_transform(x, transform)
     if fmt is not None:
         if global_scale is None:
-            global_scale = fmt.derive_global_scale(jnp.max(jnp.abs(y)))
+            global_scale = fmt.derive_global_scale(jnp.max(jnp.abs(y), initial=0.0))
         codes, scales = fmt.encode(y, global_scale)
         y = fmt.decode(codes, scales, global_scale)
     return quantized_matmul(y, weight, out_dtype=out_dtype or x.dtype)

@@ -89,7 +89,8 @@ CASES = {
         keeps=True,
     ),
 }
-STATIC = {"Format", "Recipe", "MXFP4", "NVFP4", "INT4", "INT8", "MXFP8", "MXFP6"}
+FORMATS = {"MXFP4", "NVFP4", "INT4", "INT8", "MXFP8", "MXFP6"}
+STATIC = {"Format", "Recipe", "PAPER", "BEST", "BEST_WIDE"} | FORMATS
 RESULTS = {"QuantizedArray", "PackedWeight"}  # what the cases above take and return
 # Models and files; tested with them.
 HOST = {
@@ -114,7 +115,7 @@ def test_every_public_name_has_an_entry():
     assert names - STATIC - RESULTS - HOST == set(CASES)
 
 
-@pytest.mark.parametrize("name", sorted(STATIC - {"Format", "Recipe"}))
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_formats_are_static(name):
     fmt = getattr(wush, name)
     assert isinstance(fmt, wush.Format)

@@ -164,7 +164,7 @@ class Format:
         """
         groups = _grouped(x.astype(jnp.float32), self.group_size)
         if global_scale is None:
-            global_scale = self.derive_global_scale(jnp.max(jnp.abs(x)).astype(jnp.float32))
+            global_scale = self.derive_global_scale(jnp.max(jnp.abs(groups), initial=0.0))
         codes, scale = self.encode_groups(groups, _align(global_scale, groups.ndim - 1))
         return codes.reshape(x.shape), self.store_scales(scale)
 
@@ -271,7 +271,7 @@ def quantize(
       A `QuantizedArray` of shape (..., K).
 
     Raises:
-      ValueError: K is not a multiple of the group size.
+      ValueError: K is not a multiple of the group size; a global scale not positive and finite.
 
     Source: FORMATS of OCP MX v1.0 and NVFP4; WUSH paper, section 2.
 
@@ -282,8 +282,9 @@ def quantize(
     x = jnp.asarray(x)
     _check_groups(x, fmt)
     if global_scale is None:
-        global_scale = fmt.derive_global_scale(jnp.max(jnp.abs(x)).astype(jnp.float32))
-    global_scale = jnp.asarray(global_scale, jnp.float32)
+        amax = jnp.max(jnp.abs(x), initial=0.0)  # of no rows: 0
+        global_scale = fmt.derive_global_scale(amax.astype(jnp.float32))
+    global_scale = scales.checked_global_scale(global_scale)
     codes, stored = fmt.encode(x, global_scale)
     return QuantizedArray(fmt.pack(codes), stored, global_scale, fmt)
 
@@ -317,14 +318,16 @@ def fake_quantize(
     """Quantize and dequantize, keeping ``x``'s dtype; the gradient passes straight through.
 
     Args and errors as for `quantize`. ``d fake_quantize(x) / dx = 1`` (straight-through estimator).
+    Values that would round up beyond x's dtype saturate.
 
     >>> fake_quantize(jnp.float32([2.0, 5.2] * 16), MXFP4)[:2].tolist()
     [2.0, 5.333333492279053]
     """
     x = jnp.asarray(x)
     frozen = lax.stop_gradient(x)
-    rounded = dequantize(quantize(frozen, fmt, global_scale=global_scale), x.dtype)
-    return _straight_through(x, rounded)
+    limit = float(jnp.finfo(x.dtype).max)
+    rounded = dequantize(quantize(frozen, fmt, global_scale=global_scale))
+    return _straight_through(x, jnp.clip(rounded, -limit, limit).astype(x.dtype))
 
 
 def _grouped(x: jax.Array, group_size: int) -> jax.Array:

@@ -109,6 +109,7 @@ def layer_loss(
     >>> layer_loss(w, jnp.ones((4, 32)), packed).item()
     0.0
     """
+    inputs, weight = inputs.astype(jnp.float32), weight.astype(jnp.float32)
     exact = jnp.einsum("...k,nk->...n", inputs, weight, precision=linalg.HIGHEST)
     error = quantized_dot(inputs, packed, implementation=implementation) - exact
-    return jnp.mean(error.astype(jnp.float32) ** 2)
+    return jnp.mean(error**2)

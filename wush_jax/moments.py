@@ -25,7 +25,8 @@ def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
       float32 (K, K), or (K/d, d, d); products at the highest precision.
 
     Raises:
-      ValueError: x is a scalar or has no rows, or the block does not divide K.
+      ValueError: x is a scalar or has no rows, the block does not divide K, or the moment is not
+        finite: x is not, or its squares overflow float32 (outside jit).
 
     Source: WUSH paper, eq. 4.
 
@@ -33,7 +34,9 @@ def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
     [[5.0, 7.0], [7.0, 10.0]]
     """
     rows = _rows(x)
-    return _gram(rows, block) / rows.shape[0]
+    moment = _gram(rows, block) / rows.shape[0]
+    check_finite("the second moment of x", moment)
+    return moment
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +67,7 @@ class Moments:
 
         With ``rows`` a sample of that many rows is kept beside them.
         """
-        if block is not None and (block < 1 or size % block):
+        if size < 1 or (block is not None and (block < 1 or size % block)):
             raise ValueError(f"block={block} does not divide size={size}; choose a divisor")
         shape = (size, size) if block is None else (size // block, block, block)
         sample = Sample.init(size, rows) if rows else None
@@ -120,7 +123,7 @@ def _gram(rows: jax.Array, block: int | None) -> jax.Array:
     options = {"precision": linalg.HIGHEST, "preferred_element_type": jnp.float32}
     if block is None:
         return jnp.einsum("ti,tj->ij", rows, rows, **options)
-    if k % block:
+    if block < 1 or k % block:
         raise ValueError(f"block={block} does not divide K={k} of x {rows.shape}")
     blocks = rows.reshape(-1, k // block, block)
     return jnp.einsum("tbi,tbj->bij", blocks, blocks, **options)

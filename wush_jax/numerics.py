@@ -136,9 +136,10 @@ class FloatElement:
         )
         if self.max_code < 2 ** (self.bits - 1) - 1:
             # IEEE-like grids (E5M2) have an infinity just above the largest finite value.
-            infinity = jnp.inf if self.name == "e5m2" else jnp.nan
-            above = jnp.where(magnitude == self.max_code + 1, infinity, jnp.nan)
-            value = jnp.where(magnitude > self.max_code, above, value)
+            # No intermediate is NaN unless a code is: `jax.debug_nans` looks at each.
+            value = jnp.where(magnitude > self.max_code, jnp.nan, value)
+            if self.name == "e5m2":
+                value = jnp.where(magnitude == self.max_code + 1, jnp.inf, value)
         return jnp.where(code >> (self.bits - 1) == 1, -value, value)
 
 

@@ -129,6 +129,16 @@ RULES: dict[str, Rule] = {
 POW2_RULES = ("pow2_div3", "ocp_floor", "round_175", "ceil")
 
 
+def checked_global_scale(global_scale: jax.Array | float) -> jax.Array:
+    """Return it as float32; ValueError unless positive and finite (tracers pass)."""
+    if not isinstance(global_scale, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():  # a constant under jit is no tracer
+            g = jnp.asarray(global_scale, jnp.float32)
+            if not bool(jnp.all((g > 0) & jnp.isfinite(g))):
+                raise ValueError(f"global_scale={global_scale} must be positive and finite")
+    return jnp.asarray(global_scale, jnp.float32)
+
+
 def _product(g: jax.Array, amax: jax.Array) -> jax.Array:
     """``g * amax``, rounded: a compiler may not merge a constant g with a later division."""
     return lax.optimization_barrier(g * amax)

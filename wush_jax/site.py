@@ -181,6 +181,7 @@ def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
             scales=recipe.scale_search,
             activation_moment=known.blocks,
         )
+        transforms.check_finite(f"transformed {name}", quantized.scales.astype(jnp.float32))
         return quantized, transform
     hessian, cross = _quantized_moments(known, transform, recipe)
     return gptq(

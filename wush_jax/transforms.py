@@ -82,7 +82,9 @@ def random_transform(key: jax.Array, d: int, dtype=jnp.float32) -> BlockTransfor
     >>> random_transform(jax.random.key(0), 4).activation.shape
     (4, 4)
     """
-    rotation = jax.random.orthogonal(key, d, dtype=dtype)
+    # There is no QR of types narrower than float32.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    rotation = jax.random.orthogonal(key, d, dtype=wide).astype(dtype)
     return BlockTransform(rotation, rotation)
 
 
@@ -254,7 +256,8 @@ def predicted_loss(
       float32 (...).
 
     Raises:
-      ValueError: shapes that disagree, or an unknown model.
+      ValueError: shapes that disagree, an unknown model, or a loss that is not finite in float32
+        (outside jit).
 
     Source: WUSH paper, section 3 (both error models).
 
@@ -264,9 +267,11 @@ def predicted_loss(
     if model not in ("fp", "int"):
         raise ValueError(f"model={model!r} is unknown; choose 'fp' or 'int'")
     check_moments(weight_moment, activation_moment, 0.0)
-    return _loss(
+    loss = _loss(
         weight_moment, activation_moment, transform.activation, transform.weight, model=model
     )
+    check_finite("predicted loss", loss)
+    return loss
 
 
 @linalg.float64_construction
@@ -291,11 +296,13 @@ def apply_transform(x: jax.Array, matrix: jax.Array) -> jax.Array:
       (..., K) in x's dtype; products accumulate in float32 at the highest precision.
 
     Raises:
-      ValueError: the blocks do not tile K.
+      ValueError: the blocks do not tile K, or x is not floating point.
 
     >>> apply_transform(jnp.float32([1.0, 2.0, 3.0, 4.0]), jnp.float32([[0, 1], [1, 0]])).tolist()
     [2.0, 1.0, 4.0, 3.0]
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}; transform floating-point values: cast x first")
     return reference.apply_transform(x, matrix).astype(x.dtype)
 
 
@@ -318,7 +325,8 @@ def check_finite(name: str, x: jax.Array) -> None:
     """Raise ValueError when a concrete array holds NaN or infinities (tracers pass)."""
     if isinstance(x, jax.core.Tracer):
         return
-    bad = int(jnp.sum(~jnp.isfinite(x)))
+    with jax.ensure_compile_time_eval():  # a constant under jit is no tracer
+        bad = int(jnp.sum(~jnp.isfinite(x)))
     if bad:
         raise ValueError(
             f"{name} {jnp.shape(x)} has {bad} non-finite values; find the layer or batch that "
@@ -328,7 +336,11 @@ def check_finite(name: str, x: jax.Array) -> None:
 
 def check_finite_result(name: str, x: jax.Array, damping) -> None:
     """Raise ValueError when a construction failed for want of damping (tracers pass)."""
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(x))):
+    if isinstance(x, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        good = bool(jnp.all(jnp.isfinite(x)))
+    if not good:
         raise ValueError(
             f"{name}={damping} leaves a moment that is not positive definite; use a larger "
             "damping, such as 1e-2"
