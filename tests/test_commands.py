@@ -13,6 +13,7 @@ from weights import random_model
 
 import wush_jax as wush
 from wush_jax import cli
+from wush_jax.commands.options import recipe_of
 from wush_jax.demo import token_batches
 from wush_jax.models import generate, load_pretrained, to_tensors
 from wush_jax.streaming import quantize_folder
@@ -101,6 +102,13 @@ def test_plan_reads_no_weights(source, tmp_path, capsys):
     assert "NVFP4/NVFP4" in planned
     assert "largest_site_bytes" in planned
     assert not (tmp_path / "x").exists()
+
+
+def test_presets_are_changed_by_flags():
+    flags = {"format": "NVFP4", "damping": 0.5}
+    expected = wush.PAPER.replace(format=wush.NVFP4, damping=0.5)
+    assert recipe_of("paper", flags) == expected
+    assert recipe_of("best", {}) == wush.BEST
 
 
 def test_a_run_that_was_interrupted_goes_on(source, quantized, tmp_path, monkeypatch, capsys):
