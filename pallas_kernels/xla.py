@@ -30,7 +30,7 @@ def transform_quantize(x, transform, fmt, *, global_scale=None):
         if transform.dtype != x.dtype:
             raise NotImplementedError(f"transform has dtype {transform.dtype}, x {x.dtype}")
         d = transform.shape[-1]
-        blocks = x.reshape(*x.shape[:-1], -1, d)
+        blocks = x.reshape(*x.shape[:-1], x.shape[-1] // d, d)
         spec = "...bi,bji->...bj" if transform.ndim == 3 else "...bi,ji->...bj"
         y = jnp.einsum(spec, blocks, transform, preferred_element_type=jnp.float32)
         x = y.reshape(x.shape)

@@ -221,7 +221,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
         _check_packable(codes.shape[-1], 4, bits)
         a, b, c, d = (codes[..., i::4] for i in range(4))
         stacked = jnp.stack([a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2)], axis=-1)
-        return stacked.reshape(*codes.shape[:-1], -1)
+        return stacked.reshape(*codes.shape[:-1], codes.shape[-1] * 6 // 8)
     raise ValueError(f"bits={bits} cannot be packed; use 4, 6 or 8")
 
 
@@ -241,7 +241,7 @@ def unpack(packed: jax.Array, bits: int) -> jax.Array:
         parts = [p & 0x3F, (p >> 6) | ((q & 0xF) << 2), (q >> 4) | ((r & 0x3) << 4), r >> 2]
     else:
         raise ValueError(f"bits={bits} cannot be unpacked; use 4, 6 or 8")
-    return jnp.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
+    return jnp.stack(parts, axis=-1).reshape(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
 
 
 def _check_packable(size: int, multiple: int, bits: int) -> None:

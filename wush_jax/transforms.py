@@ -47,7 +47,10 @@ class BlockTransform:
         info = jnp.finfo(dtype)
         # Not a cast there and back: XLA may delete that, and T_W would belong to another T_X.
         rounded = lax.reduce_precision(self.activation, info.nexp, info.nmant)
-        return BlockTransform(rounded.astype(dtype), inverse_transpose(rounded))
+        weight = inverse_transpose(rounded)
+        for t in (rounded, weight):
+            check_finite(f"transform rounded to {jnp.dtype(dtype).name}, or its inverse,", t)
+        return BlockTransform(rounded.astype(dtype), weight)
 
 
 @linalg.float64_construction
