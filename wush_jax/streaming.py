@@ -24,6 +24,14 @@ from wush_jax.calibrate import Progress
 from wush_jax.checkpoint import native_extra
 from wush_jax.folder_writer import check_replaceable, copy_companions, write_folder
 from wush_jax.host_memory import check_host_memory
+from wush_jax.layer_run import (
+    Counter,
+    LayerRun,
+    Sequential,
+    finished_stages,
+    load_stage,
+    local_sites,
+)
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
 from wush_jax.models.placement import Placement
@@ -34,14 +42,6 @@ from wush_jax.quantization_config import LayerRecord, records_to_json
 from wush_jax.recipe import Rules
 from wush_jax.report import LayerReport, Report
 from wush_jax.resume import RunState, digest
-from wush_jax.sequential import (
-    Sequential,
-    _Counter,
-    _finished_stages,
-    _load_stage,
-    _local_sites,
-    _Run,
-)
 from wush_jax.site import PackedWeight
 
 EMBEDDING = tensor_name(("embed_tokens", "embedding"))
@@ -127,13 +127,14 @@ def quantize_folder(
         "settings": f"{settings.granularity} {settings.hidden_dtype} {jnp.dtype(dtype)}",
     }
     with _state(settings, out, fingerprint) as state:
-        run = _Run(settings, DENSE_TYPES, None, _Counter(progress))
+        run = LayerRun(settings, DENSE_TYPES, None, Counter(progress))
         stream = _Stream(model, tensors, sharding, state, run)
         rows = stream.quantize(planned, batches)
         config = stream.config(metadata)
         write_folder(out, stream.written, config, shard_bytes=stream.largest)
     copy_companions(source, out)
-    return Report(rows, planned.report.skipped, planned.report.unused_rules)
+    dry = planned.report
+    return Report(rows, dry.skipped, dry.unused_rules, dry.details)
 
 
 def _check_tokens(batches: list[np.ndarray], vocab: int) -> None:
@@ -183,7 +184,7 @@ class _Stage:
 class _Stream:
     """The layers of a model on their way from one folder to the other."""
 
-    def __init__(self, model, tensors: FolderTensors, sharding, state: RunState, run: _Run):
+    def __init__(self, model, tensors: FolderTensors, sharding, state: RunState, run: LayerRun):
         self.model, self.tensors, self.sharding = model, tensors, sharding
         self.state, self.run = state, run
         self.records: dict[str, LayerRecord] = {}
@@ -197,7 +198,7 @@ class _Stream:
         passes = sum(len(self.run.passes(s.sites)) if s.prefix else 1 for s in stages)
         self.run.count.total = len(batches) * (passes + last)
         hidden = [self._embed(batch) for batch in batches]
-        done, rows = _finished_stages(self.state, len(stages)), []
+        done, rows = finished_stages(self.state, len(stages)), []
         for stage in stages:
             rows += self._quantize_stage(stage, hidden, done, advance=stage.index < last)
         kept = [n for n in self.tensors if n.removesuffix(".weight") not in self.records]
@@ -207,7 +208,7 @@ class _Stream:
     def _stages(self, planned: ModelPlan) -> list[_Stage]:
         prefixes = [f"layers.{i}." for i in range(len(self.model.layers))]
         stages = [
-            _Stage(i, prefix, _local_sites(planned, prefix), layer)
+            _Stage(i, prefix, local_sites(planned, prefix), layer)
             for i, (prefix, layer) in enumerate(zip(prefixes, self.model.layers, strict=True))
         ]
         inside = tuple(prefixes)
@@ -233,7 +234,7 @@ class _Stream:
         module = fill(nnx.clone(stage.module), self.tensors, inside=inside, sharding=self.sharding)
         dense, _ = dense_layers(module)
         if stage.index < done:
-            packed, rows = _load_stage(self.state, stage.index, stage.sites, dense)
+            packed, rows = load_stage(self.state, stage.index, stage.sites, dense)
             self.run.count.done += len(self.run.passes(stage.sites)) * len(hidden)
         else:
             packed, rows = self._calibrate(stage, module, dense, hidden)
@@ -272,7 +273,7 @@ class _Stream:
     def _read(self, stage: _Stage) -> dict[str, np.ndarray]:
         """Return the tensors of a finished stage."""
         dense, _ = dense_layers(stage.module)
-        packed, _ = _load_stage(self.state, stage.index, stage.sites, dense)
+        packed, _ = load_stage(self.state, stage.index, stage.sites, dense)
         found: dict[str, np.ndarray] = {}
         for path, weight in packed.items():
             found |= layer_tensors(stage.name(path), weight)
