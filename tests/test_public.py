@@ -38,6 +38,7 @@ class Case:
     args: tuple
     vmap: bool = True
     grad: bool = False
+    jvp: bool = True  # where there is a gradient: forward mode as well
     keeps: bool = False  # rows stay on their devices
 
 
@@ -68,7 +69,9 @@ CASES = {
     ),
     # layers
     "quantize_weight": Case(lambda w, m: wush.quantize_weight(w, m, RECIPE), (X, BLOCKS)),
-    "quantized_dot": Case(reference(wush.quantized_dot), (X, PACKED), grad=True, keeps=True),
+    "quantized_dot": Case(
+        reference(wush.quantized_dot), (X, PACKED), grad=True, jvp=False, keeps=True
+    ),
     "layer_loss": Case(wush.layer_loss, (X, X, PACKED)),
     # kernels
     "transform_quantize": Case(
@@ -163,8 +166,49 @@ def test_jit_traces_once_transfers_nothing_and_stays_float32(name):
     with jax.transfer_guard("disallow"):
         again = jitted(name)(*args)
     jax.tree.map(np.testing.assert_array_equal, first, again)
+    strided = jitted(name)(*jax.tree.map(out_of_order, case.args))
+    jax.tree.map(np.testing.assert_array_equal, first, strided)
     assert TRACES[name] == 1
     assert not [leaf for leaf in jax.tree.leaves(first) if leaf.dtype in ("float64", "int64")]
+
+
+def out_of_order(leaf):
+    """The same numbers, every second of a numpy array's memory and backwards."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    leaf = np.asarray(leaf)
+    return leaf[::-1].repeat(2, 0)[::-2] if leaf.ndim else leaf
+
+
+def float64_outside_constructions(jaxpr):
+    """Primitives with float64 results that are not casts and not inside a construction's jit."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        assert "callback" not in name
+        if eqn.params.get("name") in CONSTRUCTIONS:
+            continue
+        if name != "convert_element_type":
+            yield from (name for v in eqn.outvars if v.aval.dtype == np.float64)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from float64_outside_constructions(getattr(inner, "jaxpr", inner))
+
+
+def is_jaxpr(x):
+    return hasattr(x, "eqns")
+
+
+# The jitted functions under `linalg.float64_construction`.
+CONSTRUCTIONS = {"_construct", "_gain", "_loss", "inverse_transpose"}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@each
+def test_float64_is_in_constructions_only(name, x64):
+    """Of all intermediates; with the global switch on or off."""
+    with jax.enable_x64(x64):
+        jaxpr = jax.make_jaxpr(CASES[name].call)(*CASES[name].args).jaxpr
+    assert not list(float64_outside_constructions(jaxpr))
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.vmap])
@@ -177,17 +221,46 @@ def test_vmap_equals_one_at_a_time(name):
     check_close(jax.tree.map(lambda a: a[1], out), jax.jit(case.call)(*rolled))
 
 
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.vmap])
+def test_a_scan_of_rematerialised_steps_over_donated_buffers(name):
+    case = CASES[name]
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), jax.device_put(case.args))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def scan(args):
+        step = jax.checkpoint(case.call)
+        return jax.lax.scan(lambda carry, a: (carry + 1, step(*a)), jnp.int32(0), args)
+
+    count, out = scan(twice)
+    assert int(count) == 2
+    for i in (0, 1):
+        check_close(jax.tree.map(lambda a, i=i: a[i], out), result(name))
+
+
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.grad])
 def test_gradients_are_finite_and_not_zero(name):
+    """The same with rematerialisation; forward mode agrees with backward."""
     case = CASES[name]
 
     def power(x):
         leaves = jax.tree.leaves(case.call(x, *case.args[1:]))
         return sum(jnp.sum(leaf * leaf) for leaf in leaves)
 
-    gradient = jax.jit(jax.grad(power))(case.args[0])
+    @jax.jit
+    def derivatives(x, tangent):
+        forward = jax.jvp(power, (x,), (tangent,))[1] if case.jvp else None
+        return jax.grad(power)(x), jax.grad(jax.checkpoint(power))(x), forward
+
+    tangent = np.roll(case.args[0], 1)
+    gradient, again, forward = derivatives(case.args[0], tangent)
     assert np.isfinite(gradient).all()
     assert np.asarray(gradient).any()
+    terms = np.asarray(gradient, np.float64) * tangent
+    # Sums of 512 float32 terms each way.
+    np.testing.assert_allclose(again, gradient, atol=1e-5 * np.abs(gradient).max())
+    if case.jvp:
+        np.testing.assert_allclose(forward, terms.sum(), atol=1e-5 * np.abs(terms).sum())
 
 
 @pytest.mark.usefixtures("eight_devices")
@@ -206,10 +279,52 @@ def test_rows_keep_their_devices(name):
         assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(rows, leaf.ndim)
 
 
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.keeps])
+def test_shard_map_over_rows(name):
+    case = CASES[name]
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def specs(tree):
+        return jax.tree.map(lambda a: PartitionSpec(*"x"[: np.ndim(a)]), tree)
+
+    rest = jax.tree.map(lambda a: PartitionSpec(), case.args[1:])
+    expected = result(name)
+    mapped = jax.shard_map(
+        case.call, mesh=mesh, in_specs=(specs(case.args[0]), *rest), out_specs=specs(expected)
+    )
+    check_close(jax.jit(mapped)(*case.args), expected)
+
+
 @each
 def test_works_with_x64_on(name):
-    """The same values and the same dtypes for float32 arguments."""
+    """The same values and the same dtypes for float32 arguments; and no result is NaN."""
     expected = result(name)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.debug_nans(True):
         out = jax.jit(CASES[name].call)(*CASES[name].args)
     check_close(out, expected)
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "MXFP8", "INT4"])
+def test_no_nan_on_the_way(name):
+    """Step by step, where `jax.debug_nans` sees every intermediate."""
+    with jax.debug_nans(True):
+        assert wush.fake_quantize(jnp.ones(32), getattr(wush, name)).shape == (32,)
+
+
+def test_constants_under_jit_are_checked_too():
+    """An array that a jitted function closes over is no tracer, but what is computed of it is."""
+    eye = jnp.eye(8)
+
+    @jax.jit
+    def run(x):
+        packed = wush.quantize_weight(jnp.asarray(X), jnp.asarray(BLOCKS), RECIPE)
+        pair = wush.wush_transform(eye, x)
+        gain = wush.predicted_gain(eye, eye)
+        q = wush.quantize(jnp.asarray(X), wush.MXFP4, global_scale=jnp.float32(3))
+        return packed, pair, gain, q, wush.second_moment(eye)
+
+    assert run(eye)[2] == 1
+    bad = eye * jnp.nan
+    with pytest.raises(ValueError, match=r"weight_moment .* non-finite"):
+        jax.jit(lambda x: wush.wush_transform(bad, x)).lower(eye)
