@@ -83,7 +83,9 @@ def test_table_json_and_plot(result, tmp_path):
 
 def test_plot_of_settings_that_lose_nothing(result, tmp_path):
     found, _ = result
-    exact = [dataclasses.replace(o, kl=0.0, layer_loss=0.0, typical_loss=0.0) for o in found.outcomes]
+    exact = [
+        dataclasses.replace(o, kl=0.0, layer_loss=0.0, typical_loss=0.0) for o in found.outcomes
+    ]
     study.Study(found.reference, exact).plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
