@@ -161,7 +161,8 @@ def to_interchange(records, unit, fmt, shape):
         return fmt.pack(codes), lax.bitcast_convert_type(stored.astype(jnp.uint16), jnp.bfloat16)
     if c.kind == "mxfp4":
         top = lax.bitcast_convert_type(unit, jnp.int32) >> 23
-        byte = jnp.where(stored == 129, 255, jnp.clip(stored + top - 127, 0, 254))
+        byte = jnp.clip(stored.astype(jnp.int32) + top - 127, 0, 254)
+        byte = jnp.where(stored == 129, 255, byte)
         return fmt.pack(codes), lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e8m0fnu)
     exponent, mantissa = (stored >> 3).astype(jnp.int32), (stored & 7).astype(jnp.int32)
     normal = ((exponent - 9) << 3) | mantissa
@@ -238,7 +239,7 @@ def _scale_words(c: Carrier, stored, tiles):
     per = 4 // c.scale_bytes
     view = stored.reshape(n, 4, 2, 8, k, c.groups // per, per)
     view = view.transpose(0, 4, 1, 3, 2, 5, 6)  # n k warp row half word byte
-    shifts = jnp.arange(per, dtype=jnp.uint32) * (8 * c.scale_bytes)
+    shifts = (jnp.arange(per, dtype=jnp.uint32) * (8 * c.scale_bytes)).reshape(*[1] * 6, per)
     words = jnp.sum(view << shifts, axis=-1, dtype=jnp.uint32)
     return words.reshape(n, k, -1, 64)
 
@@ -247,6 +248,6 @@ def _stored_of_words(c: Carrier, words):
     n, k = words.shape[:2]
     per = 4 // c.scale_bytes
     word = words.reshape(n, k, 4, 8, 2, c.groups // per, 1)
-    shifts = jnp.arange(per, dtype=jnp.uint32) * (8 * c.scale_bytes)
+    shifts = (jnp.arange(per, dtype=jnp.uint32) * (8 * c.scale_bytes)).reshape(*[1] * 6, per)
     view = (word >> shifts) & (256**c.scale_bytes - 1)
     return view.transpose(0, 2, 4, 3, 1, 5, 6).reshape(n * ROWS, k * c.groups)
