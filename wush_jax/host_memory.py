@@ -1,10 +1,10 @@
-"""Whether what a calibration keeps on the host fits there."""
+"""Whether what a calibration keeps fits the host and the devices: asked before it starts."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,41 @@ def check_host_memory(
             f"batches: their hidden states need {needed / 1e9:.1f} GB of host memory and "
             f"{free / 1e9:.1f} GB are free; pass fewer or shorter batches"
         )
+
+
+def check_device_memory(costs: Mapping[str, int], *, sequential: bool) -> None:
+    """Refuse a calibration whose moments or largest site cannot fit all local devices together.
+
+    Args:
+      costs: of the plan, `wush_jax.costs.total_costs`.
+      sequential: whether only the moments of one layer are held at a time.
+
+    Raises:
+      ValueError: with what the plan needs and what there is.
+    """
+    moments, site = costs["moment_bytes"], costs["largest_site_bytes"]
+    free = device_memory()
+    if free is None or (site if sequential else max(moments, site)) <= free:
+        return
+    raise ValueError(
+        f"rules: the plan needs {site / 1e9:.1f} GB for its largest site and {moments / 1e9:.1f} "
+        f"GB for the moments of all, and {free / 1e9:.1f} GB are free; calibrate layer after layer "
+        "(sequential=wush_jax.Sequential()), use solver='rtn', or exclude layers by a rule"
+    )
+
+
+def device_memory() -> int | None:
+    """Return the free bytes of all local devices together; None where they do not tell.
+
+    >>> device_memory() > 0
+    True
+    """
+    if jax.default_backend() == "cpu":
+        return host_memory()
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if not all("bytes_limit" in s for s in stats):
+        return None
+    return sum(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
 
 
 def _shapes(batch: Any) -> tuple:

@@ -9,6 +9,7 @@ from typing import Any
 from flax import nnx
 
 from wush_jax.calibrate import Call, Progress, Site, collect_moments, plain_call
+from wush_jax.host_memory import check_device_memory
 from wush_jax.losses import layer_losses
 from wush_jax.moments import Moments
 from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
@@ -48,7 +49,8 @@ def quantize_model(
       The quantized model and a `Report` with the loss of every layer on the first batch.
 
     Raises:
-      ValueError: as `plan`; no batches; non-finite weights or activations, naming the layer.
+      ValueError: as `plan`; no batches; non-finite weights or activations, naming the layer;
+        moments that cannot fit the devices' memory.
 
     >>> import jax
     >>> from wush_jax import Recipe
@@ -74,6 +76,7 @@ def quantize_model(
     if first is None:
         raise ValueError("batches is empty; pass at least one calibration batch")
     planned = plan(model, rules, first, call=call, dense_types=dense_types)
+    check_device_memory(planned.report.details, sequential=False)
     moments = collect_moments(
         model,
         itertools.chain([first], batches),

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from wush_jax.calibrate import Call, Progress, plain_call
-from wush_jax.host_memory import check_host_memory
+from wush_jax.host_memory import check_device_memory, check_host_memory
 from wush_jax.layer_run import (
     Counter,
     LayerRun,
@@ -61,7 +61,7 @@ def quantize_sequentially(
 
     Raises:
       ValueError: as `wush_jax.quantize_model`; a model without the stack; state of another run;
-        hidden states that cannot fit the host's memory.
+        what cannot fit the memory of the host or the devices.
       OSError: the state cannot be written; what was done is kept.
 
     Source: WUSH paper, algorithm 2 and section 5 (calibration order).
@@ -86,6 +86,7 @@ def quantize_sequentially(
         sum(len(run.passes(local)) for local in stages) + len(layers) - 1 + bool(rest)
     )
     check_host_memory(model, batches, stack.embed, settings.hidden_dtype)
+    check_device_memory(planned.report.details, sequential=True)
     with _open_state(model, batches, rules, settings) as state:
         done = finished_stages(state, len(layers))
         hidden = [run.embed(model, batch) for batch in batches]

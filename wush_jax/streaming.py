@@ -23,7 +23,7 @@ from flax import nnx
 from wush_jax.calibrate import Progress
 from wush_jax.checkpoint import native_extra
 from wush_jax.folder_writer import check_replaceable, copy_companions, write_folder
-from wush_jax.host_memory import check_host_memory
+from wush_jax.host_memory import check_device_memory, check_host_memory
 from wush_jax.layer_run import (
     Counter,
     LayerRun,
@@ -120,6 +120,7 @@ def quantize_folder(
     check_replaceable(Path(out), {"quantization_config": records_to_json({})})
     planned = plan(model, rules, batches[0])
     check_host_memory(model, batches, settings.stack.embed, settings.hidden_dtype)
+    check_device_memory(planned.report.details, sequential=True)
     fingerprint = {
         "model": digest(tensors.values()),
         "batches": digest(batches),

@@ -1,0 +1,79 @@
+"""What cannot fit is refused before it starts, with the numbers of the plan."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from tiny import BLOCKS, Blocks, Net, rows
+
+import wush_jax as wush
+from wush_jax import host_memory
+
+GPTQ = wush.Recipe(solver="gptq", transform="hadamard")
+
+
+class Device:
+    """A device of so much memory, or one that does not tell."""
+
+    def __init__(self, limit=None, used=0):
+        self.stats = None if limit is None else {"bytes_limit": limit, "bytes_in_use": used}
+
+    def memory_stats(self):
+        return self.stats
+
+
+def use(monkeypatch, *devices):
+    monkeypatch.setattr(host_memory.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(host_memory.jax, "local_devices", lambda: list(devices))
+
+
+def test_free_memory_of_devices(monkeypatch):
+    use(monkeypatch, Device(100, 30), Device(50))
+    assert host_memory.device_memory() == 120
+    use(monkeypatch, Device(100), Device())
+    assert host_memory.device_memory() is None  # nothing is refused on a guess
+
+
+def test_costs_decide(monkeypatch):
+    costs = {"moment_bytes": 40 * 10**9, "largest_site_bytes": 3 * 10**9}
+    use(monkeypatch, Device(30 * 10**9, 10**9))
+    with pytest.raises(ValueError, match=r"3\.0 GB for its largest.* 40\.0 GB.* 29\.0 GB are free"):
+        host_memory.check_device_memory(costs, sequential=False)
+    host_memory.check_device_memory(costs, sequential=True)
+    use(monkeypatch, Device(2 * 10**9))
+    with pytest.raises(ValueError, match=r"2\.0 GB are free; calibrate layer after layer"):
+        host_memory.check_device_memory(costs, sequential=True)
+    use(monkeypatch, Device())
+    host_memory.check_device_memory(costs, sequential=False)
+
+
+class Wide(nnx.Module):
+    """A layer of a million channels, as shapes only."""
+
+    def __init__(self):
+        self.dense = nnx.Linear(2**20, 32, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+def test_a_model_too_wide_is_refused_by_its_plan(monkeypatch):
+    """A full moment of 2^20 channels is 4.4 TB: no weight is needed to know it."""
+    model = nnx.eval_shape(Wide)
+    x = jax.ShapeDtypeStruct((1, 2**20), jnp.float32)
+    use(monkeypatch, Device(10**12))
+    with pytest.raises(ValueError, match=r"rules: the plan needs .* 4398\.\d GB .* 1000\.0 GB"):
+        wush.quantize_model(model, [x], GPTQ)
+
+
+@pytest.mark.parametrize("sequential", [None, wush.Sequential(BLOCKS)])
+def test_nothing_runs_before_the_refusal(monkeypatch, sequential):
+    model = Net() if sequential is None else Blocks()
+    batches = rows(1) if sequential is None else rows(1, (8, 32))
+    started = []
+    use(monkeypatch, Device(1))
+    with pytest.raises(ValueError, match="the plan needs"):
+        wush.quantize_model(
+            model, batches, GPTQ, sequential=sequential, progress=lambda *a: started.append(a)
+        )
+    assert not started
