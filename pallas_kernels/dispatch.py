@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import matmul, mosaic_gpu, reference, repack, xla, xla_fp8
+from pallas_kernels import matmul, mosaic_gpu, reference, repack, scaled_dot, xla, xla_fp8
 
 Implementation = str | Sequence[str] | None
 
@@ -95,7 +95,8 @@ def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementatio
       out_dtype: of the result; default x's dtype, float32 for quantized activations.
       implementation: as for `transform_quantize`: "mosaic_gpu" (packed weights in the kernels'
         layout, Hopper), "xla" (weights expanded to bfloat16 by the call), "reference"; only on
-        request "xla_fp8" (MXFP4 by MXFP4: weights expanded to FP8 by the call).
+        request "xla_fp8" (MXFP4 by MXFP4: weights expanded to FP8 by the call) and "scaled_dot"
+        (NVFP4 by NVFP4, Blackwell, never run there).
 
     Returns:
       (..., M, N).
@@ -112,6 +113,7 @@ def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementatio
             "mosaic_gpu": matmul.quantized_matmul,
             "xla": xla.quantized_matmul,
             "reference": reference.quantized_matmul,
+            "scaled_dot": scaled_dot.quantized_matmul,
             "xla_fp8": xla_fp8.quantized_matmul,
         },
         _candidates() if implementation is None else implementation,

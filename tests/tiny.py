@@ -90,7 +90,7 @@ BLOCKS = Stack(embed=lambda model, x: x)
 def codes(model):
     """The codes of every quantized layer, by path."""
     return {
-        ".".join(map(str, path)): np.asarray(module.codes[...])
+        ".".join(map(str, path)): np.asarray(module.packed.interchange.codes)
         for path, module in nnx.iter_modules(model)
         if type(module) is QuantizedDense
     }

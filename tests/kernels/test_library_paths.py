@@ -1,0 +1,158 @@
+"""Library paths against the definition, on CPU where they run there, lowered for CUDA elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+import wush_jax as wush
+from pallas_kernels import fragments, scaled_dot, xla, xla_fp8
+
+FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
+
+
+def operands(fmt, m=5, n=24, k=128):
+    keys = jax.random.split(jax.random.key(3))
+    x, w = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (n, k))
+    return x.astype(jnp.bfloat16), wush.quantize(x, fmt), wush.quantize(w, fmt)
+
+
+def exact(x, w):
+    x = wush.dequantize(x) if hasattr(x, "codes") else x
+    return np.asarray(x, np.float64) @ np.asarray(wush.dequantize(w), np.float64).T
+
+
+def scaled(q):
+    """Values times their global scale: exact in float32, where the quotient need not be."""
+    values = q.format.decode(q.format.unpack(q.codes), q.scales, jnp.float32(1))
+    return np.asarray(values, np.float64)
+
+
+def near(y, x, w):
+    """Float32 sums of K exact products, in any order: K units of last place of their magnitudes."""
+    x = wush.dequantize(x) if hasattr(x, "codes") else x
+    bound = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(wush.dequantize(w), np.float64)).T
+    assert np.all(np.abs(np.asarray(y, np.float64) - exact(x, w)) <= w.shape[1] * 2**-23 * bound)
+
+
+@pytest.mark.parametrize("layout", ["interchange", "fragments"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_bfloat16_operands_are_exact(fmt, layout):
+    x, xq, w = operands(fmt)
+    weight = w if layout == "interchange" else fragments.lay_out(w)
+    for left in (x, xq):
+        y = pallas_kernels.quantized_matmul(
+            left, weight, out_dtype=jnp.float32, implementation="xla"
+        )
+        near(y, left, w)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_a_quantized_value_is_a_sum_of_bfloat16_numbers(fmt):
+    q = wush.quantize(jax.random.normal(jax.random.key(0), (8, 64)) * 1e-3, fmt)
+    parts = jax.jit(lambda q: xla.exact_parts(q.codes, q.scales, fmt))(q)
+    whole = sum(np.asarray(part, np.float64) for part in parts)
+    np.testing.assert_array_equal(whole, scaled(q))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_whole_layer_on_matrix_units(fmt):
+    x, _, w = operands(fmt)
+    t = wush.hadamard_transform(fmt.group_size).activation.astype(jnp.bfloat16)
+    call = {"out_dtype": jnp.float32, "fmt": fmt}
+    y = pallas_kernels.transform_quantize_matmul(x, t, w, implementation="xla", **call)
+    expected = pallas_kernels.transform_quantize_matmul(x, t, w, implementation="reference", **call)
+    # The same codes but where another order of float32 sums crosses a boundary: one step of a code
+    # of the largest magnitude at most.
+    assert np.mean(np.abs(y - expected) > 1e-5 * np.abs(expected).max()) < 0.02
+
+
+def test_fp8_activations_are_exact_over_28_octaves():
+    """But for the order of columns, and below the window."""
+    fmt = wush.MXFP4
+    x = jax.random.normal(jax.random.key(1), (4, 64))
+    x = x * jnp.exp2(jnp.repeat(jnp.arange(-12, 12, 3).reshape(4, 2), 32, axis=1))
+    q = wush.quantize(x, fmt)
+    values, power = jax.jit(lambda q: xla_fp8.activations(q.codes, q.scales, fmt))(q)
+    back = np.asarray(values, np.float64).reshape(4, -1, 4, 2, 2).swapaxes(2, 3).reshape(4, 64)
+    np.testing.assert_array_equal(back * float(power), scaled(q))
+
+
+def test_fp8_activations_below_the_window_lose_little():
+    """At most half a step of 2**-16 of E5M2's subnormals, of a top scale of 2**13."""
+    fmt = wush.MXFP4
+    x = jax.random.normal(jax.random.key(2), (2, 64)).at[1].multiply(2.0**-34)
+    q = wush.quantize(x, fmt)
+    values, power = xla_fp8.activations(q.codes, q.scales, fmt)
+    back = np.asarray(values, np.float64).reshape(2, -1, 4, 2, 2).swapaxes(2, 3).reshape(2, 64)
+    error = np.abs(back * float(power) - scaled(q))
+    assert 0 < error.max() <= 2.0**-17 * float(power)
+
+
+def test_fp8_keeps_what_is_not_finite():
+    fmt = wush.MXFP4
+    q = wush.quantize(jnp.ones((2, 64)).at[1, 3].set(jnp.nan), fmt)
+    values, power = xla_fp8.activations(q.codes, q.scales, fmt)
+    assert np.isfinite(float(power))
+    assert np.isnan(np.asarray(values, np.float32)).sum(axis=1).tolist() == [0, 32]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="no CPU lowering in this jax")
+def test_block_scaled_product_equals_the_definition():
+    _, x, w = operands(wush.NVFP4, m=128, n=128, k=128)
+    near(jax.jit(lambda x, w: scaled_dot.matmul(x, w, jnp.float32))(x, w), x, w)
+
+
+def test_block_scaled_product_lowers_for_cuda():
+    _, x, w = operands(wush.NVFP4, m=128, n=128, k=128)
+    traced = jax.jit(lambda x, w: scaled_dot.matmul(x, w, jnp.bfloat16)).trace(x, w)
+    assert "block_scaled_dot" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "reason"),
+    [
+        ("scaled_dot", wush.NVFP4, "compute capability"),
+        ("xla_fp8", wush.MXFP4, "jax 0.11|NVIDIA GPU"),
+        ("xla", wush.MXFP8, "two bfloat16"),
+    ],
+)
+def test_what_a_path_lacks_is_said(name, fmt, reason):
+    _, x, w = operands(fmt)
+    with pytest.raises(NotImplementedError, match=reason):
+        pallas_kernels.quantized_matmul(x, w, implementation=name)
+
+
+def test_the_block_scaled_product_takes_only_nvfp4():
+    x, _, w = operands(wush.NVFP4)
+    with pytest.raises(NotImplementedError, match="no array of codes"):
+        scaled_dot.matmul(x, w, jnp.float32)
+    _, x, w = operands(wush.MXFP4)
+    with pytest.raises(NotImplementedError, match="NVFP4"):
+        scaled_dot.matmul(x, w, jnp.float32)
+
+
+# On a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("data", ["gaussian", "outliers", "same sign"])
+@pytest.mark.parametrize(("m", "n", "k"), [(256, 512, 1024), (64, 256, 14336)])
+def test_fp8_path_on_gpu(m, n, k, data):
+    """Sums leave the tensor core's short accumulator every few hundred columns: 13 bits each time.
+
+    Errors of one step of 2**-13 of the partial sums, of up to 128 columns each, bound the rest.
+    """
+    keys = jax.random.split(jax.random.key(4))
+    x, w = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (n, k))
+    if data == "outliers":
+        x = x.at[:, ::97].multiply(50)
+    if data == "same sign":
+        x, w = jnp.abs(x), jnp.abs(w)
+    x, w = wush.quantize(x, wush.MXFP4), wush.quantize(w, wush.MXFP4)
+    y = jax.jit(lambda x, w: pallas_kernels.quantized_matmul(x, w, implementation="xla_fp8"))(
+        x, fragments.lay_out(w)
+    )
+    a, b = (np.abs(np.asarray(wush.dequantize(q), np.float64)) for q in (x, w))
+    assert np.all(np.abs(np.asarray(y, np.float64) - exact(x, w)) <= 2**-13 * (a @ b.T))
