@@ -26,9 +26,6 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
-# Pages that are being written have their place in the table of contents.
-suppress_warnings = ["toc.empty_glob"]
-
 
 def escape_stars(app, what, name, obj, options, lines):
     """A shape such as ``(*batch, N, K)`` in a docstring is no emphasis."""
