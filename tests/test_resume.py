@@ -67,7 +67,8 @@ def test_a_run_is_not_overwritten(state):
 
 
 def test_another_run_says_what_differs(state):
-    with pytest.raises(ValueError, match=r"another run: batches \(b is now c\), rules \(None is now d\) differ; start"):
+    message = r"another run: batches \(b is now c\), rules \(None is now d\) differ; start"
+    with pytest.raises(ValueError, match=message):
         RunState(state.folder, {"model": "a", "batches": "c", "rules": "d"}, resume=True)
 
 
@@ -77,8 +78,7 @@ def test_one_run_at_a_time(tmp_path):
     with pytest.raises(BlockingIOError, match=r"state_dir=.* is being written by another process"):
         RunState(tmp_path, FINGERPRINT, resume=True)
     code = (
-        "import sys; from wush_jax.resume import RunState; "
-        "RunState(sys.argv[1], {}, resume=True)"
+        "import sys; from wush_jax.resume import RunState; RunState(sys.argv[1], {}, resume=True)"
     )
     root = Path(wush.__file__).parents[1]
     other = subprocess.run(
