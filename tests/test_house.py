@@ -118,6 +118,112 @@ def test_files_are_small():
     assert not {m: n for m, n in lines.items() if n > budget[m.partition(".")[0]]}
 
 
+def public_definitions(node, prefix):
+    """Functions, classes and their methods that are nobody's secret, with their names."""
+    for child in node.body:
+        if not isinstance(child, ast.FunctionDef | ast.ClassDef) or child.name.startswith("_"):
+            continue
+        yield f"{prefix}.{child.name}", child
+        if isinstance(child, ast.ClassDef):
+            yield from public_definitions(child, f"{prefix}.{child.name}")
+
+
+TREES = {module: ast.parse(path.read_text("utf8")) for module, path in FILES.items()}
+DEFINITIONS = [pair for module, tree in TREES.items() for pair in public_definitions(tree, module)]
+
+
+def test_everything_public_has_a_docstring():
+    assert len(DEFINITIONS) > 300
+    missing = [name for name, node in DEFINITIONS if not ast.get_docstring(node)]
+    missing += [module for module, tree in TREES.items() if not ast.get_docstring(tree)]
+    assert not missing
+
+
+def own_lines(node):
+    """Lines of a function's body behind its docstring, without the functions inside it."""
+    body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+    inner = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.FunctionDef)]
+    nested = sum(n.end_lineno - n.lineno + 1 for n in inner)
+    return node.end_lineno - body[0].lineno + 1 - nested
+
+
+def test_functions_are_short():
+    """About 40 lines; a function that needs more than 50 is two."""
+    functions = [
+        (module, node)
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+    sizes = {f"{module}.{node.name}": own_lines(node) for module, node in functions}
+    assert not {name: lines for name, lines in sizes.items() if lines > 50}
+
+
+# Identical code of so many lines in two files is one function that is missing.
+REPEATED = 12
+
+
+def code_lines(path):
+    """Lines of code without blanks, comments, docstrings and imports, indentation removed."""
+    text = path.read_text("utf8")
+    skipped = set()
+    for node in ast.walk(ast.parse(text)):
+        string = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if string or isinstance(node, ast.Import | ast.ImportFrom):
+            skipped.update(range(node.lineno, node.end_lineno + 1))
+    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if n not in skipped]
+    return [(n, line) for n, line in lines if line and not line.startswith("#")]
+
+
+def repeated(paths, length):
+    """Places of blocks that are in two files: (file, line) pairs."""
+    seen, found = {}, []
+    for path in paths:
+        lines = code_lines(path)
+        for i in range(len(lines) - length + 1):
+            block = tuple(line for _, line in lines[i : i + length])
+            first = seen.setdefault(block, (path, lines[i][0]))
+            if first[0] != path:
+                found.append((first, (path, lines[i][0])))
+    return found
+
+
+def test_no_code_is_there_twice(tmp_path):
+    folders = [*PACKAGES, "tests", "examples"]
+    paths = sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
+    assert not [tuple(f"{p.name}:{line}" for p, line in two) for two in repeated(paths, REPEATED)]
+    for name, indent in (("a.py", ""), ("b.py", "    ")):  # the check has teeth
+        body = "".join(f"{indent}x{i} = {i}\n" for i in range(REPEATED))
+        (tmp_path / name).write_text(f"if True:\n{body}" if indent else body)
+    assert len(repeated(sorted(tmp_path.iterdir()), REPEATED)) == 1
+
+
+def texts():
+    """All that people read: code, tests, pages, settings; not this file's own patterns."""
+    folders = [*PACKAGES, "tests", "examples", "docs"]
+    paths = [p for f in folders for p in (ROOT / f).rglob("*")] + list(ROOT.glob("*.*"))
+    kinds = (".py", ".md", ".toml", ".json", ".yml", ".txt")
+    return [p for p in paths if p.suffix in kinds and p.is_file() and p.name != "test_house.py"]
+
+
+# Folders of somebody's machine, and names of tools that are no part of the work.
+FOREIGN = re.compile(
+    r"/work/|/tmp/\w|/home/\w|/Users/\w|/root/|"
+    r"\b(claude|anthropic|chatgpt|openai|copilot|co-authored-by|language model wrote)\b",
+    re.IGNORECASE,
+)
+
+
+def test_nothing_tells_of_the_machine_or_of_who_wrote_it():
+    found = {
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in texts()
+        for match in FOREIGN.finditer(path.read_text("utf8"))
+    }
+    assert len(texts()) > 100
+    assert not found
+
+
 def test_nothing_is_left_to_do():
     marker = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X"]))
     folders = [*PACKAGES, "tests", "examples", "docs"]
