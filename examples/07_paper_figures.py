@@ -277,7 +277,7 @@ def plot_predictions(found: list[dict[str, Any]], path: Path) -> None:
                 ".",
                 label=name,
             )
-        ends = np.array([4e-3, 0.3])
+        ends = np.array([6e-4, 0.3])
         axes.loglog(ends, ends, "k-", lw=0.6)
         axes.set(title=f"{fmt.name}, {model.upper()} model", xlabel="predicted loss / output power")
     panels[0].set_ylabel("measured loss / output power")
