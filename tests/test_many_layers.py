@@ -123,10 +123,10 @@ def table(fmt):
     return out
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", [0, 13, 17])  # every kind of record, every shape
 def test_two_hundred_layers(index):
-    name, shape = CONFIGURATIONS[(0, 4, 11, 15)[index]]
-    assert mismatches(BATCH, FORMATS[name], shape, index) == 0
+    name, shape = CONFIGURATIONS[index]
+    assert mismatches(67, FORMATS[name], shape, index) == 0
 
 
 @pytest.mark.slow

@@ -305,11 +305,10 @@ def test_works_with_x64_on(name):
     check_close(out, expected)
 
 
-@pytest.mark.parametrize("name", ["NVFP4", "MXFP8", "INT4"])
-def test_no_nan_on_the_way(name):
-    """Step by step, where `jax.debug_nans` sees every intermediate."""
+def test_no_nan_on_the_way():
+    """Step by step, where `jax.debug_nans` sees every intermediate; of a grid that has a NaN."""
     with jax.debug_nans(True):
-        assert wush.fake_quantize(jnp.ones(32), getattr(wush, name)).shape == (32,)
+        assert wush.fake_quantize(jnp.ones(32), wush.MXFP8).shape == (32,)
 
 
 def test_constants_under_jit_are_checked_too():
