@@ -10,11 +10,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import fragments
-from pallas_kernels.expand import asm
-from pallas_kernels.quad import const, i32
+from pallas_kernels.inlined import SCALAR, address, lane_value, spread
+from pallas_kernels.quad import Quad, asm, const, i32, run
 
 PAD = 2  # words behind a row of sums: neighbouring rows are in different banks, pairs aligned
-SCALAR = plgpu.Layout.WGMMA.reduce(1)
 
 
 class ClusterSum:
@@ -37,14 +36,14 @@ class ClusterSum:
                 for b in range(2 * geo.split.groups)
             )
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), const(0))
-            _run(
+            run(
                 f"{{ .reg .pred p; setp.ne.s32 p, $1, 0; {init} }}",
-                _address(received),
+                address(received),
                 arith.extui(i32(), first),
             )
-            _run("fence.mbarrier_init.release.cluster;")
-            _run("barrier.cluster.arrive.relaxed.aligned;")
-            _run("barrier.cluster.wait.acquire.aligned;")
+            run("fence.mbarrier_init.release.cluster;")
+            run("barrier.cluster.arrive.relaxed.aligned;")
+            run("barrier.cluster.wait.acquire.aligned;")
 
         start(received)
 
@@ -52,7 +51,7 @@ class ClusterSum:
         """Buffers of tile t: this warpgroup's own, and its group's."""
         group = self.wg // self.geo.split.ways
         turn = lax.rem(t, self.geo.buffers)
-        return [_spread(turn + self.geo.buffers * w) for w in (self.wg, group)]
+        return [spread(turn + self.geo.buffers * w) for w in (self.wg, group)]
 
     def send(self, t, sums):
         """Send a warpgroup's sums of its tile t to their owners."""
@@ -61,32 +60,28 @@ class ClusterSum:
 
         @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[SCALAR] * 4, plgpu.Layout.WGMMA))
         def store(_, own_s, sums_s, received, own, group, piece, way, values):
-            own, group, piece, way = (_first(v) for v in (own, group, piece, way))
-            thread = arith.andi(utils.thread_idx(), const(127))
-            own = arith.addi(_address(own_s), arith.muli(own, const(whole)))
-            row = arith.addi(
-                arith.muli(arith.shrui(thread, const(5)), const(16)),
-                arith.andi(arith.shrui(thread, const(2)), const(7)),
-            )
-            at = arith.addi(own, arith.muli(row, const(geo.stride * 4)))
-            at = arith.addi(at, arith.muli(arith.andi(thread, const(3)), const(8)))
+            own, group, piece, way = (lane_value(v) for v in (own, group, piece, way))
+            thread, quad = arith.andi(utils.thread_idx(), const(127)), Quad()
+            own = arith.addi(address(own_s), arith.muli(own, const(whole)))
+            at = arith.addi(own, arith.muli(quad.row, const(geo.stride * 4)))
+            at = arith.addi(at, arith.muli(quad.lane, const(8)))
             for half, j in ((h, j) for h in (0, 1) for j in range(split.tokens // 8)):
                 pair = values.registers[0, j, 0, 0, half, 0, 0, 0, 0]
                 two = [llvm.extractelement(pair, const(e)) for e in (0, 1)]
                 offset = 8 * half * geo.stride * 4 + 32 * j
-                _run(f"st.shared.v2.f32 [$0+{offset}], {{$1,$2}};", at, *two)
+                run(f"st.shared.v2.f32 [$0+{offset}], {{$1,$2}};", at, *two)
             utils.commit_shared()
-            target = arith.addi(_address(sums_s), arith.muli(group, const(whole * split.ways)))
+            target = arith.addi(address(sums_s), arith.muli(group, const(whole * split.ways)))
             source = arith.addi(arith.muli(piece, const(split.ways)), way)
             target = arith.addi(target, arith.muli(source, const(geo.block)))
-            barrier = arith.addi(_address(received), arith.muli(group, const(8)))
+            barrier = arith.addi(address(received), arith.muli(group, const(8)))
             copies = "".join(
                 f" mapa.shared::cluster.u32 a,$0,{owner}; mapa.shared::cluster.u32 b,$2,{owner};"
                 " @p cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
                 f" [a], [s], {geo.block}, [b]; add.u32 s, s, {geo.block};"
                 for owner in range(split.slices)
             )
-            _run(
+            run(
                 "{ .reg .pred p; .reg .b32 a,b,s; mov.b32 s, $1; setp.eq.s32 p, $3, 0;"
                 " setp.eq.and.s32 p, $4, 0, p;"
                 " @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2],"
@@ -104,8 +99,8 @@ class ClusterSum:
             self.sums,
             self.received,
             *self._places(t),
-            _spread(self.piece),
-            _spread(way),
+            spread(self.piece),
+            spread(way),
             sums,
         )
 
@@ -124,19 +119,19 @@ class ClusterSum:
         @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[SCALAR] * 5))
         def reduce(_, sums_s, received, out, factor, buffer, phase, tile, way):
             factor, buffer, phase, tile, way = (
-                _first(v) for v in (factor, buffer, phase, tile, way)
+                lane_value(v) for v in (factor, buffer, phase, tile, way)
             )
-            _run(
+            run(
                 "{ .reg .pred p; wait${:uid}: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;"
                 " @!p bra wait${:uid}; }",
-                arith.addi(_address(received), arith.muli(buffer, const(8))),
+                arith.addi(address(received), arith.muli(buffer, const(8))),
                 phase,
             )
             rank = asm("mov.u32 $0, %cluster_ctarank;", 1)[0]
             thread = arith.andi(utils.thread_idx(), const(127))
             thread = arith.addi(thread, arith.muli(way, const(128)))
             whole = fragments.ROWS * geo.stride * 4 * split.ways
-            base = arith.addi(_address(sums_s), arith.muli(buffer, const(whole)))
+            base = arith.addi(address(sums_s), arith.muli(buffer, const(whole)))
             generic = llvm.addrspacecast(llvm.PointerType.get(), utils.memref_ptr(out))
             target = llvm.ptrtoint(ir.IntegerType.get_signless(64), generic)
             sources = range(split.slices * split.ways)
@@ -155,7 +150,7 @@ class ClusterSum:
                 at = arith.addi(arith.muli(row, const(geo.stride)), token)
                 column = arith.addi(arith.muli(tile, const(64)), arith.muli(rank, const(geo.owned)))
                 column = arith.addi(column, row)
-                _run(
+                run(
                     code,
                     arith.addi(base, arith.muli(at, const(4))),
                     target,
@@ -171,45 +166,19 @@ class ClusterSum:
             self.sums,
             self.received,
             out_g,
-            _spread(self.factor),
+            spread(self.factor),
             self._places(t)[1],
-            _spread(phase),
-            _spread(tile),
-            _spread(lax.rem(self.wg, split.ways)),
+            spread(phase),
+            spread(tile),
+            spread(lax.rem(self.wg, split.ways)),
         )
 
     def leave(self):
-        """Nobody may end while others still send to it."""
+        """Nobody may end while its copies are on their way: they read its memory."""
 
         @plgpu.inline_mgpu()
         def wait(_):
-            _run("barrier.cluster.arrive.relaxed.aligned;")
-            _run("barrier.cluster.wait.acquire.aligned;")
+            run("barrier.cluster.arrive.relaxed.aligned;")
+            run("barrier.cluster.wait.acquire.aligned;")
 
         wait()
-
-
-def _spread(value):
-    """A scalar as an array, since only arrays and references go into inlined code."""
-    wide = lax.broadcast(jnp.asarray(value), (fragments.ROWS,))
-    return plgpu.layout_cast(wide, SCALAR)
-
-
-def _address(ref):
-    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
-
-
-def _run(code, *operands):
-    letters = {"i32": "r", "i64": "l", "f32": "f"}
-    constraints = ",".join([*(letters[str(o.type)] for o in operands), "~{memory}"])
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"), list(operands), code, constraints, has_side_effects=True
-    )
-
-
-def _first(spread):
-    """The lane's value of an array that is equal everywhere."""
-    register = spread.registers.flat[0]
-    if isinstance(register.type, ir.VectorType):
-        return llvm.extractelement(register, const(0))
-    return register

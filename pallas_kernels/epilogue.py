@@ -17,6 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import code_words, group_scales, repack
+from pallas_kernels.inlined import lane_value
 from pallas_kernels.quad import Quad, const
 
 CHUNK = 32  # columns that a quad packs into four words, one a lane
@@ -65,7 +66,7 @@ def encode_tile(fmt, rows, blocks, layout):
     )
     def encode(_, scales, *operands):
         quad = Quad()
-        g, *exist = (_first(v) for v in operands[:3])
+        g, *exist = (lane_value(v) for v in operands[:3])
         store = _scale_store(scales, quad, exist, layout)
         out = np.empty(lanes.registers_shape((rows, width // 2)), dtype=object)
         for tile, half in np.ndindex(rows // 64, 2):
@@ -101,14 +102,6 @@ def _factors(fmt, quad, chunks, g, store):
         store(stored, first)
         factors += quad.gather4(factor)
     return factors
-
-
-def _first(spread):
-    """The lane's value of an array that is equal everywhere."""
-    register = spread.registers.flat[0]
-    if isinstance(register.type, ir.VectorType):
-        return vector.extract(register, [], [0])
-    return register
 
 
 def _chunks(accumulators, tile, half):

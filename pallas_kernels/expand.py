@@ -21,8 +21,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import fragments
-from pallas_kernels.quad import const, i32
-from pallas_kernels.quantize_kernel import _swizzled as swizzled
+from pallas_kernels.inlined import address, swizzled
+from pallas_kernels.quad import asm, const
 
 # Eight codes of a word times two scales, as four registers of two bfloat16 values each.
 E2M1 = """{
@@ -109,10 +109,9 @@ def multiply(c: fragments.Carrier, tokens: int):
         arg_types=(plgpu.RefType(), plgpu.RefType(swizzled(128, 2)), wgmma), return_type=result
     )
     def run(_, record, x, sums):
-        base = llvm.ptrtoint(i32(), utils.memref_ptr(x))
         lane = arith.andi(utils.thread_idx(), const(31))
         row, matrix = arith.andi(lane, const(7)), arith.shrui(lane, const(3))
-        address = arith.addi(base, arith.muli(row, const(128)))
+        start = arith.addi(address(x), arith.muli(row, const(128)))
         # With one tile of tokens two chains of products overlap their latencies.
         chains = [sums.registers.copy() for _ in range(2 if tokens == 8 else 1)]
         for i in np.ndindex(chains[-1].shape) if len(chains) == 2 else ():
@@ -121,7 +120,7 @@ def multiply(c: fragments.Carrier, tokens: int):
         x_parts = {}
         for pair, tile in ((p, t) for p in range(4) for t in range(tokens // 8)):
             chunk = arith.xori(arith.addi(matrix, const(4 * (pair % 2))), row)
-            at = arith.addi(address, arith.muli(chunk, const(16)))
+            at = arith.addi(start, arith.muli(chunk, const(16)))
             at = arith.addi(at, const(2048 * tile + 1024 * (pair // 2)))
             x_parts[pair, tile] = asm(
                 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
@@ -207,8 +206,7 @@ def plain(c: fragments.Carrier, record):
 
 def _load(c: fragments.Carrier, record):
     """A thread's eight words, and the scale words of its two rows."""
-    pointer = utils.memref_ptr(record)
-    base = llvm.ptrtoint(i32(), pointer)
+    base = address(record)
     thread = arith.andi(utils.thread_idx(), const(127))
     at = arith.addi(base, arith.muli(thread, const(16)))
     words = [w for half in (0, 1) for w in _shared(arith.addi(at, const(2048 * half)), 4)]
@@ -234,19 +232,7 @@ def _scale(c: fragments.Carrier, words, group):
     return asm(code, 1, word)[0]
 
 
-def _shared(address, count):
+def _shared(at, count):
     """Load ``count`` consecutive words, at once."""
     names = ",".join(f"${i}" for i in range(count))
-    return asm(f"ld.shared.v{count}.b32 {{{names}}}, [${count}];", count, address, volatile=True)
-
-
-def asm(code, results, *arguments, volatile=False):
-    """A PTX block with several 32-bit results."""
-    # "&": the block writes results while it still reads its operands
-    constraints = ",".join(["=&r"] * results + ["r"] * len(arguments))
-    kind = i32() if results == 1 else llvm.StructType.get_literal([i32()] * results)
-    out = cast(
-        ir.Value,
-        llvm.inline_asm(kind, list(arguments), code, constraints, has_side_effects=volatile),
-    )
-    return [out] if results == 1 else [llvm.extractvalue(i32(), out, [i]) for i in range(results)]
+    return asm(f"ld.shared.v{count}.b32 {{{names}}}, [${count}];", count, at, volatile=True)

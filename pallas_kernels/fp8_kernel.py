@@ -22,7 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import expand, fragments
-from pallas_kernels.quantize_kernel import _swizzled
+from pallas_kernels.inlined import swizzled
+from pallas_kernels.quad import asm
 
 # Bring the top exponent's scale, 2**(TOP - 127) in a record, to 2**6: 6 * 2**6 = 384 < 448.
 LIFT = 6 + 127 - fragments.TOP
@@ -56,7 +57,7 @@ def weights(records, fmt):
             out_s=plgpu.SMEM(
                 (WARPGROUPS * 2, fragments.ROWS, fragments.COLUMNS),
                 jnp.uint8,
-                transforms=_swizzled(128, 1),
+                transforms=swizzled(128, 1),
             ),
             ready=plgpu.Barrier(num_barriers=WARPGROUPS * STAGES),
         ),
@@ -128,7 +129,7 @@ def _to_e4m3(c):
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         for step, registers in enumerate(expand.fragments_of(c, record)):
             for half in (0, 1):
-                word = expand.asm(code, 1, registers[half], registers[2 + half])[0]
+                word = asm(code, 1, registers[half], registers[2 + half])[0]
                 out[0, step, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
         return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=False)
 

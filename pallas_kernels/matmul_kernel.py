@@ -24,18 +24,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, fragments
 from pallas_kernels.cluster_sum import PAD, ClusterSum
-from pallas_kernels.quantize_kernel import _swizzled
+from pallas_kernels.inlined import swizzled
 from pallas_kernels.tiles import SHARED_MEMORY, Split
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The sizes of one call: the split, tiles of 64 rows, steps of a warpgroup in one, N and M."""
+    """The sizes of one call: the split, tiles of 64 rows, copies of a warpgroup in one, and M."""
 
     split: Split
     tiles: int
     per: int
-    rows: int
     tokens: int
 
     @property
@@ -90,21 +89,21 @@ def matmul(x, records, factor, fmt, rows, split: Split, *, out_dtype=jnp.float32
     per = -(-steps // (split.slices * split.ways * split.records))
     split = dataclasses.replace(split, clusters=min(split.clusters, tiles))
     tokens = x.shape[0]
-    geo = Geometry(split, tiles, per, rows, tokens)
+    geo = Geometry(split, tiles, per, tokens)
     while geo.shared_memory(c) > SHARED_MEMORY and split.stages > 2:
         split = dataclasses.replace(split, stages=split.stages - 1)
         geo = dataclasses.replace(geo, split=split)
     sources = split.slices * split.ways
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM(
-            (geo.held, split.tokens, fragments.COLUMNS), jnp.bfloat16, transforms=_swizzled(128, 2)
+            (geo.held, split.tokens, fragments.COLUMNS), jnp.bfloat16, transforms=swizzled(128, 2)
         ),
         ring_s=plgpu.SMEM(
             (split.warpgroups * split.stages, split.records, c.lines, 64), jnp.uint32
         ),
         own_s=plgpu.SMEM((geo.buffers * split.warpgroups, fragments.ROWS, geo.stride), jnp.float32),
         sums_s=plgpu.SMEM(
-            (geo.buffers * split.groups, sources, fragments.ROWS // split.slices, geo.stride),
+            (geo.buffers * split.groups, sources, geo.owned, geo.stride),
             jnp.float32,
         ),
         received=plgpu.SMEM((4 * split.groups,), jnp.uint32),  # two barriers of 64 bits each
@@ -140,11 +139,6 @@ def _body(c, geo, x_g, w_g, f_g, out_g, *, x_s, ring_s, ready, **exchanged):
     count = (geo.tiles - first + stride - 1) // stride
     last = count * per
 
-    def copy_x(step, slot, barrier):
-        at = pl.multiple_of(step * fragments.COLUMNS, fragments.COLUMNS)
-        columns = x_g.at[pl.ds(0, split.tokens), pl.ds(at, fragments.COLUMNS)]
-        plgpu.copy_gmem_to_smem(columns, x_s.at[slot], barrier)
-
     def fetch(i):
         tile = first + (i // per) * stride
         step = ((piece * split.ways + way) * per + lax.rem(i, per)) * split.records
@@ -153,7 +147,9 @@ def _body(c, geo, x_g, w_g, f_g, out_g, *, x_s, ring_s, ready, **exchanged):
             w_g.at[tile, pl.ds(step, split.records)], ring_s.at[slot], ready.at[slot]
         )
         for r in range(split.records):
-            copy_x(step + r, slot * split.records + r, ready.at[slot])
+            at = pl.multiple_of((step + r) * fragments.COLUMNS, fragments.COLUMNS)
+            columns = x_g.at[pl.ds(0, split.tokens), pl.ds(at, fragments.COLUMNS)]
+            plgpu.copy_gmem_to_smem(columns, x_s.at[slot * split.records + r], ready.at[slot])
 
     def warm_up(i, _):
         pl.when(i < last)(lambda: fetch(i))

@@ -42,6 +42,26 @@ def ptx(result: ir.Type, code: str, *operands: ir.Value) -> ir.Value:
     return cast(ir.Value, llvm.inline_asm(result, list(operands), code, constraints))
 
 
+def asm(code, results, *arguments, volatile=False):
+    """A PTX block with several 32-bit results."""
+    # "&": the block writes results while it still reads its operands
+    constraints = ",".join(["=&r"] * results + ["r"] * len(arguments))
+    kind = i32() if results == 1 else llvm.StructType.get_literal([i32()] * results)
+    out = cast(
+        ir.Value,
+        llvm.inline_asm(kind, list(arguments), code, constraints, has_side_effects=volatile),
+    )
+    return [out] if results == 1 else [llvm.extractvalue(i32(), out, [i]) for i in range(results)]
+
+
+def run(code: str, *operands: ir.Value) -> None:
+    """A PTX block without a result, which may touch memory."""
+    letters = {"i32": "r", "i64": "l", "f32": "f"}
+    constraints = ",".join([*(letters[str(o.type)] for o in operands), "~{memory}"])
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, list(operands), code, constraints, has_side_effects=True)
+
+
 def scaled(value, power):
     """``value * power``, a constant power of two."""
     bits = np.float32(power).view(np.uint32)

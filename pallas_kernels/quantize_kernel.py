@@ -25,9 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import epilogue, group_scales
+from pallas_kernels.inlined import ROWS, spread, swizzled
 from pallas_kernels.tiles import Tiles
 
-ROWS = 64  # rows of one wgmma
 # How scales leave the kernel, and what they are.
 SCALE_WORDS = {
     "e8m0": (jnp.uint8, jnp.float8_e8m0fnu),
@@ -151,12 +151,12 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
     word = SCALE_WORDS[fmt.scale_dtype][0]
     # TMA tiles of codes must divide K/2 bytes and are no wider than one step.
     packed = math.gcd(math.gcd(geo.width, tiles.columns) // 2, 128)
-    operand = _swizzled(min(128, 2 * d), 2)
+    operand = swizzled(min(128, 2 * d), 2)
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM((n * tiles.stages, ROWS, tiles.columns), dtype, transforms=operand),
         t_s=plgpu.SMEM((1 if geo.shared else geo.slab // d, d, d), dtype, transforms=operand),
         codes_s=plgpu.SMEM(
-            (n * 2, ROWS, tiles.columns // 2), jnp.uint8, transforms=_swizzled(packed, 1)
+            (n * 2, ROWS, tiles.columns // 2), jnp.uint8, transforms=swizzled(packed, 1)
         ),
         x_ready=plgpu.Barrier(num_barriers=n * tiles.stages),
         t_ready=plgpu.Barrier(),
@@ -180,12 +180,6 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=_interpreter() if interpret else None,
     )
-
-
-def _swizzled(swizzle: int, itemsize: int) -> tuple:
-    # Their abstract methods are stubs.
-    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]
-    return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
 
 def _interpreter():
@@ -330,12 +324,6 @@ def _encoder(geo: Geometry, fmt, g, interpret):
 
         return twin
 
-    def per_row(value):
-        spread = lax.broadcast(jnp.asarray(value), (ROWS,))
-        return plgpu.layout_cast(spread, plgpu.Layout.WGMMA.reduce(1))
-
     widths = (geo.block,) * (geo.tiles.columns // geo.block)
     in_registers = epilogue.encode_tile(fmt, ROWS, widths, geo.layout)
-    return lambda scales, exist, y: in_registers(
-        scales, per_row(g), *(per_row(e) for e in exist), *y
-    )
+    return lambda scales, exist, y: in_registers(scales, spread(g), *(spread(e) for e in exist), *y)

@@ -101,5 +101,10 @@ def dequantize(q) -> jax.Array:
 
     Or of one in the layout of the matmul kernels (`pallas_kernels.fragments`).
     """
-    codes, scales = (q.codes, q.scales) if hasattr(q, "codes") else q.interchange
+    codes, scales = interchange(q)
     return q.format.decode(q.format.unpack(codes), scales, q.global_scale)
+
+
+def interchange(q) -> tuple[jax.Array, jax.Array]:
+    """Return packed codes and scales of an object that has them, in whichever layout."""
+    return (q.codes, q.scales) if hasattr(q, "codes") else q.interchange

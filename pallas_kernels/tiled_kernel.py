@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, fragments
-from pallas_kernels.quantize_kernel import _swizzled
+from pallas_kernels.inlined import swizzled
 from pallas_kernels.tiles import SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
@@ -55,15 +55,16 @@ def matmul(x, records, factor, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bfloa
     tiles, steps = records.shape[:2]
     n = tiling.warpgroups
     tasks = -(-tiles // n) * -(-m // tiling.tokens) * tiling.cuts
+    tiling = dataclasses.replace(tiling, ctas=min(tiling.ctas, tasks))
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM(
             (tiling.stages, tiling.tokens, fragments.COLUMNS),
             jnp.bfloat16,
-            transforms=_swizzled(128, 2),
+            transforms=swizzled(128, 2),
         ),
         w_s=plgpu.SMEM((tiling.stages, n, c.lines, 64), jnp.uint32),
         out_s=plgpu.SMEM(
-            (n, tiling.tokens, fragments.ROWS), dtype, transforms=_swizzled(128, dtype.itemsize)
+            (n, tiling.tokens, fragments.ROWS), dtype, transforms=swizzled(128, dtype.itemsize)
         ),
         full=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=2),
         empty=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=n),
@@ -71,7 +72,7 @@ def matmul(x, records, factor, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bfloa
     run = plgpu.kernel(
         functools.partial(_body, c, tiling, tiles, steps),
         out_type=jax.ShapeDtypeStruct((tiling.cuts, x.shape[0], wide), dtype),
-        grid=(min(tiling.ctas, tasks),),
+        grid=(tiling.ctas,),
         grid_names=("cta",),
         num_threads=n + 1,
         thread_name="wg",
@@ -84,11 +85,10 @@ def matmul(x, records, factor, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bfloa
 
 
 def _body(c, tiling, tiles, steps, x_g, w_g, f_g, out_g, *, x_s, w_s, out_s, full, empty):
-    n, tokens, cuts = tiling.warpgroups, tiling.tokens, tiling.cuts
+    n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     m_tiles = -(-x_g.shape[0] // tokens)
     tasks = -(-tiles // n) * m_tiles * cuts
-    ctas = min(tiling.ctas, tasks)
     mine = (tasks - cta + ctas - 1) // ctas
     per = -(-steps // cuts)
     total = mine * per

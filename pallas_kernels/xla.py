@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import reference
+
 
 def transform_quantize(x, transform, fmt, *, global_scale=None):
     """As `reference.transform_quantize`, with the product on the matrix units of x's dtype.
@@ -79,10 +81,7 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
 
 
 def _matmul(left, factor, weight, out_dtype):
-    codes, scales = (
-        (weight.codes, weight.scales) if hasattr(weight, "codes") else weight.interchange
-    )
-    right = exact_parts(codes, scales, weight.format)
+    right = exact_parts(*reference.interchange(weight), weight.format)
     products = [
         jnp.einsum("...k,nk->...n", a, b, preferred_element_type=jnp.float32)
         for a in left

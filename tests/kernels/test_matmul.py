@@ -148,11 +148,20 @@ run_matmul = jax.jit(
 )
 
 
+def each_product(test):
+    """Every format, shape, kind of data and M."""
+    for mark in (
+        pytest.mark.parametrize("m", TOKENS),
+        pytest.mark.parametrize("kind", ["gaussian", "outliers", "one sign"]),
+        pytest.mark.parametrize(("k", "n"), ON_GPU),
+        each_format,
+    ):
+        test = mark(test)
+    return test
+
+
 @pytest.mark.gpu
-@each_format
-@pytest.mark.parametrize(("k", "n"), ON_GPU)
-@pytest.mark.parametrize("kind", ["gaussian", "outliers", "one sign"])
-@pytest.mark.parametrize("m", TOKENS)
+@each_product
 def test_product_of_bfloat16_activations(m, kind, k, n, fmt):
     laid, weight = weight_of(kind, k, n, fmt)
     x = values(kind, (m, k), 2).astype(jnp.bfloat16)
@@ -163,10 +172,7 @@ def test_product_of_bfloat16_activations(m, kind, k, n, fmt):
 
 
 @pytest.mark.gpu
-@each_format
-@pytest.mark.parametrize(("k", "n"), ON_GPU)
-@pytest.mark.parametrize("kind", ["gaussian", "outliers", "one sign"])
-@pytest.mark.parametrize("m", TOKENS)
+@each_product
 def test_product_of_quantized_activations(m, kind, k, n, fmt):
     laid, weight = weight_of(kind, k, n, fmt)
     x = jax.jit(wush.quantize, static_argnums=1)(values(kind, (m, k), 2), fmt)

@@ -1,0 +1,40 @@
+"""How scalars and shared memory reach inlined code: the seam between Pallas and `quad`."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+
+from pallas_kernels.quad import i32
+
+ROWS = 64  # of a warpgroup's instruction
+SCALAR = plgpu.Layout.WGMMA.reduce(1)
+
+
+def spread(value):
+    """A scalar as an array, since only arrays and references go into inlined code."""
+    return plgpu.layout_cast(lax.broadcast(jnp.asarray(value), (ROWS,)), SCALAR)
+
+
+def lane_value(array):
+    """The lane's value of an array that is equal everywhere."""
+    register = array.registers.flat[0]
+    if isinstance(register.type, ir.VectorType):
+        return vector.extract(register, [], [0])
+    return register
+
+
+def address(ref) -> ir.Value:
+    """Where a reference to shared memory starts, 32 bits."""
+    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
+
+
+def swizzled(swizzle: int, itemsize: int) -> tuple:
+    """The transforms of an operand in shared memory: tiles of 8 rows, swizzled by so many bytes."""
+    # Their abstract methods are stubs.
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
