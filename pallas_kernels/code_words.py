@@ -52,6 +52,21 @@ def e2m1_word(factors, values, saturate, layout):
     )
 
 
+def e2m1_values(factors, scales, values, saturate):
+    """Eight values of one lane rounded to E2M1 and multiplied back: four words of two bfloat16."""
+    words = []
+    for pair in range(4):
+        half = pair // 2  # columns below and from 16
+        rounds = "".join(
+            ROUND.format(i=i, x=i + 3, f=1, clamp=CLAMP.format(i=i) if saturate else "")
+            + f" mul.rn.f32 z{i}, z{i}, $2; "
+            for i in (0, 1)
+        )
+        code = "{ .reg .f32 v,z<2>; " + rounds + " cvt.rn.bf16x2.f32 $0, z1, z0; }"
+        words.append(ptx(i32(), code, factors[half], scales[half], *values[2 * pair :][:2]))
+    return words
+
+
 def int4_word(factors, values, layout):
     """As `e2m1_word` for the mid-rise grid: ``k = round(z - 1/2)`` in [-8, 7], two's complement."""
     rounds = "".join(

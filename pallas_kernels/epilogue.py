@@ -27,8 +27,10 @@ def plain(fmt, layout, y, g):
     """Codes (M, K/2) and scale words of float32 tiles y (M, K), in jax.numpy."""
     codes, scales = fmt.encode(y, g)
     word = jnp.uint16 if scales.dtype == jnp.bfloat16 else jnp.uint8
-    scales = lax.bitcast_convert_type(scales, word)
-    return repack.pack(codes, layout), scales if layout == "interchange" else scales.T
+    stored = lax.bitcast_convert_type(scales, word)
+    if layout == "values":
+        return fmt.decode(codes, scales, jnp.float32(1)).astype(jnp.bfloat16), stored
+    return repack.pack(codes, layout), stored.T if layout == "kernel" else stored
 
 
 def encode_tile(fmt, rows, blocks, layout):
@@ -40,13 +42,13 @@ def encode_tile(fmt, rows, blocks, layout):
       fmt: the number format.
       rows: rows of the tile, a multiple of 64.
       blocks: widths of the accumulators; they sum to a multiple of four groups.
-      layout: "interchange" or "kernel".
+      layout: "interchange", "kernel" or "values".
 
     Returns:
       A function of the slice of memory, shared or global, that takes the tile's scales, (rows,
       groups) or transposed in the kernel layout; of three values spread over the rows: the global
       scale, and how many rows and groups of the slice exist; and of the float32 accumulators
-      (rows, width). Its result is uint8 (rows, sum(blocks) / 2).
+      (rows, width). Its result is uint8 (rows, sum(blocks) / 2), or bfloat16 (rows, sum(blocks)).
 
     Raises:
       NotImplementedError: no instruction sequence for this format.
@@ -54,53 +56,74 @@ def encode_tile(fmt, rows, blocks, layout):
     group_scales.check_format(fmt)
     width = sum(blocks)
     wgmma = plgpu.Layout.WGMMA
-    to_word = _word_maker(fmt, layout)
     per_chunk = CHUNK // fmt.group_size
-    lanes = fa.WGMMA_LAYOUT_8BIT
+    if layout == "values":
+        lanes, shape = fa.WGMMA_LAYOUT, (rows, width)
+        result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=wgmma)
+    else:
+        lanes, shape = fa.WGMMA_LAYOUT_8BIT, (rows, width // 2)
+        result = plgpu.ShapeDtypeStruct(shape, jnp.uint8, layout=plgpu.Layout.WGMMA_8BIT)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), *[wgmma.reduce(1)] * 3, *[wgmma] * len(blocks)),
-        return_type=plgpu.ShapeDtypeStruct(
-            (rows, width // 2), jnp.uint8, layout=plgpu.Layout.WGMMA_8BIT
-        ),
+        return_type=result,
     )
     def encode(_, scales, *operands):
         quad = Quad()
         g, *exist = (lane_value(v) for v in operands[:3])
         store = _scale_store(scales, quad, exist, layout)
-        out = np.empty(lanes.registers_shape((rows, width // 2)), dtype=object)
+        out = np.empty(lanes.registers_shape(shape), dtype=object)
         for tile, half in np.ndindex(rows // 64, 2):
             row = 64 * tile + 8 * half
             chunks = _chunks(operands[3:], tile, half)
-            factors = _factors(fmt, quad, chunks, g, lambda b, group, r=row: store(b, r, group))
+            found = _factors(
+                *(fmt, quad, chunks, g),
+                lambda b, group, r=row: store(b, r, group),
+                with_bits=layout == "values",
+            )
             for c, chunk in enumerate(chunks):
-                pair = (factors[c * per_chunk], factors[(c + 1) * per_chunk - 1])
-                word = code_words.drop_bad_groups(to_word(pair, chunk), pair, layout)
-                word = code_words.exchange_bytes(quad, word, layout)
-                four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-                out[tile, c, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
-        return fa.FragmentedArray(_registers=out, _layout=lanes, _is_signed=False)
+                ends = found[c * per_chunk], found[(c + 1) * per_chunk - 1]
+                for i, register in enumerate(_output(fmt, layout, quad, ends, chunk)):
+                    column = 4 * c + i if layout == "values" else c
+                    out[tile, column, 0, 0, half, 0, 0, 0, 0] = register
+        signed = None if layout == "values" else False
+        return fa.FragmentedArray(_registers=out, _layout=lanes, _is_signed=signed)
 
     return encode
 
 
-def _word_maker(fmt, layout):
-    if fmt.element.name == "int4_midrise":
-        return lambda factors, values: code_words.int4_word(factors, values, layout)
+def _output(fmt, layout, quad, ends, chunk):
+    """A lane's registers of one chunk: a word of codes, or four of two values.
+
+    ``ends`` are (stored bits, factor) of the chunk's first and last group.
+    """
+    factors = tuple(factor for _, factor in ends)
     # Rules under which amax can land beyond 6: an E4M3 scale may be rounded down.
     saturate = fmt.rule == "ocp_floor" or fmt.scale_dtype == "e4m3"
-    return lambda factors, values: code_words.e2m1_word(factors, values, saturate, layout)
+    if layout == "values":
+        scales = [group_scales.value_scale(fmt, bits) for bits, _ in ends]
+        words = code_words.e2m1_values(factors, scales, chunk, saturate)
+        two = ir.VectorType.get((2,), ir.BF16Type.get())
+        return [utils.bitcast(word, two) for word in words]
+    if fmt.element.name == "int4_midrise":
+        word = code_words.int4_word(factors, chunk, layout)
+    else:
+        word = code_words.e2m1_word(factors, chunk, saturate, layout)
+    word = code_words.drop_bad_groups(word, factors, layout)
+    word = code_words.exchange_bytes(quad, word, layout)
+    return [utils.bitcast(word, ir.VectorType.get((4,), ir.IntegerType.get_signless(8)))]
 
 
-def _factors(fmt, quad, chunks, g, store):
-    """Find and store the scales of one row's groups; return every group's factor."""
+def _factors(fmt, quad, chunks, g, store, with_bits):
+    """Find and store the scales of one row's groups; return every group's bits and factor."""
     size = 8 * fmt.group_size // CHUNK
     groups = [chunk[i : i + size] for chunk in chunks for i in range(0, 8, size)]
     factors = []
     for first in range(0, len(groups), 4):
         stored, factor = group_scales.scales_of_row(fmt, quad, groups[first : first + 4], g)
         store(stored, first)
-        factors += quad.gather4(factor)
+        bits = quad.gather4(stored) if with_bits else [None] * 4
+        factors += zip(bits, quad.gather4(factor), strict=True)
     return factors
 
 
@@ -121,7 +144,7 @@ def _scale_store(ref, quad, exist, layout):
     generic = llvm.addrspacecast(llvm.PointerType.get(), utils.memref_ptr(ref))
     base = llvm.ptrtoint(ir.IntegerType.get_signless(64), generic)
     strides = [stride * size // 8 for stride in ref_type.get_strides_and_offset()[0]]
-    by_row, by_group = strides if layout == "interchange" else strides[::-1]
+    by_row, by_group = strides[::-1] if layout == "kernel" else strides
     origin = arith.addi(arith.muli(quad.row, const(by_row)), arith.muli(quad.lane, const(by_group)))
     # A 16-bit store wants a 16-bit register.
     narrow, name = ("", "$2") if size == 8 else (".reg .b16 h; cvt.u16.u32 h, $2;", "h")

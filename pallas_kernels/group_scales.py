@@ -87,6 +87,25 @@ def e4m3_factor(byte, g):
     )
 
 
+def value_scale(fmt, bits):
+    """``s * 2**6``: what takes a rounded E2M1 value times 2**-6 to a value times g."""
+    if fmt.scale_dtype == "e8m0":
+        # 255 is infinity here, and times zero NaN
+        return ptx(
+            f32(),
+            "{ .reg .b32 t; .reg .f32 s; shl.b32 t, $1, 23; mov.b32 s, t;"
+            " mul.rn.f32 $0, s, 0f42800000; }",
+            bits,
+        )
+    return ptx(
+        f32(),
+        "{ .reg .b16 h,l,u; .reg .b32 w; .reg .f32 s; cvt.u16.u32 h, $1;"
+        " cvt.rn.f16x2.e4m3x2 w, h; mov.b32 {l,u}, w; cvt.f32.f16 s, l;"
+        " mul.rn.f32 $0, s, 0f42800000; }",
+        bits,
+    )
+
+
 def bfloat16_scale(amax, mean_square, g, step):
     """Bits of bfloat16 ``g * step * rms`` and factor ``g / s``; 0x7FC0 and NaN if not finite.
 

@@ -33,7 +33,7 @@ def quantized_matmul(x, weight, *, out_dtype=None):
 
 
 def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
-    """Transform, quantize and multiply: two kernels, between them the codes as bfloat16 values.
+    """Transform, quantize and multiply: two kernels, between them quantized bfloat16 values.
 
     Args, raises: as `pallas_kernels.transform_quantize_matmul`.
     """
@@ -45,10 +45,12 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
         return launch(x, weight, device=device, out_dtype=out_dtype)
     if global_scale is None:
         global_scale = fmt.global_scale
+    exact = fmt.element.name == "e2m1"
+    layout = "values" if exact else "interchange"
     codes, scales = mosaic_gpu.launch(
-        x, transform, fmt, global_scale=global_scale, layout="interchange", device=device
+        x, transform, fmt, global_scale=global_scale, layout=layout, device=device
     )
-    parts = xla.exact_parts(codes, scales, fmt)
+    parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     factor = 1 / jnp.float32(global_scale)
     return launch(parts, weight, device=device, out_dtype=out_dtype or x.dtype, factor=factor)
 

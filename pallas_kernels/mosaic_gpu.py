@@ -45,7 +45,7 @@ def transform_quantize(x, transform, fmt, *, global_scale, layout):
       transform: (K/d, d, d), (d, d) or None.
       fmt: the number format.
       global_scale: float32 scalar; None takes the format's constant.
-      layout: "interchange" or "kernel".
+      layout: "interchange", "kernel" or "values" (bfloat16 values times g in place of codes).
 
     Returns:
       Codes uint8 (..., M, K/2), scales (..., M, K/g), or transposed in the kernel layout.
@@ -77,6 +77,8 @@ def launch(
     from pallas_kernels import quantize_kernel
 
     quantize_kernel.check_supported(x.reshape(-1, x.shape[-1]), transform, fmt)
+    if layout == "values" and fmt.element.name != "e2m1":
+        raise NotImplementedError(f"values of {fmt.name} are no bfloat16 numbers")
     if global_scale is None:
         global_scale = fmt.global_scale
     if global_scale is None:
@@ -109,7 +111,7 @@ def _batched(run, layout):
 
     @call.def_vmap
     def rule(size, mapped, x, transform, g):
-        if layout == "interchange" and tuple(mapped) == (True, False, False):
+        if layout != "kernel" and tuple(mapped) == (True, False, False):
             codes, scales = call(x.reshape(-1, x.shape[-1]), transform, g)
             lead = x.shape[:-1]
             return (codes.reshape(*lead, -1), scales.reshape(*lead, -1)), (True, True)
@@ -146,7 +148,7 @@ def _partitioned(x, transform, g, statics):
 def _row_shardings(statics, mesh, arguments):
     spec = arguments[0].sharding.spec
     rows = spec[0] if spec else None
-    scales = (rows, None) if statics[1] == "interchange" else (None, rows)
+    scales = (None, rows) if statics[1] == "kernel" else (rows, None)
     named = functools.partial(NamedSharding, mesh)
     outputs = named(PartitionSpec(rows, None)), named(PartitionSpec(*scales))
     inputs = named(PartitionSpec(rows, None)), named(PartitionSpec()), named(PartitionSpec())
@@ -164,7 +166,7 @@ def _partition(statics, mesh, arguments, result):
 
 def _rule(statics, mesh, arguments, result):
     block = "b i j" if len(arguments[1].shape) == 3 else "i j"
-    scales = "m q" if statics[1] == "interchange" else "q m"
+    scales = "q m" if statics[1] == "kernel" else "m q"
     return f"m k, {block}, -> m p, {scales}"
 
 

@@ -46,7 +46,7 @@ class Geometry:
       block: d, width of a transform.
       group: g, values of a scale.
       shared: one transform for all blocks.
-      layout: "interchange" or "kernel".
+      layout: "interchange", "kernel" or "values".
       tiles: the tuned sizes.
       unit: "wgmma" (Hopper) or "mma" (warp-level, any GPU with TMA).
     """
@@ -75,9 +75,19 @@ class Geometry:
         """Thread blocks: no more than there are pairs."""
         return min(self.tiles.ctas, math.prod(self.pairs))
 
+    @property
+    def per_code(self) -> int:
+        """Columns of an element of the first output: two codes a byte, or one value."""
+        return 1 if self.layout == "values" else 2
+
+    @property
+    def code_dtype(self):
+        """Of the first output."""
+        return jnp.dtype(jnp.bfloat16 if self.layout == "values" else jnp.uint8)
+
     def oriented(self, rows, groups) -> tuple:
         """Order the axes of scales: (M, K/g), or transposed in the kernel layout."""
-        return (rows, groups) if self.layout == "interchange" else (groups, rows)
+        return (groups, rows) if self.layout == "kernel" else (rows, groups)
 
 
 def transform_quantize(
@@ -97,6 +107,7 @@ def transform_quantize(
       global_scale: float32 scalar g.
       layout: "interchange": codes (M, K/2) with the even column in the low nibble, scales
         (M, K/g). "kernel": byte j of each 32 columns holds columns j and j + 16, scales (K/g, M).
+        "values": bfloat16 values (M, K) times g, exact, in place of codes; scales as interchange.
       tiles: sizes, see `pallas_kernels.tiles`.
       unit: "wgmma" for Hopper; "mma" for Blackwell, compiled for sm_100a but never run there.
       interpret: run under GPU interpretation, on CPU.
@@ -120,7 +131,7 @@ def transform_quantize(
     codes, scales = _kernel(geometry, fmt, x.dtype, interpret)(
         x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)
     )
-    scales = scales[:m] if layout == "interchange" else scales[:, :m]
+    scales = scales[:, :m] if layout == "kernel" else scales[:m]
     return codes[:m], lax.bitcast_convert_type(scales, SCALE_WORDS[fmt.scale_dtype][1])
 
 
@@ -150,13 +161,15 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
     tiles, d, n = geo.tiles, geo.block, geo.tiles.warpgroups
     word = SCALE_WORDS[fmt.scale_dtype][0]
     # TMA tiles of codes must divide K/2 bytes and are no wider than one step.
-    packed = math.gcd(math.gcd(geo.width, tiles.columns) // 2, 128)
+    packed = math.gcd(math.gcd(geo.width, tiles.columns) // geo.per_code, 128)
     operand = swizzled(min(128, 2 * d), 2)
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM((n * tiles.stages, ROWS, tiles.columns), dtype, transforms=operand),
         t_s=plgpu.SMEM((1 if geo.shared else geo.slab // d, d, d), dtype, transforms=operand),
         codes_s=plgpu.SMEM(
-            (n * 2, ROWS, tiles.columns // 2), jnp.uint8, transforms=swizzled(packed, 1)
+            (n * 2, ROWS, tiles.columns // geo.per_code),
+            geo.code_dtype,
+            transforms=swizzled(packed if geo.per_code == 2 else 128, geo.code_dtype.itemsize),
         ),
         x_ready=plgpu.Barrier(num_barriers=n * tiles.stages),
         t_ready=plgpu.Barrier(),
@@ -169,7 +182,7 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
     return plgpu.kernel(
         functools.partial(_body, geo, fmt, interpret),
         out_type=(
-            jax.ShapeDtypeStruct((geo.rows, geo.width // 2), jnp.uint8),
+            jax.ShapeDtypeStruct((geo.rows, geo.width // geo.per_code), geo.code_dtype),
             jax.ShapeDtypeStruct(geo.oriented(geo.rows, groups), word),
         ),
         grid=(geo.ctas,),
@@ -281,7 +294,7 @@ def _walk(
                 at = geo.oriented(pl.ds(row(tile), ROWS), pl.ds(start, steps * groups))
                 plgpu.copy_smem_to_gmem(gathered, scales_g.at[at], commit_group=False)
 
-        codes = codes_g.at[rows_columns(tile, step, tiles.columns // 2)]
+        codes = codes_g.at[rows_columns(tile, step, tiles.columns // geo.per_code)]
         plgpu.copy_smem_to_gmem(out, codes)
 
     lax.fori_loop(0, tiles.stages, warm_up, None)

@@ -31,10 +31,12 @@ class Tiles:
     steps: int = 1
     ctas: int = 132
 
-    def shared_memory(self, block: int, group: int, shared: bool) -> int:
+    def shared_memory(
+        self, block: int, group: int, shared: bool, layout: str = "interchange"
+    ) -> int:
         """Bytes of shared memory of a CTA, for blocks of d and groups of g values."""
         transforms = block * block if shared else self.columns * self.steps * block
-        row = self.stages * self.columns * 2 + self.columns
+        row = self.stages * self.columns * 2 + self.columns * (4 if layout == "values" else 1)
         if self.steps > 1:
             row += 2 * self.columns * self.steps // group * 2
         return 2 * transforms + 64 * self.warpgroups * row
@@ -104,7 +106,7 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
       fmt: the number format.
       block: d.
       shared: one transform for all blocks.
-      layout: "interchange" or "kernel".
+      layout: "interchange", "kernel" or "values".
       device: ``device_kind`` of the GPU.
 
     >>> from wush_jax import MXFP4
@@ -118,7 +120,7 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
     else:
         tiles = Tiles(warpgroups=1, stages=1) if rows <= 128 else Tiles()
     gathered = 16 * fmt.group_size // tiles.columns
-    line = width // fmt.group_size if layout == "interchange" else rows
+    line = rows if layout == "kernel" else width // fmt.group_size
     whole = fmt.scale_dtype != "bfloat16" and gathered > 1 and line % 16 == 0
     direct = dataclasses.replace(tiles, steps=1)
     if tiles.steps > 1 and whole:
@@ -128,7 +130,7 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
             tiles = direct
     else:
         tiles = direct
-    return shrink(tiles, block, fmt.group_size, shared)
+    return shrink(tiles, block, fmt.group_size, shared, layout)
 
 
 def _balance(rows: int, width: int, tiles: Tiles) -> float:
@@ -138,16 +140,19 @@ def _balance(rows: int, width: int, tiles: Tiles) -> float:
     return share / math.ceil(share)
 
 
-def shrink(tiles: Tiles, block: int, group: int, shared: bool) -> Tiles:
+def shrink(
+    tiles: Tiles, block: int, group: int, shared: bool, layout: str = "interchange"
+) -> Tiles:
     """Give up gathered scales, then stages, then warpgroups until the memory suffices."""
-    if tiles.shared_memory(block, group, shared) * _resident(tiles) <= SHARED_MEMORY:
+    if tiles.shared_memory(block, group, shared, layout) * _resident(tiles) <= SHARED_MEMORY:
         return tiles
+    sizes = block, group, shared, layout
     if tiles.steps > 1:
         # Wide transforms: one CTA a multiprocessor, all its warpgroups sharing them.
-        return shrink(Tiles(columns=tiles.columns), block, group, shared)
+        return shrink(Tiles(columns=tiles.columns), *sizes)
     if tiles.stages > 1:
-        return shrink(dataclasses.replace(tiles, stages=tiles.stages - 1), block, group, shared)
-    return shrink(dataclasses.replace(tiles, warpgroups=tiles.warpgroups - 1), block, group, shared)
+        return shrink(dataclasses.replace(tiles, stages=tiles.stages - 1), *sizes)
+    return shrink(dataclasses.replace(tiles, warpgroups=tiles.warpgroups - 1), *sizes)
 
 
 def _resident(tiles: Tiles) -> int:
