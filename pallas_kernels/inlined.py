@@ -15,6 +15,11 @@ ROWS = 64  # of a warpgroup's instruction
 SCALAR = plgpu.Layout.WGMMA.reduce(1)
 
 
+def scalars(values) -> list:
+    """Float32 scalars as operands of a kernel."""
+    return [jnp.asarray(value, jnp.float32).reshape(1) for value in values]
+
+
 def spread(value):
     """A scalar as an array, since only arrays and references go into inlined code."""
     return plgpu.layout_cast(lax.broadcast(jnp.asarray(value), (ROWS,)), SCALAR)

@@ -51,18 +51,24 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
         x, transform, fmt, global_scale=global_scale, layout=layout, device=device
     )
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
-    factor = 1 / jnp.float32(global_scale)
-    return launch(parts, weight, device=device, out_dtype=out_dtype or x.dtype, factor=factor)
+    return launch(
+        parts, weight, device=device, out_dtype=out_dtype or x.dtype, global_scale=global_scale
+    )
 
 
-def launch(x, weight, *, device, out_dtype=None, factor=1.0, plan: Split | Tiling | None = None):
-    """As `quantized_matmul`, for a named device; x may be a tuple of summands, the plan given."""
+def launch(
+    x, weight, *, device, out_dtype=None, global_scale=1.0, plan: Split | Tiling | None = None
+):
+    """As `quantized_matmul`, for a named device.
+
+    x may be a tuple of bfloat16 summands, which ``global_scale`` divides; the plan may be given.
+    """
     from pallas_kernels import matmul_kernel, tiled_kernel
 
     check_weight(weight)
     if hasattr(x, "codes"):
         out_dtype = out_dtype or jnp.float32
-        factor = factor / x.global_scale
+        global_scale = x.global_scale
         x = xla.exact_parts(x.codes, x.scales, x.format)
     elif not isinstance(x, tuple):
         if x.dtype != jnp.bfloat16:
@@ -76,7 +82,9 @@ def launch(x, weight, *, device, out_dtype=None, factor=1.0, plan: Split | Tilin
     rows = jnp.concatenate([part.reshape(m, k) for part in x])
     if k % 64:  # TMA's view of a swizzled tile splits K by 64 columns
         rows = jnp.pad(rows, ((0, 0), (0, -k % 64)))
-    operands = (rows, weight.records, factor * weight.unit / weight.global_scale, weight.format, n)
+    # The kernels combine the factors: a kernel of its own for that would cost as much as a product.
+    factors = weight.unit, weight.global_scale, global_scale
+    operands = (rows, weight.records, factors, weight.format, n)
     wide = dtype if len(x) == 1 else jnp.dtype(jnp.float32)
     tiles, steps = weight.records.shape[:2]
     kind = carrier(weight.format).kind

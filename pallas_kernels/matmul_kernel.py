@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, fragments
 from pallas_kernels.cluster_sum import PAD, ClusterSum
-from pallas_kernels.inlined import swizzled
+from pallas_kernels.inlined import scalars, swizzled
 from pallas_kernels.tiles import SHARED_MEMORY, Split
 
 
@@ -69,13 +69,13 @@ class Geometry:
         return self.owned * self.stride * 4
 
 
-def matmul(x, records, factor, fmt, rows, split: Split, *, out_dtype=jnp.float32):
-    """Return ``factor * x @ expand(records)^T``.
+def matmul(x, records, factors, fmt, rows, split: Split, *, out_dtype=jnp.float32):
+    """Return ``unit / a / b * x @ expand(records)^T``.
 
     Args:
       x: bfloat16 (M, K), M at most ``split.tokens``, K a multiple of 64.
       records: uint32 (ceil(N/64), ceil(K/128), lines, 64), see `fragments`.
-      factor: float32 scalar.
+      factors: float32 scalars unit, a, b.
       fmt: number format of the records.
       rows: N.
       split: how to divide the work.
@@ -124,12 +124,12 @@ def matmul(x, records, factor, fmt, rows, split: Split, *, out_dtype=jnp.float32
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    if tokens < split.tokens:
+    if 8 < tokens < split.tokens:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, split.tokens - tokens), (0, 0)))
-    return run(x, records, jnp.asarray(factor, jnp.float32).reshape(1))
+    return run(x, records, *scalars(factors))
 
 
-def _body(c, geo, x_g, w_g, f_g, out_g, *, x_s, ring_s, ready, **exchanged):
+def _body(c, geo, x_g, w_g, unit_g, a_g, b_g, out_g, *, x_s, ring_s, ready, **exchanged):
     split, per = geo.split, geo.per
     cluster, piece, wg = (lax.axis_index(n) for n in ("cluster", "slice", "wg"))
     group, way = wg // split.ways, lax.rem(wg, split.ways)
@@ -155,7 +155,8 @@ def _body(c, geo, x_g, w_g, f_g, out_g, *, x_s, ring_s, ready, **exchanged):
         pl.when(i < last)(lambda: fetch(i))
 
     lax.fori_loop(0, split.stages, warm_up, None)
-    exchange = ClusterSum(geo, out_g, f_g[0], wg, piece, **exchanged)
+    factor = unit_g[0] / a_g[0] / b_g[0]
+    exchange = ClusterSum(geo, out_g, factor, wg, piece, **exchanged)
 
     def one_tile(t, _):
         sums = products(t)

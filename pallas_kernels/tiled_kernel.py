@@ -24,19 +24,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, fragments
-from pallas_kernels.inlined import swizzled
+from pallas_kernels.inlined import scalars, swizzled
 from pallas_kernels.tiles import SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
 
 
-def matmul(x, records, factor, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bfloat16):
-    """Return ``factor * x @ expand(records)^T``.
+def matmul(x, records, factors, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bfloat16):
+    """Return ``unit / a / b * x @ expand(records)^T``.
 
     Args:
       x: bfloat16 (M, K), K a multiple of 64.
       records: uint32 (ceil(N/64), ceil(K/128), lines, 64), see `fragments`.
-      factor: float32 scalar.
+      factors: float32 scalars unit, a, b.
       fmt: number format of the records.
       rows: N.
       tiling: how to divide the work.
@@ -79,12 +79,14 @@ def matmul(x, records, factor, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bfloa
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    y = run(x, records, jnp.asarray(factor, jnp.float32).reshape(1))
+    y = run(x, records, *scalars(factors))
     y = y[0] if tiling.cuts == 1 else jnp.sum(y, axis=0).astype(out_dtype)
     return y[:m, :rows]
 
 
-def _body(c, tiling, tiles, steps, x_g, w_g, f_g, out_g, *, x_s, w_s, out_s, full, empty):
+def _body(
+    c, tiling, tiles, steps, x_g, w_g, unit_g, a_g, b_g, out_g, *, x_s, w_s, out_s, full, empty
+):
     n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     m_tiles = -(-x_g.shape[0] // tokens)
@@ -120,7 +122,7 @@ def _body(c, tiling, tiles, steps, x_g, w_g, f_g, out_g, *, x_s, w_s, out_s, ful
     def computing():
         plgpu.set_max_registers(_registers(n), action="increase")
         unpack = expand.to_bfloat16(c)
-        factor = f_g[0]
+        factor = unit_g[0] / a_g[0] / b_g[0]
 
         def one_task(task, _):
             def products(acc):

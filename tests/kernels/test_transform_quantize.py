@@ -10,7 +10,7 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import mosaic_gpu, xla
 from pallas_kernels.cases import Case
 from pallas_kernels.tiles import Tiles
 from wush_jax import formats
@@ -56,6 +56,17 @@ def test_interpreted_kernel_equals_the_definition(name):
 
 
 @NEEDS_MOSAIC
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4], ids=lambda f: f.name)
+def test_values_are_those_of_the_codes(fmt):
+    x, t = Case(70, 192).arrays()
+    run = functools.partial(launch, x, t, fmt, tiles=Tiles(1, 1, ctas=2), interpret=True)
+    codes, scales = run("interchange")
+    values, same_scales = run("values")
+    np.testing.assert_array_equal(values, xla.exact_parts(codes, scales, fmt)[0])
+    np.testing.assert_array_equal(same_scales, scales)
+
+
+@NEEDS_MOSAIC
 def test_vmap_folds_mapped_rows_into_m():
     x, t = Case(6, 128).arrays()
     run = functools.partial(launch, t=t, fmt=wush.MXFP4, tiles=Tiles(1, 1, ctas=1), interpret=True)
@@ -96,6 +107,7 @@ def test_lowers_for_cuda_as_one_kernel(case, fmt, layout, unit):
         (lambda x, t: launch(x, t, formats.MXFP8), "no register epilogue"),
         (lambda x, t: launch(x, t, wush.NVFP4.replace(global_scale=None)), "pass one"),
         (lambda x, t: launch(x[None], t, wush.MXFP4, "kernel"), "flatten"),
+        (lambda x, t: launch(x, t, wush.INT4, "values"), "no bfloat16 numbers"),
     ],
 )
 def test_what_the_kernel_lacks_is_not_implemented(make, reason):
@@ -148,6 +160,20 @@ def test_kernel_equals_the_definition_on_gpu(case, fmt, layout):
     comparison.same(
         jax.jit(run)(x, t), comparison.definition(x, t, fmt, layout), fmt, layout, share
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [wush.MXFP4, *POW2.values(), wush.NVFP4, NVFP4_46, NVFP4_3])
+@pytest.mark.parametrize("m", [1, 13, 1000])
+def test_values_are_those_of_the_codes_on_gpu(m, fmt):
+    """Groups that are not finite are NaN in one, an infinity times a zero in the other."""
+    x, t = Case(m, 1088).arrays()
+    x = x.at[0, 40].set(jnp.nan)
+    run = jax.jit(functools.partial(launch, fmt=fmt), static_argnames="layout")
+    codes, scales = run(x, t, layout="interchange")
+    values, same_scales = run(x, t, layout="values")
+    np.testing.assert_array_equal(values, xla.exact_parts(codes, scales, fmt)[0])
+    np.testing.assert_array_equal(*(np.asarray(s).view(np.uint8) for s in (same_scales, scales)))
 
 
 @pytest.mark.gpu
