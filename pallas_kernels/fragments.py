@@ -67,7 +67,7 @@ def lay_out(weight) -> Fragments:
     """Return a quantized weight (an object with codes, scales, ...) in the kernels' layout.
 
     Raises:
-      NotImplementedError: no kernel for its format.
+      NotImplementedError: no kernel for its format, or a stack of matrices.
     """
     records, unit = jax.jit(from_interchange, static_argnums=2)(
         weight.codes, weight.scales, weight.format
@@ -129,9 +129,11 @@ def from_interchange(codes, scales, fmt):
       ``value = unit * expanded / g`` with the format's global scale g.
 
     Raises:
-      NotImplementedError: no record for this format.
+      NotImplementedError: no record for this format, or a stack of matrices.
     """
     c = carrier(fmt)
+    if codes.ndim != 2:
+        raise NotImplementedError(f"records hold one matrix, codes have shape {codes.shape}")
     codes = fmt.unpack(codes)
     stored, alive, unit = _stored_scales(c, codes, scales, fmt)
     codes = jnp.where(jnp.repeat(alive, fmt.group_size, axis=-1), codes, 0)

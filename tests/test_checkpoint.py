@@ -165,7 +165,9 @@ def test_static_input_scale(tmp_path):
     wush.save(tmp_path / "model", model)
     tensors = open_file(tmp_path / "model" / "model.safetensors")
     assert decode(*tensors["up.activation_global_scale"]) == np.float32(1) / np.float32(0.7)
-    equal_states(wush.load(tmp_path / "model", Pair(nnx.Rngs(1))), model)
+    # Codes and scales on every device: records have no negative zeros.
+    loaded = wush.load(tmp_path / "model", Pair(nnx.Rngs(1)), implementation="reference")
+    equal_states(loaded, model)
 
 
 def test_a_model_that_is_one_layer(tmp_path):

@@ -175,7 +175,8 @@ def test_several_threads_save_one_at_a_time(tmp_path):
         ends = pool.map(save_once, [tmp_path / "model"] * 12)
     assert set(ends) <= {"saved", "refused"}
     assert "saved" in ends
-    loaded = wush.load(tmp_path / "model", Pair(nnx.Rngs(1)))
+    # Codes and scales on every device: records have no negative zeros.
+    loaded = wush.load(tmp_path / "model", Pair(nnx.Rngs(1)), implementation="reference")
     assert model_arrays(loaded) == model_arrays(pair())
     assert os.listdir(tmp_path) == ["model"]
 

@@ -192,7 +192,8 @@ def attack(originals, tmp_path, seeds):
 def whole(original, target):
     """Load the model itself: nothing else but an equal one may come back."""
     abstract = None if original.name == "llama" else nnx.eval_shape(lambda: Pair(nnx.Rngs(0)))
-    loaded = wush.load(target, abstract)
+    # Codes and scales on every device: records have no negative zeros.
+    loaded = wush.load(target, abstract, implementation="reference")
     if original.name in ("native", "shards"):
         assert model_arrays(loaded) == model_arrays(pair())
 

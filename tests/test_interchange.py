@@ -76,7 +76,8 @@ def test_exports_mean_the_same_weights(case, tmp_path):
     interchange.export(tmp_path / "again", tmp_path / "native", layout)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    loaded = wush.load(tmp_path / "out", shapes())
+    # Codes and scales on every device: records have no negative zeros.
+    loaded = wush.load(tmp_path / "out", shapes(), implementation="reference")
     wanted = outputs(X, source.up.packed, source.gate.packed)
     found = outputs(X, loaded.up.packed, loaded.gate.packed)
     # Global scales may be stored as reciprocals, or take up the rounding of a transform: both

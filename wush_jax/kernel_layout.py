@@ -71,7 +71,7 @@ def unpack_from_kernels(model: nnx.Module) -> None:
 
 def _laid_out(weight: QuantizedArray | Fragments) -> Fragments | None:
     """Return a weight's records, or None where there are none for it."""
-    if len(weight.shape) != 2 or len(_devices(weight)) != 1:
+    if len(_devices(weight)) != 1:
         return None
     try:
         laid = fragments.lay_out(weight)
