@@ -139,9 +139,10 @@ def test_the_quantized_weight_is_what_is_applied(result, variables):
             twin = getattr(twin, part)
         kernel = layer.contraction.kernel(wush.dequantize(twin.packed.weight))
         scope[name] = {**scope[name], "kernel": kernel}
-    expected = jax.jit(Encoder().apply)({"params": params}, X)
+    with jax.default_matmul_precision("highest"):  # a GPU's default for linen's layers is TF32
+        y, expected = run(quantized, X), jax.jit(Encoder().apply)({"params": params}, X)
     # float32 matmuls in another order
-    np.testing.assert_allclose(run(quantized, X), expected, atol=1e-4)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -152,7 +153,9 @@ def test_layers_stacked_for_a_scan(result, variables, remat):
     module = ScannedEncoder(remat=remat)
     variables = {"params": {"layers": stacked, "LayerNorm_0": params["LayerNorm_0"]}}
     model = LinenModel(module, variables, X)
-    np.testing.assert_allclose(run(model, X), jax.jit(module.apply)(variables, X), atol=1e-5)
+    with jax.default_matmul_precision("highest"):  # as above
+        y, expected = run(model, X), jax.jit(module.apply)(variables, X)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
     quantized, report = wush.quantize_model(model, [X], RTN)
     assert [(la.path, la.shape) for la in report.layers] == [
         ("layers.attention.query", (2, 64, 64)),
