@@ -9,6 +9,7 @@ dequantized operands, over a sample of columns.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -82,7 +83,7 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
                 return matmul.launch(x, w, device=device)
 
             def layer(x, t, w, fmt=fmt):
-                return matmul.transform_quantize_matmul(x, t, w, fmt)
+                return matmul.transform_quantize_matmul(x, t, (w,), fmt)[0]
 
             base = device_time(lambda x, w: jnp.dot(x, w.T), x, dense)
             ours, whole = device_time(product, x, laid_out), device_time(layer, x, t, laid_out)
@@ -110,8 +111,10 @@ def candidates(tokens: int, tiles: int, steps: int):
     """Ways to divide a call that are worth measuring."""
     if tokens <= matmul.FEW:
         width = 8 if tokens <= 8 else 16
-        for ways, records in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2)):
-            yield Split(width, ways=ways, stages=6 if records == 1 else 3, records=records)
+        for ways, records, resident in itertools.product((1, 2, 4), (1, 2, 4), (False, True)):
+            busy = ways == 1 or tiles * ways <= 2 * 4 * 66
+            if busy and not (resident and ways == 4):
+                yield Split(width, ways=ways, stages=8 // records, records=records, resident=resident)
         return
     for width, warpgroups, cuts in np.ndindex(3, 3, 4):
         tiling = Tiling((64, 128, 256)[width], (2, 3, 4)[warpgroups], 2**cuts)

@@ -166,7 +166,7 @@ class ClusterSum:
             self.sums,
             self.received,
             out_g,
-            spread(self.factor),
+            spread(self.factor(tile)),
             self._places(t)[1],
             spread(phase),
             spread(tile),

@@ -138,6 +138,8 @@ def transform_quantize_matmul(
       transform: (K/d, d, d), (d, d) or None.
       packed: quantized weight of shape (N, K): an object with ``weight``, ``input_format`` and
         ``input_global_scale`` (`wush_jax.PackedWeight`), or a bare weight as `quantized_matmul`'s.
+        A tuple of them, with one K, multiplies the same quantized x; the first one's format and
+        scale count.
       fmt: number format of the activations; None leaves them unquantized; "packed" takes
         ``packed.input_format`` and ``packed.input_global_scale``.
       global_scale: of the activations; None takes the format's own.
@@ -145,30 +147,42 @@ def transform_quantize_matmul(
       implementation: as for `transform_quantize`.
 
     Returns:
-      (..., M, N).
+      (..., M, N), or a tuple of them.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
       NotImplementedError: no permitted implementation can serve the call.
     """
+    several = packed if isinstance(packed, tuple) else (packed,)
     if fmt == "packed":
-        if not hasattr(packed, "input_format"):
+        if not several or not hasattr(several[0], "input_format"):
             raise ValueError("packed is a bare weight: pass fmt, the format of the activations")
-        fmt, global_scale = packed.input_format, packed.input_global_scale
-    weight = getattr(packed, "weight", packed)
+        fmt, global_scale = several[0].input_format, several[0].input_global_scale
+    weights = tuple(getattr(p, "weight", p) for p in several)
     _check_operands(x, transform, 1 if fmt is None else fmt.group_size)
-    _check_inner(x.shape, weight.shape)
-    return _first_able(
+    for weight in weights:
+        _check_inner(x.shape, weight.shape)
+    products = _first_able(
         "transform_quantize_matmul",
         {
             "mosaic_gpu": matmul.transform_quantize_matmul,
-            "xla": xla.transform_quantize_matmul,
-            "reference": reference.transform_quantize_matmul,
-            "xla_fp8": xla_fp8.transform_quantize_matmul,
+            "xla": _one_by_one(xla.transform_quantize_matmul),
+            "reference": _one_by_one(reference.transform_quantize_matmul),
+            "xla_fp8": _one_by_one(xla_fp8.transform_quantize_matmul),
         },
         _candidates() if implementation is None else implementation,
-        lambda run: run(x, transform, weight, fmt, global_scale=global_scale, out_dtype=out_dtype),
+        lambda run: run(x, transform, weights, fmt, global_scale=global_scale, out_dtype=out_dtype),
     )
+    return products if isinstance(packed, tuple) else products[0]
+
+
+def _one_by_one(run: Callable) -> Callable:
+    """Let an implementation for one weight take several; compilers see that x is the same."""
+
+    def call(x, transform, weights, fmt, **options):
+        return tuple(run(x, transform, weight, fmt, **options) for weight in weights)
+
+    return call
 
 
 def _candidates() -> tuple[str, ...]:

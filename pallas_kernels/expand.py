@@ -112,8 +112,9 @@ def multiply(c: fragments.Carrier, tokens: int):
         lane = arith.andi(utils.thread_idx(), const(31))
         row, matrix = arith.andi(lane, const(7)), arith.shrui(lane, const(3))
         start = arith.addi(address(x), arith.muli(row, const(128)))
-        # With one tile of tokens two chains of products overlap their latencies.
-        chains = [sums.registers.copy() for _ in range(2 if tokens == 8 else 1)]
+        # With one tile of tokens two chains of products overlap their latencies; and products with
+        # a second operand are so small that they would lose their last places to the sums.
+        chains = [sums.registers.copy() for _ in range(2 if tokens == 8 or operands(c) == 2 else 1)]
         for i in np.ndindex(chains[-1].shape) if len(chains) == 2 else ():
             chains[1][i] = utils.c(0.0, ir.VectorType.get((2,), ir.F32Type.get()))
         # Two steps of 16 columns are four matrices of 8 x 8: chunks of 16 bytes, swizzled by row.
@@ -129,11 +130,11 @@ def multiply(c: fragments.Carrier, tokens: int):
                 volatile=True,
             )
         for step, registers in enumerate(fragments_of(c, record)):
-            out = chains[step % len(chains)]
             for tile in range(tokens // 8):
                 halves = x_parts[step // 2, tile][2 * (step % 2) :][:2]
                 places = [(0, tile, 0, 0, half, 0, 0, 0, 0) for half in (0, 1)]
                 for first in range(0, len(registers), 4):
+                    out = chains[(first // 4 if operands(c) == 2 else step) % len(chains)]
                     before = [llvm.extractelement(out[i], const(e)) for i in places for e in (0, 1)]
                     after = _mma(before, registers[first : first + 4], halves)
                     for place, two in zip(places, (after[:2], after[2:]), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -32,40 +33,48 @@ def quantized_matmul(x, weight, *, out_dtype=None):
     return launch(x, weight, device=device, out_dtype=out_dtype)
 
 
-def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
+def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, out_dtype=None):
     """Transform, quantize and multiply: two kernels, between them quantized bfloat16 values.
 
-    Args, raises: as `pallas_kernels.transform_quantize_matmul`.
+    Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights.
     """
     device = mosaic_gpu.require_hopper()
-    check_weight(weight)
+    for weight in weights:
+        check_weight(weight)
+    out_dtype = out_dtype or x.dtype
     if fmt is None:
         if transform is not None:
             raise NotImplementedError("a transform without quantization has no kernel")
-        return launch(x, weight, device=device, out_dtype=out_dtype)
+        return launch_all(x, weights, device=device, out_dtype=out_dtype)
     if global_scale is None:
         global_scale = fmt.global_scale
     exact = fmt.element.name == "e2m1"
-    layout = "values" if exact else "interchange"
     codes, scales = mosaic_gpu.launch(
-        x, transform, fmt, global_scale=global_scale, layout=layout, device=device
+        *(x, transform, fmt),
+        global_scale=global_scale,
+        layout="values" if exact else "interchange",
+        device=device,
     )
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
-    return launch(
-        parts, weight, device=device, out_dtype=out_dtype or x.dtype, global_scale=global_scale
+    return launch_all(
+        parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale
     )
 
 
-def launch(
-    x, weight, *, device, out_dtype=None, global_scale=1.0, plan: Split | Tiling | None = None
-):
-    """As `quantized_matmul`, for a named device.
+def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):
+    """As `quantized_matmul`, for a named device; the plan may be given."""
+    return launch_all(x, (weight,), device=device, out_dtype=out_dtype, plan=plan)[0]
 
-    x may be a tuple of bfloat16 summands, which ``global_scale`` divides; the plan may be given.
+
+def launch_all(
+    x, weights, *, device, out_dtype=None, global_scale=1.0, plan: Split | Tiling | None = None
+) -> tuple:
+    """Multiply with several weights (N, K) of one K: one kernel where it is bound by reading them.
+
+    x may be a tuple of bfloat16 summands, which ``global_scale`` divides.
     """
-    from pallas_kernels import matmul_kernel, tiled_kernel
-
-    check_weight(weight)
+    for weight in weights:
+        check_weight(weight)
     if hasattr(x, "codes"):
         out_dtype = out_dtype or jnp.float32
         global_scale = x.global_scale
@@ -75,23 +84,35 @@ def launch(
             raise NotImplementedError(f"x has dtype {x.dtype}: the kernels multiply bfloat16")
         x = (x,)
     lead, k = x[0].shape[:-1], x[0].shape[-1]
-    m, n = math.prod(lead), weight.shape[0]
+    m = math.prod(lead)
     dtype = jnp.dtype(out_dtype or x[0].dtype)
     if dtype.name not in ("float32", "bfloat16", "float16") or m == 0:
         raise NotImplementedError(f"no kernel for x {x[0].shape} and out_dtype={dtype.name}")
     rows = jnp.concatenate([part.reshape(m, k) for part in x])
     if k % 64:  # TMA's view of a swizzled tile splits K by 64 columns
         rows = jnp.pad(rows, ((0, 0), (0, -k % 64)))
-    # The kernels combine the factors: a kernel of its own for that would cost as much as a product.
-    factors = weight.unit, weight.global_scale, global_scale
-    operands = (rows, weight.records, factors, weight.format, n)
     wide = dtype if len(x) == 1 else jnp.dtype(jnp.float32)
-    tiles, steps = weight.records.shape[:2]
-    kind = carrier(weight.format).kind
+    products = _products(rows, weights, global_scale, wide, device, plan)
+    if len(x) > 1:
+        products = [y.reshape(len(x), m, -1).sum(0).astype(dtype) for y in products]
+    return tuple(y.reshape(*lead, y.shape[-1]) for y in products)
+
+
+def _products(rows, weights, divisor, dtype, device, plan):
+    """Multiply rows (M, K): in one kernel, or one for each weight."""
+    from pallas_kernels import matmul_kernel, tiled_kernel
+
+    if len({w.format for w in weights}) > 1 or any(w.shape[0] % 64 for w in weights[:-1]):
+        return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
+    tiles, steps = sum(w.records.shape[0] for w in weights), weights[0].records.shape[1]
+    kind = carrier(weights[0].format).kind
     how = plan or choose(rows.shape[0], tiles, steps, kind, device)
-    kernel = matmul_kernel if isinstance(how, Split) else tiled_kernel
-    y = kernel.matmul(*operands, how, out_dtype=wide)
-    return y.reshape(len(x), *lead, n).sum(0).astype(dtype) if len(x) > 1 else y.reshape(*lead, n)
+    if isinstance(how, Split):
+        y = matmul_kernel.matmul(rows, weights, divisor, how, out_dtype=dtype)
+        return jnp.split(y, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1)
+    if len(weights) > 1:
+        return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
+    return [tiled_kernel.matmul(rows, *weights, divisor, how, out_dtype=dtype)]
 
 
 def check_weight(weight) -> None:
@@ -129,7 +150,7 @@ def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split
 def few(tokens: int, tiles: int, steps: int) -> Split:
     """Measured on an H200: all multiprocessors in pairs, each with half of K.
 
-    Warpgroups share tiles where there are too few for all.
+    Warpgroups share tiles where there are too few for all; elsewhere they share activations.
     """
     clusters = 66
     ways = next((w for w in (4, 2) if tiles * w <= 4 * clusters * 1.1), 1)
@@ -142,6 +163,7 @@ def few(tokens: int, tiles: int, steps: int) -> Split:
         clusters=clusters,
         stages=6 if shared else 3,
         records=1 if shared else 2,
+        resident=ways < 4,
     )
 
 

@@ -1,8 +1,9 @@
 """Packed weights times few activations: one Mosaic GPU kernel that reads each weight once.
 
-``out = factor * x @ expand(records)^T``. The product is computed transposed, so that the 64
+``out = factor * x @ expand(records)^T``, or of several weights side by side. The product is computed transposed, so that the 64
 rows of an instruction are weights and its narrow side the tokens. K is split over the CTAs of a
-cluster and over warpgroups; each warpgroup streams its own records through a ring of shared memory:
+cluster and over warpgroups; each warpgroup streams its own records through a ring of shared memory,
+and the activations with them, or, where a CTA multiplies several tiles, from a copy that stays:
 
     TMA ring -> registers: codes to bfloat16 (`expand`) -> mma -> partial sums to the CTA that owns
     the rows -> it adds them in fixed order, scales and stores them
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -30,12 +32,24 @@ from pallas_kernels.tiles import SHARED_MEMORY, Split
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The sizes of one call: the split, tiles of 64 rows, copies of a warpgroup in one, and M."""
+    """The sizes of one call.
+
+    Attributes:
+      split: how the work is divided.
+      starts: where each weight's tiles of 64 rows start; at the end, how many there are.
+      per: copies of a warpgroup in a tile.
+      tokens: M.
+    """
 
     split: Split
-    tiles: int
+    starts: tuple[int, ...]
     per: int
     tokens: int
+
+    @property
+    def tiles(self) -> int:
+        """Of all weights."""
+        return self.starts[-1]
 
     @property
     def buffers(self) -> int:
@@ -44,14 +58,37 @@ class Geometry:
 
     @property
     def held(self) -> int:
-        """Records, and steps of activations, in shared memory."""
+        """Records in shared memory."""
         return self.split.warpgroups * self.split.stages * self.split.records
+
+    @property
+    def range(self) -> int:
+        """Steps of K of a warpgroup."""
+        return self.per * self.split.records
+
+    @property
+    def x_steps(self) -> int:
+        """Steps of activations in shared memory."""
+        return self.split.ways * self.range if self.split.resident else self.held
 
     def shared_memory(self, c: fragments.Carrier) -> int:
         """Bytes of shared memory of a CTA."""
         ring = self.held * c.lines * 256
         sums = 2 * self.buffers * self.split.warpgroups * fragments.ROWS * self.stride * 4
-        return self.held * self.split.tokens * 2 * fragments.COLUMNS + ring + sums
+        return self.x_steps * self.split.tokens * 2 * fragments.COLUMNS + ring + sums
+
+    def fitted(self, c: fragments.Carrier) -> Geometry:
+        """Return this, or with fewer stages, or without resident activations where they fit not."""
+        geo = self
+        while geo.shared_memory(c) > SHARED_MEMORY and geo.split.stages > 2:
+            geo = geo.with_split(stages=geo.split.stages - 1)
+        if geo.shared_memory(c) > SHARED_MEMORY and geo.split.resident:
+            return self.with_split(resident=False).fitted(c)
+        return geo
+
+    def with_split(self, **fields) -> Geometry:
+        """Return this with another split."""
+        return dataclasses.replace(self, split=dataclasses.replace(self.split, **fields))
 
     @property
     def stride(self) -> int:
@@ -69,34 +106,33 @@ class Geometry:
         return self.owned * self.stride * 4
 
 
-def matmul(x, records, factors, fmt, rows, split: Split, *, out_dtype=jnp.float32):
-    """Return ``unit / a / b * x @ expand(records)^T``.
+def matmul(x, weights, divisor, split: Split, *, out_dtype=jnp.float32):
+    """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
       x: bfloat16 (M, K), M at most ``split.tokens``, K a multiple of 64.
-      records: uint32 (ceil(N/64), ceil(K/128), lines, 64), see `fragments`.
-      factors: float32 scalars unit, a, b.
-      fmt: number format of the records.
-      rows: N.
+      weights: `fragments.Fragments` (N, K) of one format; of several, all N but the last are
+        multiples of 64.
+      divisor: float32 scalar.
       split: how to divide the work.
       out_dtype: of the result.
 
     Returns:
-      (M, N).
+      (M, N), the products with several weights side by side.
     """
-    c = fragments.carrier(fmt)
-    tiles, steps = records.shape[:2]
+    c = fragments.carrier(weights[0].format)
+    starts = tuple(itertools.accumulate([w.records.shape[0] for w in weights], initial=0))
+    steps = weights[0].records.shape[1]
+    rows = sum(w.shape[0] for w in weights)
     per = -(-steps // (split.slices * split.ways * split.records))
-    split = dataclasses.replace(split, clusters=min(split.clusters, tiles))
+    split = dataclasses.replace(split, clusters=min(split.clusters, starts[-1]))
     tokens = x.shape[0]
-    geo = Geometry(split, tiles, per, tokens)
-    while geo.shared_memory(c) > SHARED_MEMORY and split.stages > 2:
-        split = dataclasses.replace(split, stages=split.stages - 1)
-        geo = dataclasses.replace(geo, split=split)
+    geo = Geometry(split, starts, per, tokens).fitted(c)
+    split = geo.split
     sources = split.slices * split.ways
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM(
-            (geo.held, split.tokens, fragments.COLUMNS), jnp.bfloat16, transforms=swizzled(128, 2)
+            (geo.x_steps, split.tokens, fragments.COLUMNS), jnp.bfloat16, transforms=swizzled(128, 2)
         ),
         ring_s=plgpu.SMEM(
             (split.warpgroups * split.stages, split.records, c.lines, 64), jnp.uint32
@@ -109,9 +145,11 @@ def matmul(x, records, factors, fmt, rows, split: Split, *, out_dtype=jnp.float3
         received=plgpu.SMEM((4 * split.groups,), jnp.uint32),  # two barriers of 64 bits each
         ready=plgpu.Barrier(
             num_barriers=split.warpgroups * split.stages,
-            num_arrivals=1 + split.records,
+            num_arrivals=1 if split.resident else 1 + split.records,
         ),
     )
+    if split.resident:
+        scratch["x_ready"] = plgpu.Barrier(num_arrivals=geo.x_steps)
     run = plgpu.kernel(
         functools.partial(_body, c, geo),
         out_type=jax.ShapeDtypeStruct((tokens, rows), out_dtype),
@@ -126,37 +164,69 @@ def matmul(x, records, factors, fmt, rows, split: Split, *, out_dtype=jnp.float3
     )
     if 8 < tokens < split.tokens:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, split.tokens - tokens), (0, 0)))
-    return run(x, records, *scalars(factors))
+    units, scales = [w.unit for w in weights], [w.global_scale for w in weights]
+    return run(x, *(w.records for w in weights), *scalars([*units, *scales, divisor]))
 
 
-def _body(c, geo, x_g, w_g, unit_g, a_g, b_g, out_g, *, x_s, ring_s, ready, **exchanged):
+def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, **exchanged):
+    count = len(geo.starts) - 1
+    weights, units, scales = (operands[i * count : (i + 1) * count] for i in range(3))
+    divisor, out_g = operands[3 * count :]
+
     split, per = geo.split, geo.per
     cluster, piece, wg = (lax.axis_index(n) for n in ("cluster", "slice", "wg"))
     group, way = wg // split.ways, lax.rem(wg, split.ways)
     # Groups take tiles in turn, the first of all clusters before the second of any.
     stride = split.clusters * split.groups
     first = group * split.clusters + cluster
-    count = (geo.tiles - first + stride - 1) // stride
-    last = count * per
+    mine = (geo.tiles - first + stride - 1) // stride
+    last = mine * per
+
+    def fetch_x(step, slot, barrier):
+        at = pl.multiple_of(step * fragments.COLUMNS, fragments.COLUMNS)
+        # Not static, since it may reach past the last token, where TMA gives zeros.
+        rows = pl.ds(pl.multiple_of(0 * piece, 8), split.tokens)
+        columns = x_g.at[rows, pl.ds(at, fragments.COLUMNS)]
+        plgpu.copy_gmem_to_smem(columns, x_s.at[slot], barrier)
 
     def fetch(i):
         tile = first + (i // per) * stride
         step = ((piece * split.ways + way) * per + lax.rem(i, per)) * split.records
         slot = wg * split.stages + lax.rem(i, split.stages)
-        plgpu.copy_gmem_to_smem(
-            w_g.at[tile, pl.ds(step, split.records)], ring_s.at[slot], ready.at[slot]
-        )
-        for r in range(split.records):
-            at = pl.multiple_of((step + r) * fragments.COLUMNS, fragments.COLUMNS)
-            columns = x_g.at[pl.ds(0, split.tokens), pl.ds(at, fragments.COLUMNS)]
-            plgpu.copy_gmem_to_smem(columns, x_s.at[slot * split.records + r], ready.at[slot])
+        for w_g, (start, end) in zip(weights, itertools.pairwise(geo.starts), strict=True):
+
+            def copy(w_g=w_g, start=start):
+                records = w_g.at[tile - start, pl.ds(step, split.records)]
+                plgpu.copy_gmem_to_smem(records, ring_s.at[slot], ready.at[slot])
+
+            copy() if len(weights) == 1 else pl.when((tile >= start) & (tile < end))(copy)
+        for r in range(0 if split.resident else split.records):
+            fetch_x(step + r, slot * split.records + r, ready.at[slot])
 
     def warm_up(i, _):
         pl.when(i < last)(lambda: fetch(i))
 
     lax.fori_loop(0, split.stages, warm_up, None)
-    factor = unit_g[0] / a_g[0] / b_g[0]
+    if split.resident:  # each group fetches its share of what all read
+
+        def fetch_share(i, _):
+            slot = way * geo.range + group + i * split.groups
+            fetch_x(piece * geo.x_steps + slot, slot, x_ready)
+
+        share = (geo.range - group + split.groups - 1) // split.groups
+        lax.fori_loop(0, share, fetch_share, None)
+    factors = [u[0] / s[0] / divisor[0] for u, s in zip(units, scales, strict=True)]
+
+    def factor(tile):
+        of_tile = factors[-1]
+        for end, other in zip(geo.starts[-2:0:-1], factors[-2::-1], strict=True):
+            of_tile = jnp.where(tile < end, other, of_tile)
+        return of_tile
+
     exchange = ClusterSum(geo, out_g, factor, wg, piece, **exchanged)
+
+    if split.resident:
+        plgpu.barrier_wait(x_ready)
 
     def one_tile(t, _):
         sums = products(t)
@@ -170,14 +240,15 @@ def _body(c, geo, x_g, w_g, unit_g, a_g, b_g, out_g, *, x_s, ring_s, ready, **ex
             i = t * per + s
             slot = wg * split.stages + lax.rem(i, split.stages)
             plgpu.barrier_wait(ready.at[slot])
+            x_slot = way * geo.range + s * split.records if split.resident else slot * split.records
             for r in range(split.records):
-                sums = multiply(ring_s.at[slot, r], x_s.at[slot * split.records + r], sums)
+                sums = multiply(ring_s.at[slot, r], x_s.at[x_slot + r], sums)
             pl.when(i + split.stages < last)(lambda: fetch(i + split.stages))
             return sums
 
         zero = jnp.zeros((fragments.ROWS, split.tokens), jnp.float32)
         return lax.fori_loop(0, per, advance, plgpu.layout_cast(zero, plgpu.Layout.WGMMA))
 
-    lax.fori_loop(0, count, one_tile, None)
-    pl.when(count > 0)(lambda: exchange.finish(count - 1, first + (count - 1) * stride))
+    lax.fori_loop(0, mine, one_tile, None)
+    pl.when(mine > 0)(lambda: exchange.finish(mine - 1, first + (mine - 1) * stride))
     exchange.leave()

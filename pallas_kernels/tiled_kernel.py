@@ -30,22 +30,21 @@ from pallas_kernels.tiles import SHARED_MEMORY, Tiling
 FETCH_REGISTERS = 40
 
 
-def matmul(x, records, factors, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bfloat16):
-    """Return ``unit / a / b * x @ expand(records)^T``.
+def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
+    """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
       x: bfloat16 (M, K), K a multiple of 64.
-      records: uint32 (ceil(N/64), ceil(K/128), lines, 64), see `fragments`.
-      factors: float32 scalars unit, a, b.
-      fmt: number format of the records.
-      rows: N.
+      weight: `fragments.Fragments` (N, K).
+      divisor: float32 scalar.
       tiling: how to divide the work.
       out_dtype: of the result.
 
     Returns:
       (M, N).
     """
-    m, c = x.shape[0], fragments.carrier(fmt)
+    c, records = fragments.carrier(weight.format), weight.records
+    m, rows = x.shape[0], weight.shape[0]
     if m % 8:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     wide = rows + -rows % fragments.ROWS  # and N by 64 columns
@@ -79,13 +78,13 @@ def matmul(x, records, factors, fmt, rows, tiling: Tiling, *, out_dtype=jnp.bflo
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    y = run(x, records, *scalars(factors))
+    y = run(x, records, *scalars([weight.unit, weight.global_scale, divisor]))
     y = y[0] if tiling.cuts == 1 else jnp.sum(y, axis=0).astype(out_dtype)
     return y[:m, :rows]
 
 
 def _body(
-    c, tiling, tiles, steps, x_g, w_g, unit_g, a_g, b_g, out_g, *, x_s, w_s, out_s, full, empty
+    c, tiling, tiles, steps, x_g, w_g, unit_g, scale_g, divisor_g, out_g, *, x_s, w_s, out_s, full, empty
 ):
     n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
@@ -122,7 +121,7 @@ def _body(
     def computing():
         plgpu.set_max_registers(_registers(n), action="increase")
         unpack = expand.to_bfloat16(c)
-        factor = unit_g[0] / a_g[0] / b_g[0]
+        factor = unit_g[0] / scale_g[0] / divisor_g[0]
 
         def one_task(task, _):
             def products(acc):

@@ -54,6 +54,7 @@ class Split:
       clusters: that share the rows of weights.
       stages: records that a warpgroup has in flight.
       records: side by side, that one copy brings.
+      resident: a CTA keeps the activations of its slice, if its shared memory holds them.
     """
 
     tokens: int
@@ -63,6 +64,7 @@ class Split:
     clusters: int = 66
     stages: int = 6
     records: int = 1
+    resident: bool = False
 
     @property
     def groups(self) -> int:

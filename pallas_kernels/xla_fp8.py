@@ -12,11 +12,10 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import mosaic_gpu, xla
 from pallas_kernels.matmul import check_weight
 
-# E2M1 times 2**k is exact in E5M2 for k in [-15, 13].
-HIGHEST = 13
+HIGHEST = 15  # exponent of the largest power of two in E5M2
 
 
 def quantized_matmul(x, weight, *, out_dtype=None):
@@ -33,7 +32,9 @@ def quantized_matmul(x, weight, *, out_dtype=None):
     mosaic_gpu.require_hopper()
     if not hasattr(x, "codes"):
         raise NotImplementedError("activations that are not quantized are not exact in FP8")
-    return matmul(x.codes, x.scales, x.format, x.global_scale, weight, out_dtype or jnp.float32)
+    _check(x.format)
+    (values,) = xla.exact_parts(x.codes, x.scales, x.format)
+    return matmul(values, x.global_scale, weight, out_dtype or jnp.float32)
 
 
 def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
@@ -44,69 +45,60 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     device = mosaic_gpu.require_hopper()
     if fmt is None:
         raise NotImplementedError("activations that are not quantized are not exact in FP8")
+    _check(fmt)
     if global_scale is None:
         global_scale = fmt.global_scale
-    codes, scales = mosaic_gpu.launch(
-        x, transform, fmt, global_scale=global_scale, layout="interchange", device=device
+    values, _ = mosaic_gpu.launch(
+        x, transform, fmt, global_scale=global_scale, layout="values", device=device
     )
-    return matmul(codes, scales, fmt, global_scale, weight, out_dtype or x.dtype)
+    return matmul(values, global_scale, weight, out_dtype or x.dtype)
 
 
-def matmul(codes, scales, fmt, global_scale, weight, out_dtype):
-    """As `quantized_matmul`, from packed codes (..., M, K/2) and scales (..., M, K/32)."""
-    from pallas_kernels import fp8_kernel
-
+def _check(fmt) -> None:
     if fmt.element.name != "e2m1" or fmt.scale_dtype != "e8m0":
         raise NotImplementedError(f"activations in {fmt.name} are not exact in FP8")
+
+
+def matmul(values, global_scale, weight, out_dtype):
+    """As `quantized_matmul`, from bfloat16 values (..., M, K) times their global scale."""
+    from pallas_kernels import fp8_kernel
+
     check_weight(weight)
     n = weight.shape[0]
     right = fp8_kernel.weights(weight.records, weight.format)
-    lead = codes.shape[:-1]
-    values, power = activations(codes.reshape(math.prod(lead), -1), scales, fmt)
-    values = jnp.pad(values, ((0, 0), (0, right.shape[1] - values.shape[1])))
-    unit = weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale
-    y = scaled_dot(values, power / global_scale, right[:n], unit, out_dtype)
-    return y.reshape(*lead, n)
-
-
-def scaled_dot(x, x_scale, w, w_scale, out_dtype):
-    """``(x_scale * x) @ (w_scale * w)^T``, in the form that XLA turns into one FP8 matmul."""
-    kind = jnp.bfloat16 if out_dtype == jnp.float16 else out_dtype
+    lead = values.shape[:-1]
+    left, power = activations(values.reshape(math.prod(lead), -1))
+    left = jnp.pad(left, ((0, 0), (0, right.shape[1] - left.shape[1])))
+    factor = power * weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale / global_scale
     y = lax.dot_general(
-        x.astype(kind) * x_scale.astype(kind),
-        w.astype(kind) * w_scale.astype(kind),
+        *(left, right[:n]),
         (((1,), (1,)), ((), ())),
         # more than the default: sums leave the tensor core's short accumulator every few steps
         precision=lax.Precision.HIGHEST,
-        preferred_element_type=kind,
+        preferred_element_type=jnp.float32,
     )
-    return y.astype(out_dtype)
+    return (y * factor).astype(out_dtype).reshape(*lead, n)
 
 
-def activations(codes, scales, fmt):
-    """Fold E8M0 scales into E5M2 codes, columns in the order of `fp8_kernel`.
+def activations(values):
+    """Return MXFP4 values in E5M2, columns in the order of `fp8_kernel`.
 
-    Exact for groups at most 28 octaves below the largest; below, values are rounded to steps of
-    2**-30 of its scale. Groups that are not finite become NaN.
+    Exact for groups at most 28 octaves below the largest value; below, values are rounded to steps
+    of 2**-31 of its power of two. Groups that are not finite become NaN.
 
     Args:
-      codes: packed codes uint8 (M, K/2).
-      scales: (..., M, K/32).
-      fmt: MXFP4, any rule.
+      values: bfloat16 (M, K), E2M1 numbers times powers of two.
 
     Returns:
-      float8_e5m2 (M, K) and the scalar power of two: ``value = code * power / g``.
+      float8_e5m2 (M, K) and the scalar power of two: ``value = code * power``.
     """
-    codes = fmt.unpack(codes)
-    groups = codes.reshape(codes.shape[0], -1, fmt.group_size)
-    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32).reshape(groups.shape[:2])
-    finite = byte != 255
-    used = finite & jnp.any(groups & 7, axis=-1)
-    top = jnp.maximum(jnp.max(jnp.where(used, byte, 0)), HIGHEST + 1)
-    shift = jnp.clip(byte - top + HIGHEST, -40, HIGHEST)
-    factor = lax.bitcast_convert_type((shift + 127) << 23, jnp.float32)
-    factor = jnp.where(finite, factor, jnp.nan)
-    values = (fmt.element.decode(groups) * factor[..., None]).astype(jnp.float8_e5m2)
+    bits = lax.bitcast_convert_type(values, jnp.uint16) & 0x7FFF
+    # The exponent's byte; where it is so low that 2**HIGHEST would overflow, the next.
+    top = jnp.max(jnp.where(bits < 0x7F80, bits >> 7, 0)).astype(jnp.int32)
+    top = jnp.clip(top, HIGHEST + 1, 254)
+    factor = lax.bitcast_convert_type((127 + HIGHEST - top + 127) << 23, jnp.float32)
+    codes = values.astype(jnp.float32) * factor
+    codes = jnp.where(bits < 0x7F80, codes, jnp.nan).astype(jnp.float8_e5m2)
     # column 8 i + 2 q + e of 16 goes to 4 q + 2 i + e
-    values = values.reshape(codes.shape[0], -1, 2, 4, 2).swapaxes(2, 3)
-    return values.reshape(codes.shape), lax.bitcast_convert_type((top - HIGHEST) << 23, jnp.float32)
+    codes = codes.reshape(values.shape[0], -1, 2, 4, 2).swapaxes(2, 3)
+    return codes.reshape(values.shape), lax.bitcast_convert_type((top - HIGHEST) << 23, jnp.float32)

@@ -24,6 +24,17 @@ def strict():
         yield
 
 
+@pytest.fixture(scope="module")
+def float32_matmuls():
+    """Full precision where a module compares float32 models: a GPU's default for them is TF32.
+
+    There even two compilations of one product differ by it, since the compiler may pick another
+    kernel for each.
+    """
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def eight_devices():
     """Skip where there are fewer devices, as on a machine with one GPU."""

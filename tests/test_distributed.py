@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import two_processes
@@ -54,6 +55,13 @@ def results(tmp_path_factory):
     ]
 
 
+@pytest.fixture
+def on_cpu():
+    """The processes compute on CPUs; TF32 of a GPU here would change more codes than they do."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 def test_all_processes_end_with_the_same_model(results):
     first, second = results
     assert first[1] == second[1]
@@ -62,7 +70,7 @@ def test_all_processes_end_with_the_same_model(results):
         np.testing.assert_array_equal(codes, second[0][path])
 
 
-def test_two_processes_give_what_one_gives(results):
+def test_two_processes_give_what_one_gives(results, on_cpu):
     codes, gains = results[0]
     model, report = two_processes.calibrate(two_processes.batches())
     expected = codes_of(model)
@@ -78,7 +86,7 @@ def test_two_processes_give_what_one_gives(results):
         assert gains[layer.path] == pytest.approx(layer.predicted_gain, **near), layer.path
 
 
-def test_one_shot_calibration_of_batches_on_two_processes(results):
+def test_one_shot_calibration_of_batches_on_two_processes(results, on_cpu):
     codes, _ = results[0]
     model, _ = wush.quantize_model(Blocks(), two_processes.batches(), two_processes.RECIPE)
     for path, expected in codes_of(model).items():

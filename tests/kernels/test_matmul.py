@@ -127,18 +127,24 @@ def exact(q):
     return grid[np.asarray(q.format.unpack(q.codes))] * scale / np.float64(q.global_scale)
 
 
-def check_product(y, x, weight, kind):
+def check_product(y, x, weight, kind, parts=1):
     """Compare with float64: each error against the sum of magnitudes, all errors together.
 
     A sum of K products in float32 by instructions of 16 is K/16 additions, each of which loses at
     most 2^-23 of what has been summed (tensor cores cut off, they do not round), and a few more
-    roundings: of the parts' sums, of the factor. Errors of random signs average: 1e-7 was seen.
+    roundings: of the parts' sums, of the factor. Errors of random signs grow as the root of their
+    number. Products with an operand's second part are so small that each loses its last places.
     """
     x, weight = (np.asarray(a, np.float64) for a in (x, weight))
     error = np.abs(np.asarray(y, np.float64) - x @ weight.T)
     assert (error <= (x.shape[1] / 16 + 16) * 2.0**-23 * (np.abs(x) @ np.abs(weight).T)).all()
     if kind == "gaussian":
-        assert np.linalg.norm(error) <= 1e-6 * np.linalg.norm(x @ weight.T)
+        losses = x.shape[1] if parts == 2 else x.shape[1] / 16 + 16
+        assert np.linalg.norm(error) <= losses**0.5 * 2.0**-24 * np.linalg.norm(x @ weight.T)
+
+
+def parts_of(fmt):
+    return 2 if fmt.element.name == "int4_midrise" else 1
 
 
 run_matmul = jax.jit(
@@ -166,7 +172,7 @@ def test_product_of_bfloat16_activations(m, kind, k, n, fmt):
     x = values(kind, (m, k), 2).astype(jnp.bfloat16)
     y = run_matmul(x, laid)
     assert (y.shape, y.dtype) == ((m, n), jnp.float32)
-    check_product(y, x, weight, kind)
+    check_product(y, x, weight, kind, parts_of(fmt))
     np.testing.assert_array_equal(run_matmul(x, laid), y)
 
 
@@ -177,7 +183,7 @@ def test_product_of_quantized_activations(m, kind, k, n, fmt):
     x = jax.jit(wush.quantize, static_argnums=1)(values(kind, (m, k), 2), fmt)
     y = run_matmul(x, laid)
     assert (y.shape, y.dtype) == ((m, n), jnp.float32)
-    check_product(y, exact(x), weight, kind)
+    check_product(y, exact(x), weight, kind, parts_of(fmt))
     np.testing.assert_array_equal(run_matmul(x, laid), y)
 
 
@@ -243,7 +249,7 @@ def test_whole_map(m, k, n, name):
         )
         g = jnp.float32(inputs.global_scale)
         left = exact(wush.QuantizedArray(*jax.jit(quantize)(x, t), g, inputs))
-    check_product(y, left, weight, "gaussian")
+    check_product(y, left, weight, "gaussian", parts_of(fmt))
     defined = jax.jit(functools.partial(run, implementation="reference"))(x, t, laid)
     error = np.linalg.norm(y - defined) / np.linalg.norm(defined)
     assert error <= (1e-5 + 2 / (m * k)) ** 0.5 + 1e-6
