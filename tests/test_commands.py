@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from wush_jax.commands.options import recipe_of
 from wush_jax.demo import token_batches
 from wush_jax.models import generate, load_pretrained, to_tensors
 from wush_jax.streaming import quantize_folder
+
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
 
 TEXT = " ".join(f"the quick brown fox, number {i}," for i in range(40)).encode()
 CONFIG = dataclasses.replace(BYTES, max_position_embeddings=32)
@@ -171,6 +174,8 @@ def test_export_and_inspect(quantized, tmp_path, capsys):
 
 
 def test_bench_without_a_gpu_is_refused(capsys):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is one, and minutes of measurements")
     assert cli.main(["bench", "--formats", "MXFP4"]) == 2
     assert "GPU" in capsys.readouterr().err
 

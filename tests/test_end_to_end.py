@@ -14,6 +14,8 @@ import wush_jax as wush
 from wush_jax import cli
 from wush_jax.models import LlamaConfig, load_pretrained, to_tensors
 
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
+
 BATCH, LENGTH = 8, 32
 FLAGS = ["--format", "MXFP4", "--transform", "wush", "--solver", "gptq", "--dtype", "float32"]
 TOKENS = np.random.default_rng(0).integers(256, size=(2 * BATCH, LENGTH))

@@ -8,6 +8,7 @@ from wush_jax.models import LlamaConfig, generate, load_pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
 
 SIZES = {
     "vocab_size": 61,
@@ -65,8 +66,7 @@ def test_logits_equal_those_of_transformers(pair):
     theirs, folder = pair
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS)).logits.numpy()
-    with jax.default_matmul_precision("highest"):
-        got = np.asarray(jax.jit(load_pretrained(folder).__call__)(TOKENS))
+    got = np.asarray(jax.jit(load_pretrained(folder).__call__)(TOKENS))
     # float32 throughout, in another order of sums.
     assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
 
@@ -81,9 +81,7 @@ def test_greedy_text_equals_that_of_transformers(pair):
             do_sample=False,
             pad_token_id=0,
         )
-    # The likeliest of random weights' tokens is so by little: a GPU's default is TF32.
-    with jax.default_matmul_precision("highest"):
-        out = generate(load_pretrained(folder), TOKENS, max_new_tokens=6)
+    out = generate(load_pretrained(folder), TOKENS, max_new_tokens=6)
     np.testing.assert_array_equal(out.tokens, expected[:, 24:].numpy())
 
 

@@ -16,6 +16,8 @@ import wush_jax as wush
 from wush_jax.finetune import LatentDense, pack, unpack
 from wush_jax.nnx import Packed, QuantizedDense
 
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
+
 RECIPE = wush.Recipe(solver="rtn")
 BATCHES = rows(2)
 run = nnx.jit(lambda model, x: model(x))

@@ -12,7 +12,10 @@ import wush_jax as wush
 from wush_jax.linen import LINEN_TYPES, LinenModel
 from wush_jax.nnx import Contraction, Dense
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of a library that has ended
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of a library that has ended
+    pytest.mark.usefixtures("float32_matmuls"),
+]
 
 # Eight bits: what is wired wrongly is far off, what is rounded is not.
 RTN = wush.Recipe(wush.INT8, solver="rtn")

@@ -15,6 +15,8 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax.models import Llama, generate, sample
 
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
+
 WINDOW = dataclasses.replace(CONFIG, sliding_window=5, max_window_layers=1)
 OTHERS = dataclasses.replace(CONFIG, qk_norm=True, attention_bias=True, tie_word_embeddings=False)
 LENGTHS = np.array([9, 4], np.int32)

@@ -15,6 +15,7 @@ from wush_jax.models import generate
 from wush_jax.text import Tokenizer
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
 CONFIG = dataclasses.replace(BYTES, max_position_embeddings=48)
 TEXTS = ["ab cd", "the quick brown fox", "x" * 100]
 

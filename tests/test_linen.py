@@ -12,6 +12,8 @@ from wush_jax.calibrate import find_sites
 from wush_jax.linen import LINEN_TYPES, LinenDense, LinenModel
 from wush_jax.nnx import Contraction, Dense, QuantizedDense, dense_layers
 
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
+
 RTN = wush.Recipe(solver="rtn")
 X = jax.random.normal(jax.random.key(0), (2, 24, 64)) * jnp.arange(1, 65) / 32
 run = nnx.jit(lambda model, x: model(x))
@@ -139,10 +141,9 @@ def test_the_quantized_weight_is_what_is_applied(result, variables):
             twin = getattr(twin, part)
         kernel = layer.contraction.kernel(wush.dequantize(twin.packed.weight))
         scope[name] = {**scope[name], "kernel": kernel}
-    with jax.default_matmul_precision("highest"):  # a GPU's default for linen's layers is TF32
-        y, expected = run(quantized, X), jax.jit(Encoder().apply)({"params": params}, X)
+    expected = jax.jit(Encoder().apply)({"params": params}, X)
     # float32 matmuls in another order
-    np.testing.assert_allclose(y, expected, atol=1e-4)
+    np.testing.assert_allclose(run(quantized, X), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -153,9 +154,7 @@ def test_layers_stacked_for_a_scan(result, variables, remat):
     module = ScannedEncoder(remat=remat)
     variables = {"params": {"layers": stacked, "LayerNorm_0": params["LayerNorm_0"]}}
     model = LinenModel(module, variables, X)
-    with jax.default_matmul_precision("highest"):  # as above
-        y, expected = run(model, X), jax.jit(module.apply)(variables, X)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(run(model, X), jax.jit(module.apply)(variables, X), atol=1e-5)
     quantized, report = wush.quantize_model(model, [X], RTN)
     assert [(la.path, la.shape) for la in report.layers] == [
         ("layers.attention.query", (2, 64, 64)),

@@ -12,6 +12,8 @@ import wush_jax as wush
 from wush_jax.nnx import Packed, QuantizedDense, dense_layers
 from wush_jax.site import quantize_site
 
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
+
 RECIPE = wush.Recipe()
 BATCHES = rows(2)
 run = nnx.jit(lambda model, x: model(x))  # one compilation, not one for every operation

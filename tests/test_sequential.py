@@ -15,6 +15,8 @@ from wush_jax import host_memory
 from wush_jax.report import Report
 from wush_jax.sequential import Stack
 
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
+
 RECIPE = wush.Recipe()
 BATCHES = rows(2, (64, 32))
 FLOAT32 = wush.Sequential(granularity="layer", hidden_dtype="float32")

@@ -13,6 +13,8 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax import study
 
+pytestmark = pytest.mark.usefixtures("float32_matmuls")
+
 CALIBRATION, EVALUATION = tokens(2), tokens(2, seed=1)
 SETTINGS = study.grid([wush.MXFP4], ["wush"]) | {
     "one layer": [("layers.0.self_attn.[qk]_proj", wush.Recipe(transform="hadamard"))]

@@ -14,7 +14,10 @@ from flax import nnx
 import wush_jax as wush
 from wush_jax.nnx import DENSE_TYPES, Contraction, Dense, QuantizedDense, replace_modules
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("float32_matmuls"),
+]
 
 # Eight bits: what is wired wrongly is far off, what is rounded is not.
 RTN = wush.Recipe(wush.INT8, solver="rtn")

@@ -320,8 +320,8 @@ def fake_quantize(
     Args and errors as for `quantize`. ``d fake_quantize(x) / dx = 1`` (straight-through estimator).
     Values that would round up beyond x's dtype saturate.
 
-    >>> fake_quantize(jnp.float32([2.0, 5.2] * 16), MXFP4)[:2].tolist()
-    [2.0, 5.333333492279053]
+    >>> fake_quantize(jnp.float32([2.0, 5.2] * 16), MXFP8)[:2].tolist()
+    [2.0, 5.0]
     """
     x = jnp.asarray(x)
     frozen = lax.stop_gradient(x)

@@ -137,7 +137,8 @@ def wush_transform(
 
     >>> m = jnp.diag(jnp.float32([4.0, 1.0]))
     >>> t = wush_transform(m, m)
-    >>> jnp.allclose(t.activation @ t.weight.T, jnp.eye(2), atol=1e-5).item()
+    >>> product = jnp.matmul(t.activation, t.weight.T, precision="highest")
+    >>> jnp.allclose(product, jnp.eye(2), atol=1e-5).item()
     True
     """
     return _spectral_transform(weight_moment, activation_moment, damping, -0.5, hadamard)
