@@ -24,7 +24,8 @@ import wush_jax as wush
 from wush_jax.kernel_layout import pack_for_kernels
 from wush_jax.models import Llama, LlamaConfig
 from wush_jax.models.generate import generate
-from wush_jax.nnx import QuantizedDense, dense_layers, replace_modules
+from wush_jax.nnx import dense_layers
+from wush_jax.planning import swap
 from wush_jax.site import quantize_site
 
 LLAMA_8B = LlamaConfig(
@@ -65,10 +66,7 @@ def build(config, fmt):
         for i in range(config.num_hidden_layers):
             for site in SITES:
                 packed |= random_site([f"layers.{i}.{name}" for name in site], layers, fmt, i)
-        model = replace_modules(
-            model,
-            lambda path, _: QuantizedDense(layers[path], packed[path]) if path in packed else None,
-        )
+        model = swap(model, layers, packed)
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     filled = [random_array(i, leaf) for i, leaf in enumerate(leaves)]

@@ -9,6 +9,7 @@ dequantized operands, over a sample of columns.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import fragments, matmul, mosaic_gpu, reference
-from pallas_kernels.measure import device_time, read_rate
+from pallas_kernels.measure import device_time, prepare_all, read_rate
 from pallas_kernels.tiles import Split, Tiling
 
 # (K, N) of Llama-3.1-8B: q, k, v together; o; gate and up together; down.
@@ -66,6 +67,10 @@ def error(run, x, weight: Weight, laid_out) -> float:
     return float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
 
 
+def _dot(x, w):
+    return jnp.dot(x, w.T)
+
+
 def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
     """Measure products and whole layers against BF16; print and return a row for each."""
     device = mosaic_gpu.require_hopper()
@@ -76,17 +81,22 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
         weight = random_weight(fmt, k, n)
         laid_out = fragments.lay_out(weight)
         dense = reference.dequantize(weight).astype(jnp.bfloat16)
-        for m in tokens:
-            x, t = operands(fmt, k, n, m)
+        inputs = {m: operands(fmt, k, n, m) for m in tokens}
 
-            def product(x, w):
-                return matmul.launch(x, w, device=device)
+        def product(x, w):
+            return matmul.launch(x, w, device=device)
 
-            def layer(x, t, w, fmt=fmt):
-                return matmul.transform_quantize_matmul(x, t, (w,), fmt)[0]
+        def layer(x, t, w, fmt=fmt):
+            return matmul.transform_quantize_matmul(x, t, (w,), fmt)[0]
 
-            base = device_time(lambda x, w: jnp.dot(x, w.T), x, dense)
-            ours, whole = device_time(product, x, laid_out), device_time(layer, x, t, laid_out)
+        calls = [
+            call
+            for x, t in inputs.values()
+            for call in ((_dot, x, dense), (product, x, laid_out), (layer, x, t, laid_out))
+        ]
+        timed = iter(prepare_all(calls))
+        for m, (x, _) in inputs.items():
+            base, ours, whole = (device_time(next(timed)) for _ in range(3))
             floor = (laid_out.nbytes + 2 * m * (k + n)) / rate
             row = {
                 **{"format": fmt.name, "k": k, "n": n, "tokens": m, "bf16_us": base * 1e6},
@@ -114,7 +124,9 @@ def candidates(tokens: int, tiles: int, steps: int):
         for ways, records, resident in itertools.product((1, 2, 4), (1, 2, 4), (False, True)):
             busy = ways == 1 or tiles * ways <= 2 * 4 * 66
             if busy and not (resident and ways == 4):
-                yield Split(width, ways=ways, stages=8 // records, records=records, resident=resident)
+                yield Split(
+                    width, ways=ways, stages=8 // records, records=records, resident=resident
+                )
         return
     for width, warpgroups, cuts in np.ndindex(3, 3, 4):
         tiling = Tiling((64, 128, 256)[width], (2, 3, 4)[warpgroups], 2**cuts)
@@ -134,16 +146,13 @@ def tune(formats, shapes=SHAPES, tokens=TUNED) -> dict:
         for m in sorted(tokens):
             x, _ = operands(fmt, k, n, m)
             timed = {}
-            for plan in candidates(m, *laid_out.records.shape[:2]):
-
-                def product(x, w, plan=plan):
-                    return matmul.launch(x, w, device=device, plan=plan)
-
-                try:  # what does not compile is no candidate
-                    jax.jit(product).lower(x, laid_out).compile()
-                except (ValueError, NotImplementedError):
+            plans = list(candidates(m, *laid_out.records.shape[:2]))
+            products = [functools.partial(matmul.launch, device=device, plan=p) for p in plans]
+            calls = prepare_all([(product, x, laid_out) for product in products])
+            for plan, call in zip(plans, calls, strict=True):
+                if isinstance(call, Exception):  # what does not compile is no candidate
                     continue
-                timed[plan] = device_time(product, x, laid_out, repeats=5)
+                timed[plan] = device_time(call, repeats=5)
                 print(f"{fmt.name} {k} {n} {m} {timed[plan] * 1e6:8.2f} us {plan}", flush=True)
             best = min(timed, key=lambda plan: timed[plan])
             name = "split" if isinstance(best, Split) else "tiling"

@@ -153,12 +153,12 @@ def transform_quantize_matmul(
       ValueError: shapes that do not fit, or an unknown implementation.
       NotImplementedError: no permitted implementation can serve the call.
     """
-    several = packed if isinstance(packed, tuple) else (packed,)
+    several: tuple = packed if isinstance(packed, tuple) else (packed,)
     if fmt == "packed":
         if not several or not hasattr(several[0], "input_format"):
             raise ValueError("packed is a bare weight: pass fmt, the format of the activations")
         fmt, global_scale = several[0].input_format, several[0].input_global_scale
-    weights = tuple(getattr(p, "weight", p) for p in several)
+    weights: tuple = tuple(getattr(p, "weight", p) for p in several)
     _check_operands(x, transform, 1 if fmt is None else fmt.group_size)
     for weight in weights:
         _check_inner(x.shape, weight.shape)

@@ -56,9 +56,7 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
         device=device,
     )
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
-    return launch_all(
-        parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale
-    )
+    return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
 
 
 def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):
@@ -112,7 +110,7 @@ def _products(rows, weights, divisor, dtype, device, plan):
         return jnp.split(y, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1)
     if len(weights) > 1:
         return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
-    return [tiled_kernel.matmul(rows, *weights, divisor, how, out_dtype=dtype)]
+    return [tiled_kernel.matmul(rows, weights[0], divisor, how, out_dtype=dtype)]
 
 
 def check_weight(weight) -> None:

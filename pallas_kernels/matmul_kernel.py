@@ -1,9 +1,10 @@
 """Packed weights times few activations: one Mosaic GPU kernel that reads each weight once.
 
-``out = factor * x @ expand(records)^T``, or of several weights side by side. The product is computed transposed, so that the 64
-rows of an instruction are weights and its narrow side the tokens. K is split over the CTAs of a
-cluster and over warpgroups; each warpgroup streams its own records through a ring of shared memory,
-and the activations with them, or, where a CTA multiplies several tiles, from a copy that stays:
+``out = factor * x @ expand(records)^T``, or the products with several weights side by side. It is
+computed transposed, so that the 64 rows of an instruction are weights and its narrow side the
+tokens. K is split over the CTAs of a cluster and over warpgroups; each warpgroup streams its own
+records through a ring of shared memory, and the activations with them, or, where a CTA multiplies
+several tiles, reads these from a copy that stays:
 
     TMA ring -> registers: codes to bfloat16 (`expand`) -> mma -> partial sums to the CTA that owns
     the rows -> it adds them in fixed order, scales and stores them
@@ -132,7 +133,9 @@ def matmul(x, weights, divisor, split: Split, *, out_dtype=jnp.float32):
     sources = split.slices * split.ways
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM(
-            (geo.x_steps, split.tokens, fragments.COLUMNS), jnp.bfloat16, transforms=swizzled(128, 2)
+            (geo.x_steps, split.tokens, fragments.COLUMNS),
+            jnp.bfloat16,
+            transforms=swizzled(128, 2),
         ),
         ring_s=plgpu.SMEM(
             (split.warpgroups * split.stages, split.records, c.lines, 64), jnp.uint32

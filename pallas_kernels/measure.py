@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 GIB = 1 << 30
+FLUSH = (GIB // 16384, 4096)
 
 
-def device_time(function, *arguments, repeats: int = 9) -> float:
-    """Return the median device time in seconds of a call that finds a cold, clean L2.
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A call that is compiled and ready to be measured: 1 GiB is read before it."""
 
-    An array of 1 GiB is read just before: the cache then holds nothing that the call reads, and
-    nothing that still has to be written back. Times are CUPTI's, of the call's kernels alone.
-    """
-    return statistics.median(device_times(function, *arguments, repeats=repeats))
+    run: Any
+    arguments: tuple
 
 
-def device_times(function, *arguments, repeats: int = 9) -> list[float]:
-    """As `device_time`: all measured times."""
-    from jax.experimental.mosaic.gpu import profiler
+def prepare(function, *arguments) -> Timed:
+    """Compile a call for `device_time`."""
 
     @jax.jit
     def cold(flush, arguments):
@@ -29,14 +31,49 @@ def device_times(function, *arguments, repeats: int = 9) -> list[float]:
         peaks, arguments = jax.lax.optimization_barrier((jnp.max(flush, axis=1), arguments))
         return peaks, function(*arguments)
 
-    flush = jnp.zeros((GIB // 16384, 4096), jnp.float32)
-    measured = profiler.measure(cold, aggregate=False)
-    times = []
-    for _ in range(repeats):
-        _, kernels = measured(flush, arguments)
-        milliseconds: list[float] = [time for _, time in kernels or ()]
-        times.append(sum(milliseconds[1:]) / 1e3)
-    return times
+    flush = jax.ShapeDtypeStruct(FLUSH, jnp.float32)
+    return Timed(cold.lower(flush, arguments).compile(), arguments)
+
+
+def prepare_all(calls) -> list[Timed | Exception]:
+    """Compile many calls (function, *arguments) side by side; errors of those that do not."""
+
+    def one(call):
+        try:
+            return prepare(*call)
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(one, calls))
+
+
+def device_time(call, *arguments, repeats: int = 9) -> float:
+    """Return the median device time in seconds of a call that finds a cold, clean L2.
+
+    An array of 1 GiB is read just before: the cache then holds nothing that the call reads, and
+    nothing that still has to be written back. Times are CUPTI's, of the call's kernels alone.
+
+    Args:
+      call: a function of the arguments, or of `prepare_all`, which raises its error here.
+      *arguments: of the function.
+      repeats: calls that are measured.
+    """
+    return statistics.median(device_times(call, *arguments, repeats=repeats))
+
+
+def device_times(call, *arguments, repeats: int = 9) -> list[float]:
+    """As `device_time`: all measured times."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    if isinstance(call, Exception):
+        raise call
+    timed = call if isinstance(call, Timed) else prepare(call, *arguments)
+    flush = jnp.zeros(FLUSH, jnp.float32)
+    measured = profiler.measure(timed.run, aggregate=False, iterations=repeats)
+    _, kernels = measured(flush, timed.arguments)
+    rounds: Any = [kernels] if repeats == 1 else kernels
+    return [sum(time for _, time in each[1:]) / 1e3 for each in rounds]
 
 
 def copy_rate() -> float:

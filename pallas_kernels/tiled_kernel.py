@@ -84,7 +84,22 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
 
 
 def _body(
-    c, tiling, tiles, steps, x_g, w_g, unit_g, scale_g, divisor_g, out_g, *, x_s, w_s, out_s, full, empty
+    c,
+    tiling,
+    tiles,
+    steps,
+    x_g,
+    w_g,
+    unit_g,
+    scale_g,
+    divisor_g,
+    out_g,
+    *,
+    x_s,
+    w_s,
+    out_s,
+    full,
+    empty,
 ):
     n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,11 @@ from wush_jax.site import PackedWeight, effective_weight
 
 
 def quantized_dot(
-    x: jax.Array, packed: PackedWeight, *, implementation: str | None = None
-) -> jax.Array:
+    x: jax.Array,
+    packed: PackedWeight | tuple[PackedWeight, ...],
+    *,
+    implementation: str | None = None,
+) -> Any:
     """Return ``y = dequantize(q(x T_X^T)) @ dequantize(weight)^T``.
 
     The gradient with respect to x passes straight through the activation quantizer:
@@ -24,11 +28,12 @@ def quantized_dot(
 
     Args:
       x: (..., K).
-      packed: quantized weight (N, K).
+      packed: quantized weight (N, K); a tuple of those of one site, which share T_X and how
+        inputs are quantized (the first one's counts), quantizes x once for all.
       implementation: None lets the dispatch choose; a name such as "reference" forces one.
 
     Returns:
-      (..., N) in x's dtype.
+      (..., N) in x's dtype, or a tuple of them.
 
     Raises:
       ValueError: K of x and of the weight differ.
@@ -41,18 +46,21 @@ def quantized_dot(
     >>> quantized_dot(jnp.ones((2, 32)), packed).shape
     (2, 32)
     """
-    if x.ndim == 0 or x.shape[-1] != packed.shape[-1]:
-        raise ValueError(
-            f"x has shape {x.shape}; its last axis must be K={packed.shape[-1]} of the weight "
-            f"{packed.shape}"
-        )
-    return _dot(implementation, x, packed)
+    several = packed if isinstance(packed, tuple) else (packed,)
+    for weight in several:
+        if x.ndim == 0 or x.shape[-1] != weight.shape[-1]:
+            raise ValueError(
+                f"x has shape {x.shape}; its last axis must be K={weight.shape[-1]} of the weight "
+                f"{weight.shape}"
+            )
+    products = _dot(implementation, x, several)
+    return products if isinstance(packed, tuple) else products[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot(implementation, x, packed):
     return pallas_kernels.transform_quantize_matmul(
-        x, packed.transform, packed, implementation=implementation
+        x, packed[0].transform, packed, implementation=implementation
     )
 
 
@@ -61,14 +69,18 @@ def _dot_forward(implementation, x, packed):
     return _dot(implementation, x, packed), (packed, jnp.zeros((0,), x.dtype))
 
 
-def _dot_backward(implementation, residuals, cotangent):
+def _dot_backward(implementation, residuals, cotangents):
     packed, like = residuals
-    dx = jnp.einsum(
-        "...n,nk->...k",
-        cotangent.astype(jnp.float32),
-        effective_weight(packed),
-        precision=linalg.HIGHEST,
-    )
+    terms = [
+        jnp.einsum(
+            "...n,nk->...k",
+            cotangent.astype(jnp.float32),
+            effective_weight(weight),
+            precision=linalg.HIGHEST,
+        )
+        for cotangent, weight in zip(cotangents, packed, strict=True)
+    ]
+    dx = functools.reduce(jnp.add, terms)
     return dx.astype(like.dtype), jax.tree.map(_zero_cotangent, packed)
 
 

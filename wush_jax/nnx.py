@@ -191,12 +191,19 @@ class QuantizedDense(nnx.Module):
 
         Arrays have the leading axis of the experts, where there are experts; dot has not.
         """
+        if self.contraction.experts is not None:
+            dot = jax.vmap(dot)
+        return self.outputs(dot(self.rows(x), self.packed, *more))
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """Return the input as rows (..., K) of the layer's dtype."""
         # Flax promotes x and the kernel to one dtype where the layer has none of its own.
         dtype = self.dtype
         x = x.astype(jnp.promote_types(x.dtype, self.kernel_dtype) if dtype is None else dtype)
-        if self.contraction.experts is not None:
-            dot = jax.vmap(dot)
-        y = dot(self.contraction.rows(x), self.packed, *more)
+        return self.contraction.rows(x)
+
+    def outputs(self, y: jax.Array) -> jax.Array:
+        """Return the layer's output of rows (..., N): with its bias, in its shape."""
         if self.bias is not None:
             y = y + self.contraction.bias(jnp.asarray(self.bias[...], y.dtype), y.ndim)
         return self.contraction.outputs(y)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.models.config import LlamaConfig
+from wush_jax.siblings import call_together
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -138,8 +139,8 @@ class Attention(nnx.Module):
     def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return rotated queries, rotated keys and values: (batch, length, heads, head_dim)."""
         split = (*x.shape[:-1], -1, self.config.head_dim)
-        query, key = self.q_proj(x).reshape(split), self.k_proj(x).reshape(split)
-        value = self.v_proj(x).reshape(split)
+        projections = call_together([self.q_proj, self.k_proj, self.v_proj], x)
+        query, key, value = (heads.reshape(split) for heads in projections)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         frequencies = rope_frequencies(self.config)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from wush_jax.models.attention import Attention, LayerCache
 from wush_jax.models.config import LlamaConfig
+from wush_jax.siblings import call_together
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "lengths"], meta_fields=[])
@@ -42,7 +43,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map each position of ``x`` by itself."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = call_together([self.gate_proj, self.up_proj], x)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):

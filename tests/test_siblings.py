@@ -1,0 +1,117 @@
+"""Layers of one input: together as one by one, quantized once, multiplied by one kernel."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import wush_jax as wush
+from pallas_kernels import mosaic_gpu
+from wush_jax.kernel_layout import pack_for_kernels
+from wush_jax.nnx import dense_layers
+from wush_jax.planning import swap
+from wush_jax.siblings import call_together
+from wush_jax.site import quantize_site
+
+WIDTHS = (128, 64, 70)
+
+
+def layers(**kinds):
+    return nnx.List(
+        [nnx.Linear(64, n, use_bias=n != 64, rngs=nnx.Rngs(n), **kinds) for n in WIDTHS]
+    )
+
+
+def quantized(recipe=None, *, share=True, **kinds):
+    """Three layers of one site, or of three."""
+    model = layers(**kinds)
+    dense, _ = dense_layers(model)
+    recipe = recipe or wush.Recipe(solver="rtn", transform="wush")
+    moments = jnp.diag(jnp.repeat(jnp.array([2.0, 1.0]), 32))
+    weights = [d.weight for d in dense.values()]
+    sites = [weights] if share else [[w] for w in weights]
+    packed = [p for site in sites for p in quantize_site(site, moments, recipe)]
+    return swap(model, dense, dict(zip(dense, packed, strict=True)))
+
+
+X = jnp.sin(jnp.arange(5.0 * 64)).reshape(5, 64)
+
+
+def each(model, x):
+    return [layer(x) for layer in model]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        layers(),
+        quantized(),
+        quantized(share=False),
+        quantized(wush.Recipe(format=wush.NVFP4, solver="rtn", transform="identity")),
+        quantized(wush.Recipe(format=wush.INT4, solver="rtn", transform="wush")),
+        quantized(dtype=jnp.bfloat16),
+    ],
+    ids=["floats", "one site", "three sites", "NVFP4", "INT4", "bfloat16"],
+)
+def test_together_is_one_by_one(model):
+    for x in (X, X.reshape(1, 5, 64)):
+        found = nnx.jit(call_together)(model, x)
+        for a, b in zip(found, nnx.jit(each)(model, x), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            np.testing.assert_array_equal(a, b)
+
+
+def test_gradients_are_those_of_the_sum():
+    model = quantized()
+    grads = [
+        jax.grad(lambda x, run=run: sum(jnp.sum(y**2) for y in run(model, x)))(X)
+        for run in (call_together, each)
+    ]
+    # Another order of three float32 sums.
+    np.testing.assert_allclose(grads[0], grads[1], rtol=1e-5, atol=1e-5 * jnp.abs(grads[1]).max())
+
+
+def test_weights_of_another_width_are_refused():
+    packed = quantized()[0].packed
+    other = wush.quantize_weight(jnp.eye(32), None, wush.Recipe(transform="hadamard"))
+    with pytest.raises(ValueError, match=r"K=32"):
+        wush.quantized_dot(X, (packed, other))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11")
+@pytest.mark.parametrize(("share", "kernels"), [(True, 2), (False, 6)])
+def test_one_site_is_two_kernels(monkeypatch, share, kernels):
+    monkeypatch.setattr(mosaic_gpu, "require_hopper", lambda: "NVIDIA H200")
+    model = quantized(share=share, dtype=jnp.bfloat16)
+    pack_for_kernels(model, force=True)
+    for layer in model:
+        layer.implementation = "mosaic_gpu"
+    graph, state = nnx.split(model)
+
+    def run(state, x):
+        return call_together(nnx.merge(graph, state), x)
+
+    lowered = jax.jit(run).trace(state, X).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
+
+
+def test_a_decoder_quantizes_a_site_once():
+    """Attention and feed-forward ask for their layers together."""
+    from wush_jax.models import Llama, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = Llama(config, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(8).reshape(1, 8)
+    recipe = dataclasses.replace(wush.Recipe(), solver="rtn")
+    model, _ = wush.quantize_model(model, [tokens], recipe)
+    traced = jax.make_jaxpr(lambda t: model(t))(tokens)
+    assert str(traced).count("name=_dot") == 4

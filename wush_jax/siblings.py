@@ -1,0 +1,54 @@
+"""Layers that read one input: quantized once for all of them, and multiplied together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+from flax import nnx
+
+from wush_jax.linear import quantized_dot
+from wush_jax.nnx import QuantizedDense
+
+
+def call_together(layers: Sequence[nnx.Module], x: jax.Array) -> list[jax.Array]:
+    """Return each layer's output for the same input.
+
+    Equal to ``[layer(x) for layer in layers]``. Quantized layers of one site, such as a decoder's
+    query, key and value, share the transform: x is transformed and quantized once, and where few
+    tokens make the product a matter of reading weights, one kernel reads all of them.
+
+    Args:
+      layers: modules that map an array to an array.
+      x: as each of them takes it.
+
+    >>> import jax.numpy as jnp
+    >>> from wush_jax import Recipe, quantize_model
+    >>> model = nnx.List([nnx.Linear(32, 8, rngs=nnx.Rngs(i)) for i in range(2)])
+    >>> x = jnp.ones((1, 32))
+    >>> quantized, _ = quantize_model(model, [x], Recipe(), call=lambda m, x: [l(x) for l in m])
+    >>> [y.shape for y in call_together(quantized, x)]
+    [(1, 8), (1, 8)]
+    """
+    inputs = [_reading(layer) for layer in layers]
+    if len(layers) < 2 or inputs[0] is None or any(i != inputs[0] for i in inputs[1:]):
+        return [layer(x) for layer in layers]  # type: ignore[operator]
+    site = cast(Sequence[QuantizedDense], layers)
+    first, packed = site[0], tuple(layer.packed for layer in site)
+    products = quantized_dot(first.rows(x), packed, implementation=first.implementation)
+    return [layer.outputs(y) for layer, y in zip(site, products, strict=True)]
+
+
+def _reading(layer: Any) -> tuple | None:
+    """What decides how a quantized layer of one matrix reads its input; None for other layers."""
+    if type(layer) is not QuantizedDense or layer.contraction.batch:
+        return None
+    # One variable, not equal values: those are known only when the model runs.
+    variables = (
+        id(v) if v is not None else None for v in (layer.transform, layer.input_global_scale)
+    )
+    return (
+        *(*variables, layer.input_format, layer.implementation),
+        *(layer.contraction.reading, layer.dtype, layer.kernel_dtype),
+    )
