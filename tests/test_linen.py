@@ -81,7 +81,8 @@ def result(model):
 
 def test_the_view_computes_what_the_linen_module_computes(model, variables):
     expected = jax.jit(Encoder().apply)(variables, X)
-    np.testing.assert_array_equal(run(model, X), expected)
+    # the same operations, float32, in two programs
+    np.testing.assert_allclose(run(model, X), expected, atol=1e-5)
     assert len(jax.tree.leaves(nnx.state(model, nnx.Param))) == len(jax.tree.leaves(variables))
 
 
