@@ -118,7 +118,7 @@ def _factors(fmt, quad, chunks, g, store, with_bits):
     """Find and store the scales of one row's groups; return every group's bits and factor."""
     size = 8 * fmt.group_size // CHUNK
     groups = [chunk[i : i + size] for chunk in chunks for i in range(0, 8, size)]
-    factors = []
+    factors: list = []
     for first in range(0, len(groups), 4):
         stored, factor = group_scales.scales_of_row(fmt, quad, groups[first : first + 4], g)
         store(stored, first)

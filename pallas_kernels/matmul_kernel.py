@@ -107,6 +107,8 @@ class Geometry:
         return self.owned * self.stride * 4
 
 
+# Compiled functions by themselves: models whose layers are alike lower each kernel once.
+@functools.partial(jax.jit, static_argnames=("split", "out_dtype"))
 def matmul(x, weights, divisor, split: Split, *, out_dtype=jnp.float32):
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 

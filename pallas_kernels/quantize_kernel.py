@@ -90,6 +90,7 @@ class Geometry:
         return (groups, rows) if self.layout == "kernel" else (rows, groups)
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "layout", "tiles", "unit", "interpret"))
 def transform_quantize(
     x, transform, fmt, *, global_scale, layout, tiles, unit="wgmma", interpret=False
 ):

@@ -30,6 +30,7 @@ from pallas_kernels.tiles import SHARED_MEMORY, Tiling
 FETCH_REGISTERS = 40
 
 
+@functools.partial(jax.jit, static_argnames=("tiling", "out_dtype"))
 def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
