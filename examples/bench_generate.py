@@ -3,8 +3,8 @@
     python examples/bench_generate.py                    # on a GPU: 8B shapes, both, a table
     python examples/bench_generate.py --small --new 4    # a tiny decoder, to see it run anywhere
 
-Weights are random; transforms are per block, as WUSH's are, and layers that share an input share
-them. Each variant runs in a process of its own, so that the peak of device memory is its own.
+Weights are random and the same in every layer; transforms are per block, as WUSH's are, and layers
+that share an input share them. Each variant runs in a process of its own, so that the peak of device memory is its own.
 Decoding is the time of `--new` tokens less that of one, so that compilation and the prompt are out;
 prefill is the logits of one prompt of 4096 tokens. The head stays BF16 in both.
 """
@@ -63,9 +63,10 @@ def build(config, fmt):
     if fmt is not None:
         layers, _ = dense_layers(model)
         packed = {}
-        for i in range(config.num_hidden_layers):
-            for site in SITES:
-                packed |= random_site([f"layers.{i}.{name}" for name in site], layers, fmt, i)
+        for site in SITES:
+            first = random_site([f"layers.0.{name}" for name in site], layers, fmt)
+            for i in range(config.num_hidden_layers):
+                packed |= zip((f"layers.{i}.{name}" for name in site), copies(first), strict=True)
         model = swap(model, layers, packed)
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
@@ -91,14 +92,23 @@ def random_normal(seed, shape, dtype):
     return jax.jit(draw)()
 
 
-def random_site(paths, layers, fmt, seed):
+def random_site(paths, layers, fmt):
     """Random weights of the layers of one site, quantized with one transform a block."""
     shapes = [layers[path].contraction.shape for path in paths]
-    weights = [random_normal(seed + i, s, jnp.float32) for i, s in enumerate(shapes)]
+    weights = [random_normal(i, s, jnp.float32) for i, s in enumerate(shapes)]
     d = fmt.group_size
-    x = jax.random.normal(jax.random.key(seed), (shapes[0][1] // d, 4 * d, d))
+    x = jax.random.normal(jax.random.key(0), (shapes[0][1] // d, 4 * d, d))
     moment = jnp.einsum("bti,btj->bij", x, x, precision="highest") / (4 * d)
-    return dict(zip(paths, quantize_site(weights, moment, wush.Recipe(format=fmt)), strict=True))
+    recipe = wush.Recipe(format=fmt, solver="rtn")
+    return jax.jit(quantize_site, static_argnums=2)(weights, moment, recipe)
+
+
+def copies(site):
+    """The packed weights of a site once more, in memory of their own, one transform for all."""
+    transform = jnp.copy(site[0].transform)
+    return [
+        dataclasses.replace(jax.tree.map(jnp.copy, packed), transform=transform) for packed in site
+    ]
 
 
 def decode_seconds(model, batch, prompt, new):

@@ -82,6 +82,7 @@ def to_bfloat16(c: fragments.Carrier):
                 column, half = divmod(which % 4, 2)
                 two = utils.bitcast(register, ir.VectorType.get((2,), ir.BF16Type.get()))
                 outs[which // 4][0, 2 * step + column, 0, 0, half, 0, 0, 0, 0] = two
+        utils.warpgroup_barrier()
         return tuple(
             fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=None) for out in outs
         )
@@ -100,7 +101,7 @@ def multiply(c: fragments.Carrier, tokens: int):
 
     Returns:
       A function of a record, of x bfloat16 (tokens, 128) in shared memory, swizzled by 128 bytes,
-      and of float32 sums (64, tokens). When it returns, all threads have read both.
+      and of float32 sums (64, tokens). Threads may still be reading both when it returns: `settle`.
     """
     wgmma = plgpu.Layout.WGMMA
     result = plgpu.ShapeDtypeStruct((fragments.ROWS, tokens), jnp.float32, layout=wgmma)
@@ -147,6 +148,12 @@ def multiply(c: fragments.Carrier, tokens: int):
     return run
 
 
+@plgpu.inline_mgpu()
+def settle(_):
+    """Wait until all threads of the warpgroup have read what they loaded."""
+    utils.warpgroup_barrier()
+
+
 def _pair(low, high):
     """Two float32 values as a vector."""
     vector = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
@@ -170,7 +177,6 @@ def _mma(sums, weights, x):
 def fragments_of(c: fragments.Carrier, record):
     """The registers of each step of 16 columns: four, or eight for two operands."""
     words, scales = _load(c, record)
-    utils.warpgroup_barrier()
     for step, word in enumerate(words):
         group = step * c.groups // len(words)
         pair = [_scale(c, scales[half], group) for half in (0, 1)]

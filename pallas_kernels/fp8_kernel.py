@@ -131,6 +131,7 @@ def _to_e4m3(c):
             for half in (0, 1):
                 word = asm(code, 1, registers[half], registers[2 + half])[0]
                 out[0, step, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
+        utils.warpgroup_barrier()
         return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=False)
 
     return convert

@@ -248,6 +248,7 @@ def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, **exchanged)
             x_slot = way * geo.range + s * split.records if split.resident else slot * split.records
             for r in range(split.records):
                 sums = multiply(ring_s.at[slot, r], x_s.at[x_slot + r], sums)
+            expand.settle()
             pl.when(i + split.stages < last)(lambda: fetch(i + split.stages))
             return sums
 

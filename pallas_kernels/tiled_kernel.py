@@ -50,8 +50,11 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     wide = rows + -rows % fragments.ROWS  # and N by 64 columns
     dtype = jnp.dtype(jnp.float32 if tiling.cuts > 1 else out_dtype)
-    while tiling.shared_memory(c.lines, dtype.itemsize) > SHARED_MEMORY and tiling.stages > 2:
-        tiling = dataclasses.replace(tiling, stages=tiling.stages - 1)
+    while tiling.shared_memory(c.lines, dtype.itemsize) > SHARED_MEMORY:
+        fewer = (
+            {"stages": tiling.stages - 1} if tiling.stages > 2 else {"tokens": tiling.tokens // 2}
+        )
+        tiling = dataclasses.replace(tiling, **fewer)
     tiles, steps = records.shape[:2]
     n = tiling.warpgroups
     tasks = -(-tiles // n) * -(-m // tiling.tokens) * tiling.cuts
