@@ -10,7 +10,7 @@ import wush_jax as wush
 from wush_jax.auto import Choice, spend
 from wush_jax.calibrate import Site
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "float32_matmuls")
 
 FAST = wush.Recipe()
 
@@ -37,7 +37,9 @@ def test_without_a_budget_the_least_loss_wins(found):
         for t, d in itertools.product(("identity", "wush"), (32,))
     ]
     for best, *others in zip(choices, *alone, strict=True):
-        assert all(best.loss <= other.loss for other in others)
+        # The best is among the others, too, from other programs: their moments differ by float32
+        # rounding, and by that a code or two of 2048, measured 3e-4 of the loss.
+        assert all(best.loss <= 1.001 * other.loss for other in others)
 
 
 def test_a_budget_is_kept(found):

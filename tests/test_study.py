@@ -58,7 +58,8 @@ def test_outcomes_are_those_of_quantizing_once(model, result):
     assert outcome.perplexity == pytest.approx(wush.perplexity(ours, EVALUATION), rel=1e-5)
     losses = [layer.relative_loss for layer in outcome.report.layers]
     assert outcome.layer_loss == pytest.approx(np.mean(losses))
-    assert found.reference.kl == 0 < outcome.kl
+    # Of the model from itself: sums of float32 terms of a few units, 2^-24 each.
+    assert abs(found.reference.kl) < 1e-6 < outcome.kl
 
 
 def test_a_setting_may_cover_part_of_a_site(result):
