@@ -1,7 +1,8 @@
 """Products of packed weights against BF16: ``python -m pallas_kernels.bench --matmul``.
 
 For each shape and M: the time of ``jnp.dot`` in bfloat16, of the product with packed weights, and
-of the whole W4A4 layer (transform, quantize, multiply), in one run. The floor is the packed weight
+of the whole W4A4 layer (transform, quantize, multiply) as the dispatch chooses and, for MXFP4,
+through `xla_fp8`, in one run. The floor is the packed weight
 and the activations at the rate of a reduction of 1 GiB. Errors are against float64 products of the
 dequantized operands, over a sample of columns.
 """
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import fragments, matmul, mosaic_gpu, reference
+from pallas_kernels import fragments, matmul, mosaic_gpu, reference, xla_fp8
 from pallas_kernels.measure import device_time, prepare_all, read_rate
 from pallas_kernels.tiles import Split, Tiling
 
@@ -89,18 +90,26 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
         def layer(x, t, w, fmt=fmt):
             return matmul.transform_quantize_matmul(x, t, (w,), fmt)[0]
 
+        def through_fp8(x, t, w, fmt=fmt):
+            return xla_fp8.transform_quantize_matmul(x, t, w, fmt)
+
         calls = [
             call
             for x, t in inputs.values()
-            for call in ((_dot, x, dense), (product, x, laid_out), (layer, x, t, laid_out))
+            for call in (
+                *((_dot, x, dense), (product, x, laid_out), (layer, x, t, laid_out)),
+                (through_fp8, x, t, laid_out),
+            )
         ]
         timed = iter(prepare_all(calls))
         for m, (x, _) in inputs.items():
             base, ours, whole = (device_time(next(timed)) for _ in range(3))
+            fp8 = next(timed)
             floor = (laid_out.nbytes + 2 * m * (k + n)) / rate
             row = {
                 **{"format": fmt.name, "k": k, "n": n, "tokens": m, "bf16_us": base * 1e6},
                 **{"product_us": ours * 1e6, "layer_us": whole * 1e6},
+                "fp8_us": None if isinstance(fp8, Exception) else device_time(fp8) * 1e6,
                 **{"share_of_floor": floor / ours, "bits": laid_out.nbytes * 8 / (k * n)},
                 "error": error(
                     lambda x, w: matmul.launch(x, w, device=device, out_dtype=jnp.float32),
@@ -111,7 +120,7 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
             print(
                 f"{fmt.name:6s} {k:6d} {n:6d} M={m:5d}  bf16 {base * 1e6:8.2f} us  product"
                 f" {ours * 1e6:8.2f} us {base / ours:5.2f}x  layer {whole * 1e6:8.2f} us"
-                f" {base / whole:5.2f}x  {floor / ours:4.0%} of floor  error {row['error']:.1e}",
+                f" {base / whole:5.2f}x  by FP8 {row['fp8_us'] or float('nan'):8.2f} us  {floor / ours:4.0%} of floor  error {row['error']:.1e}",
                 flush=True,
             )
     return rows

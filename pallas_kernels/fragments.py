@@ -63,6 +63,14 @@ class Fragments:
         return to_interchange(self.records, self.unit, self.format, self.shape)
 
 
+def check(weights) -> None:
+    """Raise NotImplementedError, with the remedy, for weights the kernels cannot read."""
+    if not all(isinstance(weight, Fragments) for weight in weights):
+        raise NotImplementedError(
+            "the weight is in the interchange layout: `pallas_kernels.fragments.lay_out` it once"
+        )
+
+
 def lay_out(weight) -> Fragments:
     """Return a quantized weight (an object with codes, scales, ...) in the kernels' layout.
 

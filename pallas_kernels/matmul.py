@@ -8,12 +8,12 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu, xla
+from pallas_kernels import fragments, mosaic_gpu, xla, xla_fp8
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.fragments import Fragments, carrier
 from pallas_kernels.tiles import Split, Tiling
 
 FEW = 16  # tokens up to which a call is bound by reading the weights
+MANY = 2048  # tokens from which twice the rate of FP8 pays for expanding the weights in memory
 
 
 def quantized_matmul(x, weight, *, out_dtype=None):
@@ -36,11 +36,12 @@ def quantized_matmul(x, weight, *, out_dtype=None):
 def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, out_dtype=None):
     """Transform, quantize and multiply: two kernels, between them quantized bfloat16 values.
 
+    MXFP4 by MXFP4 of many tokens goes on through `xla_fp8`.
+
     Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights.
     """
     device = mosaic_gpu.require_hopper()
-    for weight in weights:
-        check_weight(weight)
+    fragments.check(weights)
     out_dtype = out_dtype or x.dtype
     if fmt is None:
         if transform is not None:
@@ -48,6 +49,7 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
         return launch_all(x, weights, device=device, out_dtype=out_dtype)
     if global_scale is None:
         global_scale = fmt.global_scale
+    formats = [w.format for w in weights]
     exact = fmt.element.name == "e2m1"
     codes, scales = mosaic_gpu.launch(
         *(x, transform, fmt),
@@ -55,6 +57,8 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
         layout="values" if exact else "interchange",
         device=device,
     )
+    if math.prod(x.shape[:-1]) >= MANY and all(xla_fp8.holds(f) for f in (fmt, *formats)):
+        return tuple(xla_fp8.matmul(codes, global_scale, w, out_dtype) for w in weights)
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
 
@@ -71,8 +75,7 @@ def launch_all(
 
     x may be a tuple of bfloat16 summands, which ``global_scale`` divides.
     """
-    for weight in weights:
-        check_weight(weight)
+    fragments.check(weights)
     if hasattr(x, "codes"):
         out_dtype = out_dtype or jnp.float32
         global_scale = x.global_scale
@@ -103,7 +106,7 @@ def _products(rows, weights, divisor, dtype, device, plan):
     if len({w.format for w in weights}) > 1 or any(w.shape[0] % 64 for w in weights[:-1]):
         return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
     tiles, steps = sum(w.records.shape[0] for w in weights), weights[0].records.shape[1]
-    kind = carrier(weights[0].format).kind
+    kind = fragments.carrier(weights[0].format).kind
     how = plan or choose(rows.shape[0], tiles, steps, kind, device)
     if isinstance(how, Split):
         y = matmul_kernel.matmul(rows, weights, divisor, how, out_dtype=dtype)
@@ -111,14 +114,6 @@ def _products(rows, weights, divisor, dtype, device, plan):
     if len(weights) > 1:
         return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
     return [tiled_kernel.matmul(rows, weights[0], divisor, how, out_dtype=dtype)]
-
-
-def check_weight(weight) -> None:
-    """Raise NotImplementedError, with the remedy, for weights the kernels cannot read."""
-    if not isinstance(weight, Fragments):
-        raise NotImplementedError(
-            "the weight is in the interchange layout: `pallas_kernels.fragments.lay_out` it once"
-        )
 
 
 def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split | Tiling:
@@ -148,28 +143,32 @@ def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split
 def few(tokens: int, tiles: int, steps: int) -> Split:
     """Measured on an H200: all multiprocessors in pairs, each with half of K.
 
-    Warpgroups share tiles where there are too few for all; elsewhere they share activations.
+    Warpgroups share tiles where there are too few for half of them, and keep activations where each
+    has several. Long copies, since every one is waited for.
     """
     clusters = 66
-    ways = next((w for w in (4, 2) if tiles * w <= 4 * clusters * 1.1), 1)
-    while ways > 1 and steps < 2 * ways:
-        ways //= 2
-    shared = ways > 1
+    ways = next((w for w in (4, 2) if tiles * w <= 2 * clusters and steps >= 2 * w), 1)
     return Split(
         8 if tokens <= 8 else 16,
         ways=ways,
         clusters=clusters,
-        stages=6 if shared else 3,
-        records=1 if shared else 2,
-        resident=ways < 4,
+        stages=2 if tokens <= 8 else 4,
+        records=4 if tokens <= 8 else 2,
+        resident=tiles > 4 * clusters,
     )
 
 
 def many(tokens: int, tiles: int, steps: int) -> Tiling:
-    """Not measured: wide tiles where there are tokens for them, K cut where tiles are few."""
+    """Up to 64 tokens measured on an H200, beyond a guess: wide tiles, K cut where they are few."""
     width = 64 if tokens <= 64 else 128 if tokens <= 512 else 256
-    tasks = -(-tiles // 2) * -(-tokens // width)
-    cuts = 1
-    while tasks * cuts * 2 <= 132 and steps >= 4 * cuts:
-        cuts *= 2
-    return Tiling(width, warpgroups=2, cuts=cuts)
+
+    def cost(tiling):
+        """In steps of a warpgroup, which expands weights most of the time."""
+        tasks = -(-tiles // tiling.warpgroups) * -(-tokens // width) * tiling.cuts
+        waves = -(-tasks // 132)
+        adding = 10 + tiling.cuts if tiling.cuts > 1 else 0
+        return waves * (tiling.warpgroups * -(-steps // tiling.cuts) + 4) + adding
+
+    ways = itertools.product((2, 3, 4) if width == 64 else (2,), (1, 2, 4, 8))
+    tilings = [Tiling(width, warpgroups=n, cuts=cuts) for n, cuts in ways if steps >= 4 * cuts]
+    return min(tilings or [Tiling(width)], key=cost)

@@ -12,8 +12,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic_gpu, xla
-from pallas_kernels.matmul import check_weight
+from pallas_kernels import fragments, mosaic_gpu, xla
 
 HIGHEST = 15  # exponent of the largest power of two in E5M2
 
@@ -54,8 +53,13 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     return matmul(values, global_scale, weight, out_dtype or x.dtype)
 
 
+def holds(fmt) -> bool:
+    """Whether a format's values are FP8 numbers times one power of two, within its octaves."""
+    return fmt.element.name == "e2m1" and fmt.scale_dtype == "e8m0"
+
+
 def _check(fmt) -> None:
-    if fmt.element.name != "e2m1" or fmt.scale_dtype != "e8m0":
+    if not holds(fmt):
         raise NotImplementedError(f"activations in {fmt.name} are not exact in FP8")
 
 
@@ -63,7 +67,7 @@ def matmul(values, global_scale, weight, out_dtype):
     """As `quantized_matmul`, from bfloat16 values (..., M, K) times their global scale."""
     from pallas_kernels import fp8_kernel
 
-    check_weight(weight)
+    fragments.check((weight,))
     n = weight.shape[0]
     right = fp8_kernel.weights(weight.records, weight.format)
     lead = values.shape[:-1]
