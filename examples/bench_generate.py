@@ -4,7 +4,8 @@
     python examples/bench_generate.py --small --new 4    # a tiny decoder, to see it run anywhere
 
 Weights are random and the same in every layer; transforms are per block, as WUSH's are, and layers
-that share an input share them. Each variant runs in a process of its own, so that the peak of device memory is its own.
+that share an input share them. Each variant runs in a process of its own, so that the peak of
+device memory is its own.
 Decoding is the time of `--new` tokens less that of one, so that compilation and the prompt are out;
 prefill is the logits of one prompt of 4096 tokens. The head stays BF16 in both.
 """

@@ -120,7 +120,8 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
             print(
                 f"{fmt.name:6s} {k:6d} {n:6d} M={m:5d}  bf16 {base * 1e6:8.2f} us  product"
                 f" {ours * 1e6:8.2f} us {base / ours:5.2f}x  layer {whole * 1e6:8.2f} us"
-                f" {base / whole:5.2f}x  by FP8 {row['fp8_us'] or float('nan'):8.2f} us  {floor / ours:4.0%} of floor  error {row['error']:.1e}",
+                f" {base / whole:5.2f}x  by FP8 {row['fp8_us'] or float('nan'):8.2f} us "
+                f" {floor / ours:4.0%} of floor  error {row['error']:.1e}",
                 flush=True,
             )
     return rows

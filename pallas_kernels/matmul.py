@@ -148,12 +148,14 @@ def few(tokens: int, tiles: int, steps: int) -> Split:
     """
     clusters = 66
     ways = next((w for w in (4, 2) if tiles * w <= 2 * clusters and steps >= 2 * w), 1)
+    longest = 4 if tokens <= 8 else 2
+    records = next((r for r in (4, 2) if r <= longest and 2 * ways * r <= steps), 1)
     return Split(
         8 if tokens <= 8 else 16,
         ways=ways,
         clusters=clusters,
-        stages=2 if tokens <= 8 else 4,
-        records=4 if tokens <= 8 else 2,
+        stages=8 // records,
+        records=records,
         resident=tiles > 4 * clusters,
     )
 
