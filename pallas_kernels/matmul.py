@@ -13,7 +13,9 @@ from pallas_kernels import tiles as tile_tables
 from pallas_kernels.tiles import Split, Tiling
 
 FEW = 16  # tokens up to which a call is bound by reading the weights
-MANY = 2048  # tokens from which twice the rate of FP8 pays for expanding the weights in memory
+# M * N * K from which the rate of FP8 pays for expanding the weights in memory, and for a pass over
+# the activations; measured on an H200.
+MUCH = 2**35
 
 
 def quantized_matmul(x, weight, *, out_dtype=None):
@@ -57,7 +59,8 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
         layout="values" if exact else "interchange",
         device=device,
     )
-    if math.prod(x.shape[:-1]) >= MANY and all(xla_fp8.holds(f) for f in (fmt, *formats)):
+    work = math.prod(x.shape[:-1]) * sum(math.prod(w.shape) for w in weights)
+    if work >= MUCH and all(xla_fp8.holds(f) for f in (fmt, *formats)):
         return tuple(xla_fp8.matmul(codes, global_scale, w, out_dtype) for w in weights)
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
@@ -161,16 +164,19 @@ def few(tokens: int, tiles: int, steps: int) -> Split:
 
 
 def many(tokens: int, tiles: int, steps: int) -> Tiling:
-    """Up to 64 tokens measured on an H200, beyond a guess: wide tiles, K cut where they are few."""
-    width = 64 if tokens <= 64 else 128 if tokens <= 512 else 256
+    """Up to 64 tokens measured on an H200, beyond a rule: wide tiles, K cut where they are few."""
+    if tokens > 64:
+        width = 128 if tokens <= 512 else 256
+        tasks = -(-tiles // 2) * -(-tokens // width)
+        return Tiling(width, cuts=2 if 2 * tasks <= 132 and steps >= 8 else 1)
 
     def cost(tiling):
         """In steps of a warpgroup, which expands weights most of the time."""
-        tasks = -(-tiles // tiling.warpgroups) * -(-tokens // width) * tiling.cuts
+        tasks = -(-tiles // tiling.warpgroups) * tiling.cuts
         waves = -(-tasks // 132)
         adding = 10 + tiling.cuts if tiling.cuts > 1 else 0
         return waves * (tiling.warpgroups * -(-steps // tiling.cuts) + 4) + adding
 
-    ways = itertools.product((2, 3, 4) if width == 64 else (2,), (1, 2, 4, 8))
-    tilings = [Tiling(width, warpgroups=n, cuts=cuts) for n, cuts in ways if steps >= 4 * cuts]
-    return min(tilings or [Tiling(width)], key=cost)
+    ways = itertools.product((2, 3, 4), (1, 2, 4, 8))
+    tilings = [Tiling(64, warpgroups=n, cuts=cuts) for n, cuts in ways if steps >= 4 * cuts]
+    return min(tilings or [Tiling(64)], key=cost)

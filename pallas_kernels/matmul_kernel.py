@@ -38,14 +38,19 @@ class Geometry:
     Attributes:
       split: how the work is divided.
       starts: where each weight's tiles of 64 rows start; at the end, how many there are.
-      per: copies of a warpgroup in a tile.
+      steps: of 128 columns, in K.
       tokens: M.
     """
 
     split: Split
     starts: tuple[int, ...]
-    per: int
+    steps: int
     tokens: int
+
+    @property
+    def per(self) -> int:
+        """Copies of a warpgroup in a tile."""
+        return -(-self.steps // (self.split.slices * self.split.ways * self.split.records))
 
     @property
     def tiles(self) -> int:
@@ -79,13 +84,18 @@ class Geometry:
         return self.x_steps * self.split.tokens * 2 * fragments.COLUMNS + ring + sums
 
     def fitted(self, c: fragments.Carrier) -> Geometry:
-        """Return this, or with fewer stages, or without resident activations where they fit not."""
-        geo = self
-        while geo.shared_memory(c) > SHARED_MEMORY and geo.split.stages > 2:
-            geo = geo.with_split(stages=geo.split.stages - 1)
-        if geo.shared_memory(c) > SHARED_MEMORY and geo.split.resident:
+        """Return this, or what fits: fewer stages, shorter copies, no resident activations."""
+        split = self.split
+        if self.shared_memory(c) <= SHARED_MEMORY:
+            return self
+        if split.stages > 2:
+            return self.with_split(stages=split.stages - 1).fitted(c)
+        if split.records > 1:
+            shorter = split.records // 2
+            return self.with_split(records=shorter, stages=2 * split.stages).fitted(c)
+        if split.resident:
             return self.with_split(resident=False).fitted(c)
-        return geo
+        raise NotImplementedError(f"{split} needs {self.shared_memory(c)} bytes of shared memory")
 
     def with_split(self, **fields) -> Geometry:
         """Return this with another split."""
@@ -127,10 +137,9 @@ def matmul(x, weights, divisor, split: Split, *, out_dtype=jnp.float32):
     starts = tuple(itertools.accumulate([w.records.shape[0] for w in weights], initial=0))
     steps = weights[0].records.shape[1]
     rows = sum(w.shape[0] for w in weights)
-    per = -(-steps // (split.slices * split.ways * split.records))
     split = dataclasses.replace(split, clusters=min(split.clusters, starts[-1]))
     tokens = x.shape[0]
-    geo = Geometry(split, starts, per, tokens).fitted(c)
+    geo = Geometry(split, starts, steps, tokens).fitted(c)
     split = geo.split
     sources = split.slices * split.ways
     scratch: dict[str, Any] = dict(
