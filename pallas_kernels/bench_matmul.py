@@ -117,14 +117,18 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
                 ),
             }
             rows.append(row)
-            print(
-                f"{fmt.name:6s} {k:6d} {n:6d} M={m:5d}  bf16 {base * 1e6:8.2f} us  product"
-                f" {ours * 1e6:8.2f} us {base / ours:5.2f}x  layer {whole * 1e6:8.2f} us"
-                f" {base / whole:5.2f}x  by FP8 {row['fp8_us'] or float('nan'):8.2f} us "
-                f" {floor / ours:4.0%} of floor  error {row['error']:.1e}",
-                flush=True,
-            )
+            print(_line(row), flush=True)
     return rows
+
+
+def _line(row) -> str:
+    base, fp8 = row["bf16_us"], row["fp8_us"] or float("nan")
+    return (
+        f"{row['format']:6s} {row['k']:6d} {row['n']:6d} M={row['tokens']:5d}  bf16 {base:8.2f} us"
+        f"  product {row['product_us']:8.2f} us {base / row['product_us']:5.2f}x"
+        f"  layer {row['layer_us']:8.2f} us {base / row['layer_us']:5.2f}x  by FP8 {fp8:8.2f} us"
+        f"  {row['share_of_floor']:4.0%} of floor  error {row['error']:.1e}"
+    )
 
 
 def candidates(tokens: int, tiles: int, steps: int):

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from comparison import ONE_ORDER
 from tiny import Net, rows
 
 import wush_jax as wush
@@ -37,9 +38,10 @@ def test_without_a_budget_the_least_loss_wins(found):
         for t, d in itertools.product(("identity", "wush"), (32,))
     ]
     for best, *others in zip(choices, *alone, strict=True):
-        # The best is among the others, too, from other programs: their moments differ by float32
-        # rounding, and by that a code or two of 2048, measured 3e-4 of the loss.
-        assert all(best.loss <= 1.001 * other.loss for other in others)
+        # The best is among the others, too, from other programs: where their moments differ by
+        # float32 rounding, so do a code or two of 2048, measured 3e-4 of the loss.
+        slack = 1 if ONE_ORDER else 1.001
+        assert all(best.loss <= slack * other.loss for other in others)
 
 
 def test_a_budget_is_kept(found):

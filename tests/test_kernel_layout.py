@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from checkpoint_tools import CONFIG, Pair, llama, pair
+from comparison import two_programs
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -43,19 +44,6 @@ run = nnx.jit(lambda model, x: model(x))
 first = nnx.jit(lambda model, x: model[0](x))
 
 
-def assert_near(found, expected):
-    """Of two programs: a GPU's compiler times kernels, and may sum float32 in another order.
-
-    64 products and sums of 2^-24 each, a few of them one after the other; narrower results may
-    round to either side.
-    """
-    found, expected = jnp.asarray(found), jnp.asarray(expected)
-    assert found.dtype == expected.dtype
-    step = float(jnp.finfo(found.dtype).eps)
-    found, expected = (np.asarray(v, np.float64) for v in (found, expected))
-    np.testing.assert_allclose(found, expected, rtol=step, atol=1e-5 * np.abs(expected).max())
-
-
 @nnx.jit
 def outputs_and_gradient(model, tokens):
     """Logits, and the gradient of their power in what an optimizer trains."""
@@ -77,12 +65,12 @@ def test_the_same_model():
         values = [np.asarray(wush.dequantize(la.packed.weight)) for la in (one, two)]
         np.testing.assert_array_equal(*values)
     (y, gradient), (other, found) = (outputs_and_gradient(m, TOKENS) for m in (model, twin))
-    assert_near(other, y)
+    two_programs(other, y)
     assert np.asarray(y, np.float32).any()
     leaves = jax.tree.leaves(gradient)
     assert len(leaves) > 5
     for a, b in zip(leaves, jax.tree.leaves(found), strict=True):
-        assert_near(b, a)
+        two_programs(b, a)
     unpack_from_kernels(twin)
     assert nnx.graphdef(twin) == nnx.graphdef(model)
 
@@ -143,7 +131,7 @@ def test_packed_weights_in_both_layouts(fmt):
     for a, b in zip(
         *map(jax.tree.leaves, (everything(X, packed), everything(X, laid))), strict=True
     ):
-        assert_near(b, a)
+        two_programs(b, a)
     zeros = jax.grad(lambda p: wush.quantized_dot(X, p).sum(), allow_int=True)(laid)
     for leaf in jax.tree.leaves(zeros):
         assert leaf.dtype == jax.dtypes.float0 or not np.asarray(leaf, np.float32).any()
@@ -240,7 +228,7 @@ def test_layers_that_kernels_serve_are_laid_out(hopper, dtype, options, implemen
     quantized[0].implementation = "reference"
     y = first(quantized, x)
     unpack_from_kernels(quantized)
-    assert_near(first(quantized, x), y)
+    two_programs(first(quantized, x), y)
 
 
 def test_loading_lays_out_what_is_served(hopper, tmp_path):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from comparison import ONE_ORDER
 from rich.console import Console
 from tiny import BYTES, tokens
 from weights import random_model
@@ -58,8 +59,8 @@ def test_outcomes_are_those_of_quantizing_once(model, result):
     assert outcome.perplexity == pytest.approx(wush.perplexity(ours, EVALUATION), rel=1e-5)
     losses = [layer.relative_loss for layer in outcome.report.layers]
     assert outcome.layer_loss == pytest.approx(np.mean(losses))
-    # Of the model from itself: sums of float32 terms of a few units, 2^-24 each.
-    assert abs(found.reference.kl) < 1e-6 < outcome.kl
+    # Of the model from itself: where two programs sum, float32 terms of a few units, 2^-24 each.
+    assert abs(found.reference.kl) <= (0 if ONE_ORDER else 1e-6) < outcome.kl
 
 
 def test_a_setting_may_cover_part_of_a_site(result):
