@@ -132,14 +132,14 @@ def check_product(y, x, weight, kind, parts=1):
 
     A sum of K products in float32 by instructions of 16 is K/16 additions, each of which loses at
     most 2^-23 of what has been summed (tensor cores cut off, they do not round), and a few more
-    roundings: of the parts' sums, of the factor. Errors of random signs grow as the root of their
-    number. Products with an operand's second part are so small that each loses its last places.
+    roundings: of the parts' sums, of the factor. All together: each product may be cut off at the
+    last place of what has been summed, and losses of random signs grow as the root of their number.
     """
     x, weight = (np.asarray(a, np.float64) for a in (x, weight))
     error = np.abs(np.asarray(y, np.float64) - x @ weight.T)
     assert (error <= (x.shape[1] / 16 + 16) * 2.0**-23 * (np.abs(x) @ np.abs(weight).T)).all()
     if kind == "gaussian":
-        losses = x.shape[1] if parts == 2 else x.shape[1] / 16 + 16
+        losses = parts * x.shape[1]
         assert np.linalg.norm(error) <= losses**0.5 * 2.0**-24 * np.linalg.norm(x @ weight.T)
 
 
