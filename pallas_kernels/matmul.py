@@ -61,7 +61,7 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
     )
     work = math.prod(x.shape[:-1]) * sum(math.prod(w.shape) for w in weights)
     if work >= MUCH and all(xla_fp8.holds(f) for f in (fmt, *formats)):
-        return tuple(xla_fp8.matmul(codes, global_scale, w, out_dtype) for w in weights)
+        return tuple(xla_fp8.matmul(codes, global_scale, weights, out_dtype))
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
 

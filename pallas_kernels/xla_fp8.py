@@ -33,7 +33,7 @@ def quantized_matmul(x, weight, *, out_dtype=None):
         raise NotImplementedError("activations that are not quantized are not exact in FP8")
     _check(x.format)
     (values,) = xla.exact_parts(x.codes, x.scales, x.format)
-    return matmul(values, x.global_scale, weight, out_dtype or jnp.float32)
+    return matmul(values, x.global_scale, (weight,), out_dtype or jnp.float32)[0]
 
 
 def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
@@ -50,7 +50,7 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     values, _ = mosaic_gpu.launch(
         x, transform, fmt, global_scale=global_scale, layout="values", device=device
     )
-    return matmul(values, global_scale, weight, out_dtype or x.dtype)
+    return matmul(values, global_scale, (weight,), out_dtype or x.dtype)[0]
 
 
 def holds(fmt) -> bool:
@@ -63,25 +63,29 @@ def _check(fmt) -> None:
         raise NotImplementedError(f"activations in {fmt.name} are not exact in FP8")
 
 
-def matmul(values, global_scale, weight, out_dtype):
-    """As `quantized_matmul`, from bfloat16 values (..., M, K) times their global scale."""
+def matmul(values, global_scale, weights, out_dtype) -> list:
+    """As `quantized_matmul` for several weights, from bfloat16 values (..., M, K) times g."""
     from pallas_kernels import fp8_kernel
 
-    fragments.check((weight,))
-    n = weight.shape[0]
-    right = fp8_kernel.weights(weight.records, weight.format)
+    fragments.check(weights)
     lead = values.shape[:-1]
-    left, power = activations(values.reshape(math.prod(lead), -1))
-    left = jnp.pad(left, ((0, 0), (0, right.shape[1] - left.shape[1])))
-    factor = power * weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale / global_scale
-    y = lax.dot_general(
-        *(left, right[:n]),
-        (((1,), (1,)), ((), ())),
-        # more than the default: sums leave the tensor core's short accumulator every few steps
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return (y * factor).astype(out_dtype).reshape(*lead, n)
+    # The barrier: compilers would permute the weights' columns instead, once for each weight.
+    folded = activations(values.reshape(math.prod(lead), -1))
+    left, power = lax.optimization_barrier(folded)
+    products = []
+    for weight in weights:
+        right, n = fp8_kernel.weights(weight.records, weight.format), weight.shape[0]
+        columns = jnp.pad(left, ((0, 0), (0, right.shape[1] - left.shape[1])))
+        factor = power * weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale / global_scale
+        y = lax.dot_general(
+            *(columns, right[:n]),
+            (((1,), (1,)), ((), ())),
+            # more than the default: sums leave the tensor core's short accumulator every few steps
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        products.append((y * factor).astype(out_dtype).reshape(*lead, n))
+    return products
 
 
 def activations(values):
