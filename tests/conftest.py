@@ -3,9 +3,14 @@
 Eight virtual devices let the tests of sharding run without hardware.
 """
 
+import gc
+from pathlib import Path
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+MANY_MAPS = 32_000
 
 # Before the first array: the number is fixed once the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -33,6 +38,19 @@ def float32_matmuls():
     """
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Let compiled programs go before their memory maps reach Linux's limit of 65,530 a process.
+
+    Beyond it compiling one more ends in a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
