@@ -57,9 +57,10 @@ SITES = (
 )
 
 
-def build(config, fmt):
+def build(config, fmt, attention=None):
     """Return a decoder with random weights: bfloat16, or in a format wherever sites are."""
     kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    kinds["attention_implementation"] = attention
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kinds))
     if fmt is not None:
         layers, _ = dense_layers(model)
@@ -150,7 +151,7 @@ def prefill_seconds(model, length):
 def measure(options):
     """One variant: a JSON line."""
     fmt = None if options.variant == "BF16" else getattr(wush, options.variant)
-    model = build(SMALL if options.small else LLAMA_8B, fmt)
+    model = build(SMALL if options.small else LLAMA_8B, fmt, options.attention)
     result = {"variant": options.variant}
     for batch in options.batches:
         seconds = decode_seconds(model, batch, 32, options.new)
@@ -167,6 +168,7 @@ def main():
     parser.add_argument("--variants", nargs="*", default=["BF16", "MXFP4", "NVFP4"])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--new", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--attention", help='of jax.nn.dot_product_attention: "cudnn" or "xla"')
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
