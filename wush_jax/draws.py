@@ -138,6 +138,7 @@ class Draws:
     def plot(self, path: str | Path) -> None:
         """Write a plot: KL of every setting, a dot a draw, and the ratio of the layer losses."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
 
         rows = self.rows()
         names = [row.name for row in rows]
@@ -146,13 +147,17 @@ class Draws:
         for study in self.studies:
             axes[0].plot([1e3 * o.kl for o in study.outcomes], names, "o", color="tab:blue", ms=4)
         axes[0].set_xlabel("KL to unquantized x 1000, a dot a draw")
-        axes[1].barh(names, [row.layer_ratio for row in rows], color="tab:orange")
+        axes[1].plot([row.layer_ratio for row in rows], names, "o", color="tab:orange", ms=4)
         axes[1].axvline(1.0, color="black", lw=0.8)
         axes[1].set_xlabel(f"layer loss / {self.base}")
         axes[0].invert_yaxis()
         for ax in axes:
-            ax.grid(axis="x", alpha=0.3)
+            ax.grid(axis="x", which="both", alpha=0.3)
             ax.set_xscale("log")
+            # Settings lie within one decade or in several.
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         figure.savefig(path, dpi=150)
 
 
