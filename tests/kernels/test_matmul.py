@@ -58,6 +58,19 @@ def test_lowers_for_cuda_as_one_kernel(m, k, n, fmt, quantized):
 
 
 @NEEDS_MOSAIC
+@pytest.mark.parametrize(("m", "widths", "kernels"), [(4, (128, 64, 70), 1), (4, (70, 64), 2)])
+def test_several_weights_lower_as_one_kernel(m, widths, kernels):
+    """Unless one of them ends within a tile, and another follows."""
+    x, _ = shapes(m, 256, 64, wush.MXFP4)
+    weights = tuple(shapes(m, 256, n, wush.MXFP4)[1] for n in widths)
+    run = functools.partial(matmul.launch_all, device="NVIDIA H200")
+    traced = jax.jit(run).trace(x, weights)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == kernels
+    assert [y.shape for y in traced.out_info] == [(m, n) for n in widths]
+
+
+@NEEDS_MOSAIC
 def test_mapped_activations_lower_too():
     x, weight = shapes(2, 128, 64, wush.MXFP4)
     x = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
@@ -185,6 +198,20 @@ def test_product_of_quantized_activations(m, kind, k, n, fmt):
     assert (y.shape, y.dtype) == ((m, n), jnp.float32)
     check_product(y, exact(x), weight, kind, parts_of(fmt))
     np.testing.assert_array_equal(run_matmul(x, laid), y)
+
+
+@pytest.mark.gpu
+@each_format
+@pytest.mark.parametrize("m", [1, 13, 40])
+def test_several_weights_are_each_by_itself(m, fmt):
+    """To the order of sums, which another division of the work may change."""
+    laid, values_of = zip(
+        *(weight_of("gaussian", 1024, n, fmt) for n in (192, 64, 200)), strict=True
+    )
+    x = values("gaussian", (m, 1024), 2).astype(jnp.bfloat16)
+    run = functools.partial(matmul.launch_all, device="NVIDIA H200", out_dtype=jnp.float32)
+    for y, weight in zip(jax.jit(run)(x, laid), values_of, strict=True):
+        check_product(y, x, weight, "gaussian", parts_of(fmt))
 
 
 @pytest.mark.gpu
