@@ -2,9 +2,9 @@
 
 For each shape and M: the time of ``jnp.dot`` in bfloat16, of the product with packed weights, and
 of the whole W4A4 layer (transform, quantize, multiply) as the dispatch chooses and, for MXFP4,
-through `xla_fp8`, in one run. The floor is the packed weight
-and the activations at the rate of a reduction of 1 GiB. Errors are against float64 products of the
-dequantized operands, over a sample of columns.
+through `xla_fp8`, in one run. The floor is the packed weight and the activations at the rate of a
+reduction of 1 GiB. Errors are against float64 products of the dequantized operands, over a sample
+of columns.
 """
 
 from __future__ import annotations

@@ -106,16 +106,15 @@ def _products(rows, weights, divisor, dtype, device, plan):
     """Multiply rows (M, K): in one kernel, or one for each weight."""
     from pallas_kernels import matmul_kernel, tiled_kernel
 
-    if len({w.format for w in weights}) > 1 or any(w.shape[0] % 64 for w in weights[:-1]):
-        return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
+    joint = len({w.format for w in weights}) == 1 and not any(w.shape[0] % 64 for w in weights[:-1])
     tiles, steps = sum(w.records.shape[0] for w in weights), weights[0].records.shape[1]
     kind = fragments.carrier(weights[0].format).kind
     how = plan or choose(rows.shape[0], tiles, steps, kind, device)
+    if len(weights) > 1 and not (joint and isinstance(how, Split)):
+        return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
     if isinstance(how, Split):
         y = matmul_kernel.matmul(rows, weights, divisor, how, out_dtype=dtype)
         return jnp.split(y, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1)
-    if len(weights) > 1:
-        return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
     return [tiled_kernel.matmul(rows, weights[0], divisor, how, out_dtype=dtype)]
 
 
