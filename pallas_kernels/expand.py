@@ -205,10 +205,11 @@ def plain(c: fragments.Carrier, record):
         value = jnp.where(codes >> 3 == 1, -magnitude, magnitude) * 2.0**-63
         scale = scale.astype(jnp.float32) * 2.0**-63
     product = value * jnp.repeat(scale.astype(jnp.float32), fragments.COLUMNS // c.groups, axis=-1)
-    first = product.astype(jnp.bfloat16)
+    # A compiler may drop a cast there and back, and the second part with it.
+    first = lax.reduce_precision(product, 8, 7)
     if operands(c) == 1:
-        return (first,)
-    return first, (product - first.astype(jnp.float32)).astype(jnp.bfloat16)
+        return (first.astype(jnp.bfloat16),)
+    return first.astype(jnp.bfloat16), (product - first).astype(jnp.bfloat16)
 
 
 def _load(c: fragments.Carrier, record):

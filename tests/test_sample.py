@@ -41,7 +41,7 @@ def test_means_are_unbiased():
         start = Sample.init(8, 64)
         sample = Sample(start.rows, start.priority, start.threshold, count).update(x)
         weights = sample.weights * sample.count.astype(jnp.float32) / len(x)
-        return jnp.einsum("si,s,sj->ij", sample.rows, weights, sample.rows)
+        return jnp.einsum("si,s,sj->ij", sample.rows, weights, sample.rows, precision="highest")
 
     found = np.float64(estimate(jnp.arange(500, dtype=jnp.int32)))
     error = found.mean(0) - truth

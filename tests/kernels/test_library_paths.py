@@ -118,7 +118,7 @@ def test_block_scaled_product_lowers_for_cuda():
     ("name", "fmt", "reason"),
     [
         ("scaled_dot", wush.NVFP4, "compute capability"),
-        ("xla_fp8", wush.MXFP4, "jax 0.11|NVIDIA GPU"),
+        ("xla_fp8", wush.MXFP4, "jax 0.11|NVIDIA GPU|lay_out"),
         ("xla", wush.MXFP8, "two bfloat16"),
     ],
 )

@@ -145,15 +145,16 @@ def check_product(y, x, weight, kind, parts=1):
 
     A sum of K products in float32 by instructions of 16 is K/16 additions, each of which loses at
     most 2^-23 of what has been summed (tensor cores cut off, they do not round), and a few more
-    roundings: of the parts' sums, of the factor. All together: each product may be cut off at the
-    last place of what has been summed, and losses of random signs grow as the root of their number.
+    roundings: of the parts' sums, of the factor. All together: each addition cuts off half a last
+    place on average, always toward zero, so that the losses add up; a simulation of this loses
+    0.42 times the bound.
     """
     x, weight = (np.asarray(a, np.float64) for a in (x, weight))
     error = np.abs(np.asarray(y, np.float64) - x @ weight.T)
     assert (error <= (x.shape[1] / 16 + 16) * 2.0**-23 * (np.abs(x) @ np.abs(weight).T)).all()
     if kind == "gaussian":
-        losses = parts * x.shape[1]
-        assert np.linalg.norm(error) <= losses**0.5 * 2.0**-24 * np.linalg.norm(x @ weight.T)
+        losses = parts * x.shape[1] / 16
+        assert np.linalg.norm(error) <= losses * 2.0**-24 * np.linalg.norm(x @ weight.T)
 
 
 def parts_of(fmt):

@@ -115,6 +115,7 @@ def test_what_the_kernel_lacks_is_not_implemented(make, reason):
         make(*Case(4, 256).arrays())
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_row_shards_stay_where_they_are(monkeypatch):
     """The partitioning alone: the definition stands in for the launch."""
     quantize_kernel = pytest.importorskip("pallas_kernels.quantize_kernel")
@@ -172,7 +173,9 @@ def test_values_are_those_of_the_codes_on_gpu(m, fmt):
     run = jax.jit(functools.partial(launch, fmt=fmt), static_argnames="layout")
     codes, scales = run(x, t, layout="interchange")
     values, same_scales = run(x, t, layout="values")
-    np.testing.assert_array_equal(values, xla.exact_parts(codes, scales, fmt)[0])
+    wanted = xla.exact_parts(codes, scales, fmt)[0]
+    # In float32: numpy takes two NaN for different in bfloat16.
+    np.testing.assert_array_equal(np.float32(values), np.float32(wanted))
     np.testing.assert_array_equal(*(np.asarray(s).view(np.uint8) for s in (same_scales, scales)))
 
 
