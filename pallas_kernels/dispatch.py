@@ -150,12 +150,14 @@ def transform_quantize_matmul(
       (..., M, N), or a tuple of them.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, no weight, or an unknown implementation.
       NotImplementedError: no permitted implementation can serve the call.
     """
     several: tuple = packed if isinstance(packed, tuple) else (packed,)
+    if not several:
+        raise ValueError("packed is an empty tuple; pass one weight or several")
     if fmt == "packed":
-        if not several or not hasattr(several[0], "input_format"):
+        if not hasattr(several[0], "input_format"):
             raise ValueError("packed is a bare weight: pass fmt, the format of the activations")
         fmt, global_scale = several[0].input_format, several[0].input_global_scale
     weights: tuple = tuple(getattr(p, "weight", p) for p in several)

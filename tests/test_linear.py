@@ -11,6 +11,7 @@ import pytest
 from comparison import two_programs
 from jax.sharding import NamedSharding, PartitionSpec
 
+import pallas_kernels
 import wush_jax as wush
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -186,3 +187,12 @@ def test_unknown_implementation():
     packed = packed_by(RECIPES["identity"])
     with pytest.raises(ValueError, match=r"implementation='magic' is unknown for .*'reference'"):
         wush.quantized_dot(jnp.ones((2, K)), packed, implementation="magic")
+
+
+def test_no_weight_is_a_mistake():
+    message = "packed is an empty tuple; pass one .* or several"
+    with pytest.raises(ValueError, match=message):
+        wush.quantized_dot(jnp.ones((2, K)), ())
+    for fmt in ("packed", wush.MXFP4):
+        with pytest.raises(ValueError, match=message):
+            pallas_kernels.transform_quantize_matmul(jnp.ones((2, K)), None, (), fmt)

@@ -36,7 +36,7 @@ def quantized_dot(
       (..., N) in x's dtype, or a tuple of them.
 
     Raises:
-      ValueError: K of x and of the weight differ.
+      ValueError: K of x and of the weight differ; an empty tuple.
       NotImplementedError: a forced implementation cannot run here.
 
     Source: WUSH paper, eq. 1.
@@ -47,6 +47,8 @@ def quantized_dot(
     (2, 32)
     """
     several = packed if isinstance(packed, tuple) else (packed,)
+    if not several:
+        raise ValueError("packed is an empty tuple; pass one quantized weight or several")
     for weight in several:
         if x.ndim == 0 or x.shape[-1] != weight.shape[-1]:
             raise ValueError(
