@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("strict")
 ROWS, K, D = 4, 64, 8
 NORMAL, TINY, HUGE = 2.0**-126, 1e-38, 1e38
 FOUR_OVER_SIX = wush.NVFP4.replace(name="4/6", rule="four_over_six", global_scale=None)
-ALL = {**FORMATS, "4/6": FOUR_OVER_SIX}
+ALONE = wush.NVFP4.replace(name="alone", group_size=1)  # a scale for every value
+ALL = {**FORMATS, "4/6": FOUR_OVER_SIX, "alone": ALONE}
 each_format = pytest.mark.parametrize("fmt", ALL.values(), ids=ALL)
 seeds = st.integers(0, 2**32 - 1)
 

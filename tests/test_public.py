@@ -1,11 +1,11 @@
 """Every public function, by name, under every transformation of JAX. A new name needs an entry."""
 
-import collections
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,16 +141,13 @@ def check_close(got, expected):
     jax.tree.map(leaf, got, expected)
 
 
-TRACES = collections.Counter()
-
-
 @functools.cache
 def jitted(name):
-    def counted(*args):
-        TRACES[name] += 1
+    def call(*args):
         return CASES[name].call(*args)
 
-    return jax.jit(counted)
+    call.__name__ = name  # chex counts by source and name
+    return jax.jit(chex.assert_max_traces(call, n=1))
 
 
 @functools.cache
@@ -168,7 +165,6 @@ def test_jit_traces_once_transfers_nothing_and_stays_float32(name):
     jax.tree.map(np.testing.assert_array_equal, first, again)
     strided = jitted(name)(*jax.tree.map(out_of_order, case.args))
     jax.tree.map(np.testing.assert_array_equal, first, strided)
-    assert TRACES[name] == 1
     assert not [leaf for leaf in jax.tree.leaves(first) if leaf.dtype in ("float64", "int64")]
 
 
@@ -279,20 +275,24 @@ def test_rows_keep_their_devices(name):
         assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(rows, leaf.ndim)
 
 
+# Functions of one moment a block: a device may have its own blocks.
+BLOCKWISE = {"BlockTransform", "wush_transform", "predicted_gain", "predicted_loss"}
+
+
 @pytest.mark.usefixtures("eight_devices")
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.keeps])
-def test_shard_map_over_rows(name):
-    case = CASES[name]
+@each
+def test_shard_map(name):
+    """A row each, a block each, or the same on every device where all rows are needed."""
+    case, expected = CASES[name], result(name)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
-    def specs(tree):
-        return jax.tree.map(lambda a: PartitionSpec(*"x"[: np.ndim(a)]), tree)
+    def specs(tree, axis="x"):
+        return jax.tree.map(lambda a: PartitionSpec(*axis[: np.ndim(a)]), tree)
 
-    rest = jax.tree.map(lambda a: PartitionSpec(), case.args[1:])
-    expected = result(name)
-    mapped = jax.shard_map(
-        case.call, mesh=mesh, in_specs=(specs(case.args[0]), *rest), out_specs=specs(expected)
-    )
+    split = len(case.args) if name in BLOCKWISE else int(case.keeps)
+    ins = (*specs(case.args[:split]), *specs(case.args[split:], ""))
+    outs = specs(expected, "x" if split else "")
+    mapped = jax.shard_map(case.call, mesh=mesh, in_specs=ins, out_specs=outs)
     check_close(jax.jit(mapped)(*case.args), expected)
 
 
