@@ -9,6 +9,7 @@ bfloat16 number times 2**-126; the scale brings the power back, so that the prod
 
 from __future__ import annotations
 
+import itertools
 from typing import cast
 
 import jax.numpy as jnp
@@ -24,15 +25,35 @@ from pallas_kernels import fragments
 from pallas_kernels.inlined import address, swizzled
 from pallas_kernels.quad import asm, const
 
-# Eight codes of a word times two scales, as four registers of two bfloat16 values each.
+# Eight codes of a word times the scales of its two steps, as four registers of two bfloat16 values.
 E2M1 = """{
  .reg .b32 t,u;
- and.b32 t,$4,0x81C081C0; mul.rn.bf16x2 $0,t,$5;
- shl.b32 t,$4,3; and.b32 t,t,0x81C081C0; mul.rn.bf16x2 $1,t,$6;
  shl.b32 t,$4,6; and.b32 t,t,0x01C001C0; shl.b32 u,$4,1; lop3.b32 t,u,0x80008000,t,0xEA;
- mul.rn.bf16x2 $2,t,$5;
+ mul.rn.bf16x2 $0,t,$5;
+ shl.b32 t,$4,3; and.b32 t,t,0x81C081C0; mul.rn.bf16x2 $1,t,$5;
+ and.b32 t,$4,0x81C081C0; mul.rn.bf16x2 $2,t,$6;
  shr.u32 t,$4,3; and.b32 t,t,0x01C001C0; shl.b32 u,$4,2; lop3.b32 t,u,0x80008000,t,0xEA;
  mul.rn.bf16x2 $3,t,$6;
+ }"""
+# Eight codes of a word as E5M2: $0 those of even columns, $1 of odd ones. $3 and $4 are a table of
+# the bytes of 0 to 1.5 and of 2 to 6, times the scale. Magnitudes, spread to a nibble each, select
+# from it; one product brings a half's four signs, between other bits, to the bytes' highest.
+E5M2 = """{
+ .reg .b32 t,u,s;
+ and.b32 u,$2,0x0FFF0FFF;
+ and.b32 t,u,0x0FC00FC0; mad.lo.u32 u,t,3,u;
+ and.b32 t,u,0x38383838; add.u32 u,u,t;
+ shl.b32 s,$2,16; shr.u32 s,s,28; mul.lo.u32 s,s,0x40108020;
+ prmt.b32 t,$3,$4,u; lop3.b32 $0,s,0x80808080,t,0xEA;
+ shr.u32 u,u,16; shr.u32 s,$2,28; mul.lo.u32 s,s,0x40108020;
+ prmt.b32 t,$3,$4,u; lop3.b32 $1,s,0x80808080,t,0xEA;
+ }"""
+# Four stored scales: NaN to 14 octaves above 2**(FLOAT8 - 127), all others to at most 14 below.
+NEAR = """{
+ .reg .b32 m,n;
+ shr.u32 n,$1,7; and.b32 n,n,0x01010101; mul.lo.u32 n,n,8; sub.u32 n,$1,n;
+ add.u32 m,n,0x23232323; shr.u32 m,m,7; and.b32 m,m,0x01010101; mul.lo.u32 m,m,255;
+ and.b32 n,n,m; lop3.b32 $0,0x5D5D5D5D,m,n,0xBA;
  }"""
 # 2 k + 1 = (128 + 2 u + 1) - 144 with u = k + 8; the product with a scale of eight bits has twelve:
 # the rounded product and what it lacks.
@@ -40,8 +61,8 @@ INT4 = (
     "{ .reg .b32 t,n; mov.b32 n,0xC310C310;"
     + "".join(
         f" {shift.format(t='t', x='$8')} lop3.b32 t,t,0x001E001E,0x43014301,0xEA;"
-        f" add.rn.bf16x2 t,t,n; mul.rn.bf16x2 ${i},t,${9 + i % 2};"
-        f" {{ .reg .b32 m; neg.bf16x2 m,${i}; fma.rn.bf16x2 ${i + 4},t,${9 + i % 2},m; }}"
+        f" add.rn.bf16x2 t,t,n; mul.rn.bf16x2 ${i},t,${9 + i // 2};"
+        f" {{ .reg .b32 m; neg.bf16x2 m,${i}; fma.rn.bf16x2 ${i + 4},t,${9 + i // 2},m; }}"
         for i, shift in enumerate(
             (
                 "shl.b32 {t},{x},1;",
@@ -57,6 +78,10 @@ INT4 = (
 BYTE, HALF = (0x4040, 0x4141, 0x4242, 0x4343), (0x1010, 0x3232)
 # Where a stored byte's exponent goes, and what 2**126 (and 2**-9) of it is.
 SPREAD = {"mxfp4": (7, 126 << 7), "nvfp4": (4, 228 << 7)}
+# FP8 operands: the stored scale that becomes one; bytes of E5M2 at that scale, and of an octave.
+FLOAT8 = 107
+TABLE, OCTAVE = (0x3E3C3800, 0x46444240), (0x04040400, 0x04040404)
+STEPS = 8  # of 16 columns in a record
 
 
 def operands(c: fragments.Carrier) -> int:
@@ -86,6 +111,38 @@ def to_bfloat16(c: fragments.Carrier):
         return tuple(
             fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=None) for out in outs
         )
+
+    return expand
+
+
+def to_float8(c: fragments.Carrier):
+    """Return ``expand(record) -> (weights,)``: float8_e5m2 (64, 128) in wgmma's layout, MXFP4 only.
+
+    ``out = code * 2**(stored - FLOAT8)``, columns in the order of `fragments.to_lanes`. Exact for
+    27 octaves, those of `fragments.TOP` and below; groups below count as 14 octaves below one.
+    """
+    if c.kind != "mxfp4":
+        raise NotImplementedError(f"{c.kind} is not exact in FP8")
+    shape = (fragments.ROWS, fragments.COLUMNS)
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float8_e5m2, layout=plgpu.Layout.WGMMA_8BIT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(result,))
+    def expand(_, record):
+        layout = fa.WGMMA_LAYOUT_8BIT
+        out = np.empty(layout.registers_shape(shape), dtype=object)
+        four = ir.VectorType.get((4,), ir.Float8E5M2Type.get())
+        words, scales = _load(c, record)
+        rows = [asm(NEAR, 1, *of_row)[0] for of_row in scales]
+        for group, half in itertools.product(range(c.groups), (0, 1)):
+            stored = asm(f"prmt.b32 $0,$1,0,{0x4440 | group};", 1, rows[half])[0]
+            table = [
+                asm(f"mad.lo.u32 $0,$1,{octave},{(one - FLOAT8 * octave) % 2**32};", 1, stored)[0]
+                for one, octave in zip(TABLE, OCTAVE, strict=True)
+            ]
+            for pair, word in enumerate(asm(E5M2, 2, words[2 * group + half], *table)):
+                out[0, 2 * group + pair, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
+        utils.warpgroup_barrier()
+        return (fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=None),)
 
     return expand
 
@@ -177,10 +234,17 @@ def _mma(sums, weights, x):
 def fragments_of(c: fragments.Carrier, record):
     """The registers of each step of 16 columns: four, or eight for two operands."""
     words, scales = _load(c, record)
-    for step, word in enumerate(words):
-        group = step * c.groups // len(words)
-        pair = [_scale(c, scales[half], group) for half in (0, 1)]
-        yield asm(INT4 if c.kind == "int4" else E2M1, 4 * operands(c), word, *pair)
+    code, count = INT4 if c.kind == "int4" else E2M1, operands(c)
+    for first in range(0, STEPS, 2):
+        groups = [step * c.groups // STEPS for step in (first, first + 1)]
+        rows = []
+        for half in (0, 1):
+            of_group = {group: _scale(c, scales[half], group) for group in groups}
+            pair = [of_group[group] for group in groups]
+            rows.append(asm(code, 4 * count, words[first + half], *pair))
+        for step in (0, 1):
+            starts = [4 * part + 2 * step + column for part in range(count) for column in (0, 1)]
+            yield [row[start] for start in starts for row in rows]
 
 
 def plain(c: fragments.Carrier, record):

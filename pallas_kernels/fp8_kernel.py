@@ -2,14 +2,14 @@
 
 An E2M1 code times a power of two is an E4M3 number over 14 octaves, so that a tensor whose group
 exponents span no more becomes FP8 without error; smaller groups are rounded to E4M3's subnormal
-steps, less than 2**-18 of the largest scale. Of every 16 columns a thread holds 2q, 2q + 1, 2q + 8
-and 2q + 9, and writes them next to each other: columns come out permuted (`COLUMN_ORDER`), and a
-product is the same if the other operand's columns are, too.
+steps, less than 2**-18 of the largest scale. Columns come out in the order of `fragments.to_lanes`,
+and a product is the same if the other operand's columns do, too.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ WARPGROUPS, STAGES = 4, 4
 
 
 def weights(records, fmt):
-    """Return E4M3 values, columns permuted within 16, ``value = unit * 2**-LIFT * out / g``.
+    """Return E4M3 values, columns as `fragments.to_lanes`, ``value = unit * 2**-LIFT * out / g``.
 
     Args:
       records: uint32 (N/64, K/128, lines, 64) of MXFP4.
@@ -112,12 +112,15 @@ def _to_e4m3(c):
     # bfloat16 to float32 is a shift; the lift goes along with a multiplication.
     lift = np.float32(2.0**LIFT).view(np.uint32)
     code = (
-        "{ .reg .b32 a,b; .reg .f32 f<4>; .reg .b16 h0,h1;"
-        " shl.b32 a,$1,16; and.b32 b,$1,0xFFFF0000; mov.b32 f0,a; mov.b32 f1,b;"
-        " shl.b32 a,$2,16; and.b32 b,$2,0xFFFF0000; mov.b32 f2,a; mov.b32 f3,b;"
-        + "".join(f" mul.rn.f32 f{i},f{i},0f{lift:08X};" for i in range(4))
-        + " cvt.rn.satfinite.e4m3x2.f32 h0,f1,f0; cvt.rn.satfinite.e4m3x2.f32 h1,f3,f2;"
-        " mov.b32 $0,{h0,h1}; }"
+        "{ .reg .b32 a; .reg .f32 f<8>; .reg .b16 h<4>;"
+        + "".join(
+            f" shl.b32 a,${2 + i},16; mov.b32 f{i},a; and.b32 a,${2 + i},0xFFFF0000;"
+            f" mov.b32 f{4 + i},a;"
+            for i in range(4)
+        )
+        + "".join(f" mul.rn.f32 f{i},f{i},0f{lift:08X};" for i in range(8))
+        + "".join(f" cvt.rn.satfinite.e4m3x2.f32 h{i},f{2 * i + 1},f{2 * i};" for i in range(4))
+        + " mov.b32 $0,{h0,h1}; mov.b32 $1,{h2,h3}; }"
     )
 
     @plgpu.inline_mgpu(
@@ -127,10 +130,11 @@ def _to_e4m3(c):
     def convert(_, record):
         out = np.empty(layout.registers_shape(shape), dtype=object)
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-        for step, registers in enumerate(expand.fragments_of(c, record)):
-            for half in (0, 1):
-                word = asm(code, 1, registers[half], registers[2 + half])[0]
-                out[0, step, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
+        steps = list(expand.fragments_of(c, record))
+        for first, half in itertools.product(range(0, expand.STEPS, 2), (0, 1)):
+            eights = [steps[first + s][2 * column + half] for s in (0, 1) for column in (0, 1)]
+            for pair, word in enumerate(asm(code, 2, *eights)):
+                out[0, first + pair, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
         utils.warpgroup_barrier()
         return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=False)
 

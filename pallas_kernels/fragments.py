@@ -1,19 +1,20 @@
 """Weights laid out as the registers of a warpgroup: one record for 64 rows and 128 columns.
 
 wgmma takes its left operand from registers: of every 16 columns a thread holds eight values, two
-neighbours in each of two rows and two column halves. A record keeps the eight codes of such a step
-in one word, the eight words of a thread next to each other, and the scales of the 64 rows behind
-them, so that one contiguous copy brings a step to shared memory and three wide loads bring it to
-registers. Within a word every pair of codes sits where few instructions turn it into two bfloat16
-values (`expand`).
+neighbours in each of two rows and two column halves. A record keeps the eight codes of one row and
+two such steps in one word, the eight words of a thread next to each other, and the scales of the 64
+rows behind them, so that one contiguous copy brings it to shared memory and three wide loads bring
+it to registers. Within a word every pair of codes sits where few instructions turn it into two
+bfloat16 values, or four codes into four FP8 values (`expand`).
 
-    record = 16 rows of 64 words: codes [half of the columns][thread][step of 16]
+    record = 16 rows of 64 words: codes [half of the columns][thread][32 columns][row, row + 8]
              1 or 2 rows:         scales [warp][row of 8][row, row + 8][group]
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -23,12 +24,13 @@ from jax import lax
 ROWS, COLUMNS = 64, 128  # of a record
 CODE_LINES = 16
 # Bits of the four pairs of a word; of each 16-bit half one value. E2M1: sign, then the magnitude.
-E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (14, 2, 1, 0), (13, 11, 10, 9))
+E2M1_BITS = ((14, 2, 1, 0), (12, 5, 4, 3), (15, 8, 7, 6), (13, 11, 10, 9))
 INT4_BITS = tuple(tuple(4 * i + b for b in (3, 2, 1, 0)) for i in range(4))
 # MXFP4: the largest exponent of a tensor is stored as this byte; codes of groups so far below it
 # that their byte would be negative count as zero. Above HIGHEST the unit would overflow: tensors
 # that reach beyond store larger bytes.
 TOP, HIGHEST = 120, 247
+NAN = 129  # as a scale of MXFP4: an infinity, which makes NaN of a zero only
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +91,7 @@ class Carrier:
 
     Attributes:
       kind: "mxfp4", "nvfp4" or "int4".
-      bits: positions of a code's bits, highest first, for each of the four pairs of a word.
+      bits: positions of a code's bits, highest first, for each eight columns of a word.
       scale_bytes: of one group's scale.
       groups: of a row in a record.
     """
@@ -144,8 +146,12 @@ def from_interchange(codes, scales, fmt):
         raise NotImplementedError(f"records hold one matrix, codes have shape {codes.shape}")
     codes = fmt.unpack(codes)
     stored, alive, unit = _stored_scales(c, codes, scales, fmt)
-    codes = jnp.where(jnp.repeat(alive, fmt.group_size, axis=-1), codes, 0)
     n, k = codes.shape
+    # Damage must show in bfloat16, where a NaN comes of code 0, and in FP8, where it comes of 7.
+    damaged = (stored == NAN) & (c.kind == "mxfp4")
+    filler = jnp.where(jnp.repeat(damaged, fmt.group_size, axis=-1), jnp.arange(k) % 2 * 7, 0)
+    alive = jnp.repeat(alive, fmt.group_size, axis=-1)
+    codes = jnp.where(alive, codes, filler.astype(codes.dtype))
     pad_n, pad_k = -n % ROWS, -k % COLUMNS
     if c.kind == "int4":
         codes = codes ^ 8  # two's complement to an offset of 8
@@ -172,7 +178,7 @@ def to_interchange(records, unit, fmt, shape):
     if c.kind == "mxfp4":
         top = lax.bitcast_convert_type(unit, jnp.int32) >> 23
         byte = jnp.clip(stored.astype(jnp.int32) + top - 127, 0, 254)
-        byte = jnp.where(stored == 129, 255, byte)
+        byte = jnp.where(stored == NAN, 255, byte)
         return fmt.pack(codes), lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e8m0fnu)
     exponent, mantissa = (stored >> 3).astype(jnp.int32), (stored & 7).astype(jnp.int32)
     normal = ((exponent - 9) << 3) | mantissa
@@ -180,6 +186,16 @@ def to_interchange(records, unit, fmt, shape):
     byte = jnp.where(exponent >= 10, normal, denormal)
     byte = jnp.where(stored == 0xDF, 0x7F, byte).astype(jnp.uint8)
     return fmt.pack(codes), lax.bitcast_convert_type(byte, jnp.float8_e4m3fn)
+
+
+def to_lanes(values):
+    """Order the columns of (M, K) as FP8 operands made from records have them.
+
+    A thread holds columns 8 n + 2 q + e of 32, q its lane; FP8 instructions read four neighbours
+    of a lane: e, q, n from the slowest to the fastest.
+    """
+    view = values.reshape(values.shape[0], -1, 4, 4, 2)
+    return view.transpose(0, 1, 4, 3, 2).reshape(values.shape)
 
 
 def _stored_scales(c: Carrier, codes, scales, fmt):
@@ -195,11 +211,10 @@ def _stored_scales(c: Carrier, codes, scales, fmt):
         byte = jnp.maximum(byte, 1)  # the lowest two bytes are both 2**-126, as in the format
         top = jnp.clip(jnp.max(jnp.where(used & finite, byte, 0)), 1, HIGHEST)
         shifted = byte - top + TOP
-        stored = jnp.where(finite, jnp.clip(shifted, 0, TOP + 254 - HIGHEST), 129)
+        stored = jnp.where(finite, jnp.clip(shifted, 0, TOP + 254 - HIGHEST), NAN)
         # 2**(top - TOP): two steps, since the result may be subnormal
         half = (top - TOP) // 2
         unit = _exp2(half) * _exp2(top - TOP - half)
-        # 129 becomes an infinity, which makes NaN of a zero only.
         return stored.astype(jnp.uint32), used & (shifted >= 0) & finite, unit
     exponent, mantissa = byte >> 3, byte & 7
     # A subnormal m * 2**-9 becomes normal: its leading bit moves out of the mantissa.
@@ -218,28 +233,28 @@ def _exp2(exponent):
 def _code_words(c: Carrier, codes, tiles):
     """(N, K) codes -> (n, k, 16, 64) words."""
     n, k = tiles
-    # n, warp, half of 16 rows, row of 8, k, column half of 128, step, half of 16, lane, pair
-    view = codes.reshape(n, 4, 2, 8, k, 2, 4, 2, 4, 2)
-    view = view.transpose(0, 4, 5, 1, 3, 8, 6, 7, 2, 9)  # n k ch warp row lane step kh half pair
-    word = jnp.zeros(view.shape[:7], jnp.uint32)
-    for column, row, pair in ((i, j, e) for i in (0, 1) for j in (0, 1) for e in (0, 1)):
-        code = view[..., column, row, pair]
-        for place, bit in enumerate(c.bits[2 * column + row]):
+    # n, warp, half of 16 rows, row of 8, k, column half, 32 columns, eight of them, lane, pair
+    view = codes.reshape(n, 4, 2, 8, k, 2, 2, 4, 4, 2)
+    view = view.transpose(0, 4, 5, 1, 3, 8, 6, 2, 7, 9)  # n k ch warp row lane 32 half eight pair
+    word = jnp.zeros(view.shape[:8], jnp.uint32)
+    for eight, pair in itertools.product(range(4), range(2)):
+        code = view[..., eight, pair]
+        for place, bit in enumerate(c.bits[eight]):
             word = word | (((code >> (3 - place)) & 1) << (bit + 16 * pair))
     return word.reshape(n, k, CODE_LINES, 64)
 
 
 def _codes_of_words(c: Carrier, words):
     n, k = words.shape[:2]
-    word = words.reshape(n, k, 2, 4, 8, 4, 4)
+    word = words.reshape(n, k, 2, 4, 8, 4, 2, 2)
     fields = []
-    for column, row, pair in ((i, j, e) for i in (0, 1) for j in (0, 1) for e in (0, 1)):
+    for eight, pair in itertools.product(range(4), range(2)):
         code = jnp.zeros(word.shape, jnp.uint32)
-        for place, bit in enumerate(c.bits[2 * column + row]):
+        for place, bit in enumerate(c.bits[eight]):
             code = code | (((word >> (bit + 16 * pair)) & 1) << (3 - place))
         fields.append(code)
-    view = jnp.stack(fields, axis=-1).reshape(*word.shape, 2, 2, 2)
-    view = view.transpose(0, 3, 8, 4, 1, 2, 6, 7, 5, 9)
+    view = jnp.stack(fields, axis=-1).reshape(*word.shape, 4, 2)
+    view = view.transpose(0, 3, 7, 4, 1, 2, 6, 8, 5, 9)
     return view.reshape(n * ROWS, k * COLUMNS)
 
 

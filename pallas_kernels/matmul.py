@@ -13,8 +13,7 @@ from pallas_kernels import tiles as tile_tables
 from pallas_kernels.tiles import Split, Tiling
 
 FEW = 16  # tokens up to which a call is bound by reading the weights
-# M * N * K from which the rate of FP8 pays for expanding the weights in memory, and for a pass over
-# the activations; measured on an H200.
+# M * N * K from which the rate of FP8 pays for a pass over the activations; measured on an H200.
 MUCH = 2**35
 
 
@@ -38,7 +37,7 @@ def quantized_matmul(x, weight, *, out_dtype=None):
 def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, out_dtype=None):
     """Transform, quantize and multiply: two kernels, between them quantized bfloat16 values.
 
-    MXFP4 by MXFP4 of many tokens goes on through `xla_fp8`.
+    MXFP4 by MXFP4 of many tokens goes on in FP8.
 
     Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights.
     """
@@ -51,7 +50,6 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
         return launch_all(x, weights, device=device, out_dtype=out_dtype)
     if global_scale is None:
         global_scale = fmt.global_scale
-    formats = [w.format for w in weights]
     exact = fmt.element.name == "e2m1"
     codes, scales = mosaic_gpu.launch(
         *(x, transform, fmt),
@@ -59,9 +57,10 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
         layout="values" if exact else "interchange",
         device=device,
     )
-    work = math.prod(x.shape[:-1]) * sum(math.prod(w.shape) for w in weights)
-    if work >= MUCH and all(xla_fp8.holds(f) for f in (fmt, *formats)):
-        return tuple(xla_fp8.matmul(codes, global_scale, weights, out_dtype))
+    if short(math.prod(x.shape[:-1]), fmt, weights):
+        return launch_float8(
+            *(codes, scales, global_scale, weights), device=device, out_dtype=out_dtype
+        )
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
 
@@ -82,6 +81,11 @@ def launch_all(
     if hasattr(x, "codes"):
         out_dtype = out_dtype or jnp.float32
         global_scale = x.global_scale
+        if plan is None and short(math.prod(x.shape[:-1]), x.format, weights):
+            (values,) = xla.exact_parts(x.codes, x.scales, x.format)
+            return launch_float8(
+                *(values, x.scales, global_scale, weights), device=device, out_dtype=out_dtype
+            )
         x = xla.exact_parts(x.codes, x.scales, x.format)
     elif not isinstance(x, tuple):
         if x.dtype != jnp.bfloat16:
@@ -100,6 +104,42 @@ def launch_all(
     if len(x) > 1:
         products = [y.reshape(len(x), m, -1).sum(0).astype(dtype) for y in products]
     return tuple(y.reshape(*lead, y.shape[-1]) for y in products)
+
+
+def short(tokens: int, fmt, weights) -> bool:
+    """Whether a call is exact in FP8, and bound by arithmetic."""
+    work = tokens * sum(math.prod(w.shape) for w in weights)
+    return work >= MUCH and all(xla_fp8.holds(f) for f in (fmt, *(w.format for w in weights)))
+
+
+def launch_float8(
+    values, scales, global_scale, weights, *, device, out_dtype, plan: Tiling | None = None
+) -> tuple:
+    """Multiply MXFP4 activations, as values times g and scales, with MXFP4 weights in FP8.
+
+    Exact products, but for groups far below the largest (`xla_fp8.activations`,
+    `expand.to_float8`); sums of 512 products have 14 bits.
+    """
+    from pallas_kernels import expand, tiled_kernel
+
+    lead = values.shape[:-1]
+    rows, power = xla_fp8.activations(values, scales)
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 128)))  # TMA's view splits K by 128
+    products = []
+    for weight in weights:
+        unit = weight.unit * (power * 2.0 ** (expand.FLOAT8 - 127))
+        weight = dataclasses.replace(weight, unit=unit)
+        how = plan or wide(len(rows), *weight.records.shape[:2])
+        y = tiled_kernel.matmul(rows, weight, global_scale, how, out_dtype=out_dtype)
+        products.append(y.reshape(*lead, y.shape[1]))
+    return tuple(products)
+
+
+def wide(tokens: int, tiles: int, steps: int) -> Tiling:
+    """Tiles of FP8 products: as wide as registers hold sums and sums of sums."""
+    width = 128
+    tasks = -(-tiles // 2) * -(-tokens // width)
+    return Tiling(width, cuts=2 if 2 * tasks <= 132 and steps >= 8 else 1)
 
 
 def _products(rows, weights, divisor, dtype, device, plan):

@@ -5,10 +5,11 @@ activations. One warpgroup only fetches; each of the others holds 64 rows of wei
 activations of a tile:
 
     TMA ring: a step of activations, a record a warpgroup
-    -> registers: codes to bfloat16 (`expand`) -> wgmma -> scale, transpose -> TMA store
+    -> registers: codes to bfloat16 or FP8 (`expand`) -> wgmma -> scale, transpose -> TMA store
 
-The fetching warpgroup runs ahead over the ends of tiles. Where tiles are too few for all
-multiprocessors K is cut and the parts are added afterwards.
+Sums of FP8 products leave the tensor core's short accumulator every few steps. The fetching
+warpgroup runs ahead over the ends of tiles. Where tiles are too few for all multiprocessors K is
+cut and the parts are added afterwards.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pallas_kernels.inlined import scalars, swizzled
 from pallas_kernels.tiles import SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
+PROMOTED = 4  # steps of 128 columns that are summed in 14 bits
 
 
 @functools.partial(jax.jit, static_argnames=("tiling", "out_dtype"))
@@ -35,7 +37,7 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
-      x: bfloat16 (M, K), K a multiple of 64.
+      x: bfloat16 (M, K), K a multiple of 64; or float8_e5m2, K a multiple of 128, for MXFP4.
       weight: `fragments.Fragments` (N, K).
       divisor: float32 scalar.
       tiling: how to divide the work.
@@ -50,7 +52,7 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     wide = rows + -rows % fragments.ROWS  # and N by 64 columns
     dtype = jnp.dtype(jnp.float32 if tiling.cuts > 1 else out_dtype)
-    while tiling.shared_memory(c.lines, dtype.itemsize) > SHARED_MEMORY:
+    while tiling.shared_memory(c.lines, x.dtype.itemsize, dtype.itemsize) > SHARED_MEMORY:
         fewer = (
             {"stages": tiling.stages - 1} if tiling.stages > 2 else {"tokens": tiling.tokens // 2}
         )
@@ -62,8 +64,8 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM(
             (tiling.stages, tiling.tokens, fragments.COLUMNS),
-            jnp.bfloat16,
-            transforms=swizzled(128, 2),
+            x.dtype,
+            transforms=swizzled(128, x.dtype.itemsize),
         ),
         w_s=plgpu.SMEM((tiling.stages, n, c.lines, 64), jnp.uint32),
         out_s=plgpu.SMEM(
@@ -106,6 +108,7 @@ def _body(
     empty,
 ):
     n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
+    short = x_s.dtype.itemsize == 1
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     m_tiles = -(-x_g.shape[0] // tokens)
     tasks = -(-tiles // n) * m_tiles * cuts
@@ -139,11 +142,12 @@ def _body(
     @pl.when(wg < n)
     def computing():
         plgpu.set_max_registers(_registers(n), action="increase")
-        unpack = expand.to_bfloat16(c)
+        unpack = (expand.to_float8 if short else expand.to_bfloat16)(c)
         factor = unit_g[0] / scale_g[0] / divisor_g[0]
+        accumulator = plgpu.ACC((fragments.ROWS, tokens), jnp.float32)
 
         def one_task(task, _):
-            def products(acc):
+            def products(first, until, acc):
                 def advance(s, _):
                     slot = lax.rem(task * per + s, tiling.stages)
                     plgpu.barrier_wait(full.at[slot])
@@ -152,10 +156,20 @@ def _body(
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[slot])
 
-                lax.fori_loop(0, per, advance, None)
+                lax.fori_loop(first, until, advance, None)
                 return acc[...]
 
-            sums = pl.run_scoped(products, plgpu.ACC((fragments.ROWS, tokens), jnp.float32))
+            def part(i, sums):
+                steps = i * PROMOTED, jnp.minimum((i + 1) * PROMOTED, per)
+                return sums + pl.run_scoped(functools.partial(products, *steps), accumulator)
+
+            if short:
+                sums = plgpu.layout_cast(
+                    jnp.zeros((fragments.ROWS, tokens), jnp.float32), plgpu.Layout.WGMMA
+                )
+                sums = lax.fori_loop(0, -(-per // PROMOTED), part, sums)
+            else:
+                sums = pl.run_scoped(functools.partial(products, 0, per), accumulator)
             y = (sums * factor).astype(out_s.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_s.at[wg].T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)

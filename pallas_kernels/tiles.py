@@ -90,10 +90,10 @@ class Tiling:
     ctas: int = 132
     stages: int = 4
 
-    def shared_memory(self, lines: int, itemsize: int) -> int:
-        """Bytes of shared memory of a CTA."""
-        step = self.tokens * 256 + self.warpgroups * lines * 256
-        return self.stages * step + self.warpgroups * self.tokens * 64 * itemsize
+    def shared_memory(self, lines: int, itemsize: int, out_itemsize: int) -> int:
+        """Bytes of shared memory of a CTA, for sizes of activations and results."""
+        step = self.tokens * 128 * itemsize + self.warpgroups * lines * 256
+        return self.stages * step + self.warpgroups * self.tokens * 64 * out_itemsize
 
 
 def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, device: str) -> Tiles:

@@ -7,14 +7,12 @@ temporary of one byte a value, written and read once a call: worth it for many t
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import fragments, mosaic_gpu, xla
 
-HIGHEST = 15  # exponent of the largest power of two in E5M2
+HIGHEST = 13  # E2M1 times 2**k is exact in E5M2 for k in [-15, 13]
 
 
 def quantized_matmul(x, weight, *, out_dtype=None):
@@ -33,7 +31,7 @@ def quantized_matmul(x, weight, *, out_dtype=None):
         raise NotImplementedError("activations that are not quantized are not exact in FP8")
     _check(x.format)
     (values,) = xla.exact_parts(x.codes, x.scales, x.format)
-    return matmul(values, x.global_scale, (weight,), out_dtype or jnp.float32)[0]
+    return matmul(values, x.scales, x.global_scale, (weight,), out_dtype or jnp.float32)[0]
 
 
 def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
@@ -47,10 +45,10 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     _check(fmt)
     if global_scale is None:
         global_scale = fmt.global_scale
-    values, _ = mosaic_gpu.launch(
+    quantized = mosaic_gpu.launch(
         x, transform, fmt, global_scale=global_scale, layout="values", device=device
     )
-    return matmul(values, global_scale, (weight,), out_dtype or x.dtype)[0]
+    return matmul(*quantized, global_scale, (weight,), out_dtype or x.dtype)[0]
 
 
 def holds(fmt) -> bool:
@@ -63,15 +61,13 @@ def _check(fmt) -> None:
         raise NotImplementedError(f"activations in {fmt.name} are not exact in FP8")
 
 
-def matmul(values, global_scale, weights, out_dtype) -> list:
+def matmul(values, scales, global_scale, weights, out_dtype) -> list:
     """As `quantized_matmul` for several weights, from bfloat16 values (..., M, K) times g."""
     from pallas_kernels import fp8_kernel
 
     fragments.check(weights)
     lead = values.shape[:-1]
-    # The barrier: compilers would permute the weights' columns instead, once for each weight.
-    folded = activations(values.reshape(math.prod(lead), -1))
-    left, power = lax.optimization_barrier(folded)
+    left, power = activations(values, scales)
     products = []
     for weight in weights:
         right, n = fp8_kernel.weights(weight.records, weight.format), weight.shape[0]
@@ -88,25 +84,26 @@ def matmul(values, global_scale, weights, out_dtype) -> list:
     return products
 
 
-def activations(values):
-    """Return MXFP4 values in E5M2, columns in the order of `fp8_kernel`.
+def activations(values, scales):
+    """Return MXFP4 values in E5M2, columns as `fragments.to_lanes`.
 
-    Exact for groups at most 28 octaves below the largest value; below, values are rounded to steps
-    of 2**-31 of its power of two. Groups that are not finite become NaN.
+    Exact for groups whose scale is at most 28 octaves below the largest; below, values are rounded
+    to steps of 2**-29 of that. Groups that are not finite become NaN.
 
     Args:
-      values: bfloat16 (M, K), E2M1 numbers times powers of two.
+      values: bfloat16 (..., M, K), E2M1 numbers times powers of two.
+      scales: float8_e8m0fnu (..., M, K/32), these powers of two.
 
     Returns:
       float8_e5m2 (M, K) and the scalar power of two: ``value = code * power``.
     """
-    bits = lax.bitcast_convert_type(values, jnp.uint16) & 0x7FFF
-    # The exponent's byte; where it is so low that 2**HIGHEST would overflow, the next.
-    top = jnp.max(jnp.where(bits < 0x7F80, bits >> 7, 0)).astype(jnp.int32)
-    top = jnp.clip(top, HIGHEST + 1, 254)
+    values = values.reshape(-1, values.shape[-1])
+    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+    # So that neither the power nor what it divides leaves float32.
+    top = jnp.clip(jnp.max(jnp.where(byte < 255, byte, 0)), HIGHEST + 1, 254)
     factor = lax.bitcast_convert_type((127 + HIGHEST - top + 127) << 23, jnp.float32)
-    codes = values.astype(jnp.float32) * factor
-    codes = jnp.where(bits < 0x7F80, codes, jnp.nan).astype(jnp.float8_e5m2)
-    # column 8 i + 2 q + e of 16 goes to 4 q + 2 i + e
-    codes = codes.reshape(values.shape[0], -1, 2, 4, 2).swapaxes(2, 3)
-    return codes.reshape(values.shape), lax.bitcast_convert_type((top - HIGHEST) << 23, jnp.float32)
+    codes = jnp.where(jnp.isfinite(values), values.astype(jnp.float32) * factor, jnp.nan)
+    codes = fragments.to_lanes(codes.astype(jnp.float8_e5m2))
+    power = lax.bitcast_convert_type((top - HIGHEST) << 23, jnp.float32)
+    # The barrier: compilers would permute the weights' columns instead, once for each weight.
+    return lax.optimization_barrier((codes, power))
