@@ -1,5 +1,7 @@
 """What cannot fit is refused before it starts, with the numbers of the plan."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from tiny import BLOCKS, Blocks, Net, rows
 
 import wush_jax as wush
 from wush_jax import host_memory
+from wush_jax.calibrate import plain_call
 
 GPTQ = wush.Recipe(solver="gptq", transform="hadamard")
 
@@ -77,3 +80,21 @@ def test_nothing_runs_before_the_refusal(monkeypatch, sequential):
             model, batches, GPTQ, sequential=sequential, progress=lambda *a: started.append(a)
         )
     assert not started
+
+
+def huge(module, x):
+    """Run a module by way of 128 TiB, which no device has."""
+    ramp = jnp.arange(2**45, dtype=jnp.float32)
+    return module(x + jnp.sort(ramp * x.sum())[0])
+
+
+HUGE = dataclasses.replace(BLOCKS, layer=huge)
+
+
+@pytest.mark.parametrize("sequential", [None, wush.Sequential(HUGE)])
+def test_memory_that_runs_out_on_the_way_tells_the_plan(sequential):
+    model = Net() if sequential is None else Blocks()
+    batches = rows(1) if sequential is None else rows(1, (8, 32))
+    call = huge if sequential is None else plain_call
+    with pytest.raises(MemoryError, match=r"allocat.* the plan needs 0\.0 GB .* smaller batches"):
+        wush.quantize_model(model, batches, GPTQ, sequential=sequential, call=call)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             bench(tuple(argv[1:]))  # flags of another parser
         else:
             app.cli(args=argv, prog="wush", description=ABOUT, config=(tyro.conf.OmitArgPrefixes,))
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, MemoryError, NotImplementedError) as error:
         print(f"wush: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

@@ -1,10 +1,14 @@
-"""Whether what a calibration keeps fits the host and the devices: asked before it starts."""
+"""Whether what a calibration keeps fits the host and the devices: asked before it starts.
+
+What no plan knows, the model's own activations, may run out later: then with the plan's numbers.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,38 @@ def check_device_memory(costs: Mapping[str, int], *, sequential: bool) -> None:
         f"GB for the moments of all, and {free / 1e9:.1f} GB are free; calibrate layer after layer "
         "(sequential=wush_jax.Sequential()), use solver='rtn', or exclude layers by a rule"
     )
+
+
+@contextmanager
+def within_memory(costs: Mapping[str, int]) -> Iterator[None]:
+    """Say what was planned where a device's memory runs out inside nevertheless.
+
+    Args:
+      costs: as for `check_device_memory`.
+
+    Raises:
+      MemoryError: with what the plan needs and what the device says.
+
+    >>> with within_memory({"moment_bytes": 0, "largest_site_bytes": 0}):
+    ...     raise jax.errors.JaxRuntimeError("Out of memory allocating 9 bytes.")
+    Traceback (most recent call last):
+    ...
+    MemoryError: a device's memory ran out (Out of memory allocating 9 bytes.); the plan ...
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        # The status in front may be that of a computation that waited for another.
+        reason = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in reason and "out of memory" not in reason.lower():
+            raise
+        moments, site = (costs[k] / 1e9 for k in ("moment_bytes", "largest_site_bytes"))
+        raise MemoryError(
+            f"a device's memory ran out ({reason}); the plan needs "
+            f"{site:.1f} GB for its largest site and {moments:.1f} GB for the moments, beside the "
+            "model and its activations on a batch: pass smaller batches, and leave one-shot "
+            "calibration for that layer after layer (sequential=wush_jax.Sequential())"
+        ) from error
 
 
 def device_memory() -> int | None:

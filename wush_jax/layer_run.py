@@ -23,6 +23,8 @@ from wush_jax.calibrate import (
     collect_moments,
     plain_call,
 )
+from wush_jax.costs import total_costs
+from wush_jax.host_memory import within_memory
 from wush_jax.losses import layer_losses
 from wush_jax.nnx import Dense, DenseTypes, dense_layers
 from wush_jax.planning import (
@@ -31,6 +33,7 @@ from wush_jax.planning import (
     measured_rows,
     packed_like,
     quantize_planned,
+    site_cost,
     swap,
 )
 from wush_jax.report import LayerReport
@@ -182,15 +185,16 @@ class LayerRun:
         options: dict[str, Any] = {"call": call, "dense_types": dense_types}
         blocks = {item.site: item.moment_block for item in sites}
         rows_kept = max((item.sample_rows for item in sites), default=0)
-        moments = collect_moments(model, chunks, blocks, rows=rows_kept, **options)
         packed: dict[str, PackedWeight] = {}
         rows: list[LayerReport] = []
-        for item in sites:
-            new = quantize_planned(item, layers, moments[item.site], prefix)
-            losses = layer_losses(model, self.place(first), [item.site], new, **options)
-            measured = measured_rows(item, layers, moments.pop(item.site), losses)
-            rows += [replace(r, path=prefix + r.path, site=prefix + r.site) for r in measured]
-            packed |= new
+        with within_memory(total_costs([site_cost(item, layers) for item in sites])):
+            moments = collect_moments(model, chunks, blocks, rows=rows_kept, **options)
+            for item in sites:
+                new = quantize_planned(item, layers, moments[item.site], prefix)
+                losses = layer_losses(model, self.place(first), [item.site], new, **options)
+                measured = measured_rows(item, layers, moments.pop(item.site), losses)
+                rows += [replace(r, path=prefix + r.path, site=prefix + r.site) for r in measured]
+                packed |= new
         return packed, rows
 
 

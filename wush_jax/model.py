@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from wush_jax.calibrate import Call, Progress, Site, collect_moments, plain_call
-from wush_jax.host_memory import check_device_memory
+from wush_jax.host_memory import check_device_memory, within_memory
 from wush_jax.losses import layer_losses
 from wush_jax.moments import Moments
 from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
@@ -51,6 +51,7 @@ def quantize_model(
     Raises:
       ValueError: as `plan`; no batches; non-finite weights or activations, naming the layer;
         moments that cannot fit the devices' memory.
+      MemoryError: it ran out on the way; with what was planned.
 
     >>> import jax
     >>> from wush_jax import Recipe
@@ -77,21 +78,18 @@ def quantize_model(
         raise ValueError("batches is empty; pass at least one calibration batch")
     planned = plan(model, rules, first, call=call, dense_types=dense_types)
     check_device_memory(planned.report.details, sequential=False)
-    moments = collect_moments(
-        model,
-        itertools.chain([first], batches),
-        {item.site: item.moment_block for item in planned.sites},
-        call=call,
-        dense_types=dense_types,
-        rows=planned.sample_rows,
-        progress=progress,
-    )
-    options: dict[str, Any] = {
-        "call": call,
-        "dense_types": dense_types,
-        "implementation": implementation,
-    }
-    return quantize_with(model, planned, moments, first, **options)
+    options: dict[str, Any] = {"call": call, "dense_types": dense_types}
+    with within_memory(planned.report.details):
+        moments = collect_moments(
+            model,
+            itertools.chain([first], batches),
+            {item.site: item.moment_block for item in planned.sites},
+            rows=planned.sample_rows,
+            progress=progress,
+            **options,
+        )
+        options["implementation"] = implementation
+        return quantize_with(model, planned, moments, first, **options)
 
 
 def quantize_with(
