@@ -151,12 +151,22 @@ def prefill_seconds(model, length):
 def measure(options):
     """One variant: a JSON line."""
     fmt = None if options.variant == "BF16" else getattr(wush, options.variant)
-    model = build(SMALL if options.small else LLAMA_8B, fmt, options.attention)
+    config = SMALL if options.small else LLAMA_8B
+    if options.layers:
+        config = dataclasses.replace(config, num_hidden_layers=options.layers)
+    model = build(config, fmt, options.attention)
     result = {"variant": options.variant}
+    start = time.perf_counter()
+
+    def note(name, value):
+        result[name] = value
+        done = f"{options.variant} {name} = {value:.5g} ({time.perf_counter() - start:.0f} s)"
+        print(done, file=sys.stderr, flush=True)
+
     for batch in options.batches:
         seconds = decode_seconds(model, batch, 32, options.new)
-        result[f"tokens_per_second_{batch}"] = batch / seconds
-    result["prefill_seconds"] = prefill_seconds(model, 64 if options.small else 4096)
+        note(f"tokens_per_second_{batch}", batch / seconds)
+    note("prefill_seconds", prefill_seconds(model, 64 if options.small else 4096))
     stats = jax.devices()[0].memory_stats() or {}
     result["peak_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
     print(json.dumps(result))
@@ -168,6 +178,7 @@ def main():
     parser.add_argument("--variants", nargs="*", default=["BF16", "MXFP4", "NVFP4"])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--new", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than 32")
     parser.add_argument("--attention", help='of jax.nn.dot_product_attention: "cudnn" or "xla"')
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()

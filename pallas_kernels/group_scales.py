@@ -90,10 +90,11 @@ def e4m3_factor(byte, g):
 def value_scale(fmt, bits):
     """``s * 2**6``: what takes a rounded E2M1 value times 2**-6 to a value times g."""
     if fmt.scale_dtype == "e8m0":
-        # 255 is infinity here, and times zero NaN
+        # All bits are set where the group is not finite: that stays NaN.
         return ptx(
             f32(),
-            "{ .reg .b32 t; .reg .f32 s; shl.b32 t, $1, 23; mov.b32 s, t;"
+            "{ .reg .b32 t,u; .reg .f32 s; shl.b32 t, $1, 23; shr.u32 u, $1, 31; or.b32 t, t, u;"
+            " mov.b32 s, t;"
             " mul.rn.f32 $0, s, 0f42800000; }",
             bits,
         )

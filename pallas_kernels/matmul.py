@@ -179,7 +179,7 @@ def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split
             # An entry speaks for fewer tokens, too: their products may be narrower.
             split = Split(**entry["split"])
             return dataclasses.replace(split, tokens=8 if tokens <= 8 else 16)
-    return few(tokens, tiles, steps) if tokens <= FEW else many(tokens, tiles, steps)
+    return few(tokens, tiles, steps) if tokens <= FEW else many(tokens, tiles, steps, kind)
 
 
 def few(tokens: int, tiles: int, steps: int) -> Split:
@@ -202,10 +202,10 @@ def few(tokens: int, tiles: int, steps: int) -> Split:
     )
 
 
-def many(tokens: int, tiles: int, steps: int) -> Tiling:
+def many(tokens: int, tiles: int, steps: int, kind: str) -> Tiling:
     """Up to 64 tokens measured on an H200, beyond a rule: wide tiles, K cut where they are few."""
     if tokens > 64:
-        width = 128 if tokens <= 512 else 256
+        width = 128 if tokens <= 512 or kind == "int4" else 256
         tasks = -(-tiles // 2) * -(-tokens // width)
         return Tiling(width, cuts=2 if 2 * tasks <= 132 and steps >= 8 else 1)
 
