@@ -118,7 +118,7 @@ def test_mistakes_are_named_before_any_work(source, tmp_path):
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path):
-    """Of eight layers' weights no more than one is on the devices whenever progress is told."""
+    """One layer's weights and moments are on the devices; on the way to the next layer, none."""
     config = dataclasses.replace(CONFIG, num_hidden_layers=8)
     source = write(tmp_path, config, to_tensors(random_model(config)), 2)
     layer = sum(t.nbytes for n, t in to_tensors(random_model(config)).items() if ".layers.0." in n)
@@ -127,10 +127,11 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path):
     peaks = []
 
     def look(done, total, what):
-        peaks.append(sum(a.nbytes for a in jax.live_arrays() if id(a) not in before))
+        peaks.append((what, sum(a.nbytes for a in jax.live_arrays() if id(a) not in before)))
 
     quantize_folder(source, tmp_path / "out", BATCHES, BODY, progress=look)
-    assert max(peaks) < 2 * layer, (max(peaks), layer)
+    assert max(size for _, size in peaks) < 1.75 * layer, (peaks, layer)
+    assert max(size for what, size in peaks if what == "forward") < 0.75 * layer, (peaks, layer)
 
 
 @pytest.mark.slow

@@ -126,8 +126,8 @@ def quantize_site(
     """Quantize all weights that share one input, with one transform.
 
     Each layer's moment is first scaled to unit output power ``tr(M_W M_X) = 1``: without that a
-    layer with large weights would decide the transform for its neighbours. The rows of all layers
-    are solved together; a global scale derived from data is therefore one for the site.
+    layer with large weights would decide the transform for its neighbours. A global scale derived
+    from data is one for the site.
 
     Args:
       weights: (N_i, K) each.
@@ -151,6 +151,13 @@ def quantize_site(
     blocks = _check_site(weights, activation_moment, recipe)
     transform = build_transform(weights, blocks, recipe, sample)
     known = _Known(activation_moment, blocks, sample)
+    if recipe.solver == "rtn" and recipe.format.global_scale is not None:
+        # Rows do not know of each other: one weight at a time takes less memory.
+        alone = [
+            _solve(w, known, transform, recipe, n)[0] for w, n in zip(weights, names, strict=True)
+        ]
+        whole = _packed(alone[0], transform, blocks, recipe)
+        return [replace(whole, weight=quantized) for quantized in alone]
     quantized, used = _solve(jnp.concatenate(weights), known, transform, recipe, ", ".join(names))
     stops = np.cumsum([w.shape[0] for w in weights])
     rows = [slice(stop - w.shape[0], stop) for w, stop in zip(weights, stops, strict=True)]

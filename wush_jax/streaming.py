@@ -7,6 +7,7 @@ its state, from which the checkpoint is put together at the end.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -242,7 +243,11 @@ class _Stream:
             self.state.save(stage.index, packed, {"rows": [row.__dict__ for row in rows]})
         self._record(stage, {path: packed[path] for path in dense if path in packed})
         if advance:
-            self.run.advance(swap(module, dense, packed), hidden)
+            quantized = swap(module, dense, packed)
+            # The original weights go now; flax's flattening leaves cycles that hold them.
+            del module, dense, packed
+            gc.collect()
+            self.run.advance(quantized, hidden)
         return rows
 
     def _calibrate(self, stage: _Stage, module: nnx.Module, dense, hidden: list[np.ndarray]):
