@@ -65,6 +65,16 @@ def test_damping():
     np.testing.assert_array_equal(got[1], np.eye(8))  # zeros have no scale of their own
 
 
+def test_damping_makes_up_for_products_that_vanish():
+    """Weights that decayed to 1e-19: their moment has lost what lies below 2^-126."""
+    x = np.random.default_rng(0).standard_normal((4, 32)) * 1e-19
+    m = wush.second_moment(x.astype(np.float32))
+    damped = linalg.float64_construction(linalg.damp)(m, 1e-2)
+    plain = oracle.damp(np.asarray(m, np.float64), 1e-2)
+    assert np.linalg.eigvalsh(plain).min() < 0
+    assert np.linalg.eigvalsh(np.asarray(damped, np.float64)).min() > 0
+
+
 def test_spectral_factors():
     rng = np.random.default_rng(1)
     m_w, m_x = (np.stack([oracle.random_moment(rng, 8) for _ in range(3)]) for _ in range(2))

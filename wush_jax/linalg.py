@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from wush_jax.numerics import TINY
+
 HIGHEST = lax.Precision.HIGHEST
 
 
@@ -132,14 +134,17 @@ def _is_floating(x) -> bool:
 def damp(moment: jax.Array, damping: float) -> jax.Array:
     """Return ``M + damping * mean(diag M) * I`` for each block (..., d, d).
 
-    A block of zeros has no scale of its own and becomes the identity.
+    A block of zeros has no scale of its own and becomes the identity. In one that is nearly zero
+    products below 2^-126 have vanished, which may leave eigenvalues down to -d 2^-126: the mean
+    counts as 256 of these at least.
 
     Source: WUSH paper, section 4 (lambda = 1e-2).
     """
     d = moment.shape[-1]
     mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / d
     eye = jnp.broadcast_to(jnp.eye(d, dtype=moment.dtype), moment.shape)
-    return jnp.where(mean != 0, moment + damping * mean * eye, eye)
+    added = damping * jnp.maximum(mean, 256 * d * TINY)
+    return jnp.where(mean != 0, moment + added * eye, eye)
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
