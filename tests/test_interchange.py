@@ -413,7 +413,6 @@ def test_unknown_layouts(tmp_path):
 # Any shape, any format.
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(data=st.data())
 def test_what_is_exported_comes_back(data, tmp_path_factory):
     layout = data.draw(st.sampled_from(interchange.WRITABLE))
