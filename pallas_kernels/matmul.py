@@ -58,9 +58,7 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
         device=device,
     )
     if short(math.prod(x.shape[:-1]), fmt, weights):
-        return launch_float8(
-            *(codes, scales, global_scale, weights), device=device, out_dtype=out_dtype
-        )
+        return _float8(codes, scales, global_scale, weights, out_dtype)
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
 
@@ -83,9 +81,7 @@ def launch_all(
         global_scale = x.global_scale
         if plan is None and short(math.prod(x.shape[:-1]), x.format, weights):
             (values,) = xla.exact_parts(x.codes, x.scales, x.format)
-            return launch_float8(
-                *(values, x.scales, global_scale, weights), device=device, out_dtype=out_dtype
-            )
+            return _float8(values, x.scales, global_scale, weights, out_dtype)
         x = xla.exact_parts(x.codes, x.scales, x.format)
     elif not isinstance(x, tuple):
         if x.dtype != jnp.bfloat16:
@@ -112,13 +108,24 @@ def short(tokens: int, fmt, weights) -> bool:
     return work >= MUCH and all(xla_fp8.holds(f) for f in (fmt, *(w.format for w in weights)))
 
 
+def _float8(values, scales, global_scale, weights, out_dtype) -> tuple:
+    """Multiply MXFP4 values times g by MXFP4 weights in FP8: each where it was measured faster."""
+    tokens = math.prod(values.shape[:-1])
+    products = []
+    for weight in weights:
+        library = tokens >= 2048 or weight.shape[1] > weight.shape[0]
+        run = xla_fp8.matmul if library else launch_float8
+        products += run(values, scales, global_scale, (weight,), out_dtype)
+    return tuple(products)
+
+
 def launch_float8(
-    values, scales, global_scale, weights, *, device, out_dtype, plan: Tiling | None = None
-) -> tuple:
-    """Multiply MXFP4 activations, as values times g and scales, with MXFP4 weights in FP8.
+    values, scales, global_scale, weights, out_dtype, plan: Tiling | None = None
+) -> list:
+    """As `xla_fp8.matmul`, with weights expanded in registers only.
 
     Exact products, but for groups far below the largest (`xla_fp8.activations`,
-    `expand.to_float8`); sums of 512 products have 14 bits.
+    `expand.to_float8`). Sums of `tiled_kernel.PROMOTED` steps of 128 have some 14 bits.
     """
     from pallas_kernels import expand, tiled_kernel
 
@@ -128,18 +135,17 @@ def launch_float8(
     products = []
     for weight in weights:
         unit = weight.unit * (power * 2.0 ** (expand.FLOAT8 - 127))
+        tiles, steps = weight.records.shape[:2]
         weight = dataclasses.replace(weight, unit=unit)
-        how = plan or wide(len(rows), *weight.records.shape[:2])
+        how = plan or float8_tiles(len(rows), tiles, steps)
         y = tiled_kernel.matmul(rows, weight, global_scale, how, out_dtype=out_dtype)
         products.append(y.reshape(*lead, y.shape[1]))
-    return tuple(products)
+    return products
 
 
-def wide(tokens: int, tiles: int, steps: int) -> Tiling:
-    """Tiles of FP8 products: as wide as registers hold sums and sums of sums."""
-    width = 128
-    tasks = -(-tiles // 2) * -(-tokens // width)
-    return Tiling(width, cuts=2 if 2 * tasks <= 132 and steps >= 8 else 1)
+def float8_tiles(tokens: int, tiles: int, steps: int) -> Tiling:
+    """As `many`, for FP8: sums, and sums of sums, of at most 160 tokens fit into registers."""
+    return wide(tokens, tiles, steps, (64, 96, 128, 160), 4, 460)
 
 
 def _products(rows, weights, divisor, dtype, device, plan):
@@ -203,11 +209,9 @@ def few(tokens: int, tiles: int, steps: int) -> Split:
 
 
 def many(tokens: int, tiles: int, steps: int, kind: str) -> Tiling:
-    """Up to 64 tokens measured on an H200, beyond a rule: wide tiles, K cut where they are few."""
+    """A rule for bfloat16 products of many tokens; up to 64 measured on an H200."""
     if tokens > 64:
-        width = 128 if tokens <= 512 or kind == "int4" else 256
-        tasks = -(-tiles // 2) * -(-tokens // width)
-        return Tiling(width, cuts=2 if 2 * tasks <= 132 and steps >= 8 else 1)
+        return wide(tokens, tiles, steps, (128, 256), 16 if kind == "int4" else 8, 200)
 
     def cost(tiling):
         """In steps of a warpgroup, which expands weights most of the time."""
@@ -219,3 +223,17 @@ def many(tokens: int, tiles: int, steps: int, kind: str) -> Tiling:
     ways = itertools.product((2, 3, 4), (1, 2, 4, 8))
     tilings = [Tiling(64, warpgroups=n, cuts=cuts) for n, cuts in ways if steps >= 4 * cuts]
     return min(tilings or [Tiling(64)], key=cost)
+
+
+def wide(tokens: int, tiles: int, steps: int, widths, cycles: int, expansion: int) -> Tiling:
+    """Return tiles of 128 weights by the width that ends first; K cut where they are few.
+
+    A step takes ``cycles * width + expansion`` cycles of a multiprocessor: tensor cores work while
+    nothing is expanded, so that the two add up. Fitted to times of an H200.
+    """
+
+    def tasks(width):
+        return -(-tiles // 2) * -(-tokens // width)
+
+    width = min(widths, key=lambda w: -(-tasks(w) // 132) * (cycles * w + expansion))
+    return Tiling(width, cuts=2 if 2 * tasks(width) <= 132 and steps >= 8 else 1)

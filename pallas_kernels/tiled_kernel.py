@@ -8,8 +8,7 @@ activations of a tile:
     -> registers: codes to bfloat16 or FP8 (`expand`) -> wgmma -> scale, transpose -> TMA store
 
 Sums of FP8 products leave the tensor core's short accumulator every few steps. The fetching
-warpgroup runs ahead over the ends of tiles; the others expand a step while the tensor cores work on
-the one before, where registers hold both. Where tiles are too few for all multiprocessors K is
+warpgroup runs ahead over the ends of tiles. Where tiles are too few for all multiprocessors K is
 cut and the parts are added afterwards.
 """
 
@@ -109,15 +108,13 @@ def _body(
     empty,
 ):
     n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
+    short = x_s.dtype.itemsize == 1
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     m_tiles = -(-x_g.shape[0] // tokens)
     tasks = -(-tiles // n) * m_tiles * cuts
     mine = (tasks - cta + ctas - 1) // ctas
-    per = -(-steps // (2 * cuts)) * 2
+    per = -(-steps // cuts)
     total = mine * per
-    short = x_s.dtype.itemsize == 1
-    promoted = PROMOTED if short else per
-    ahead = _needed(c, tokens, x_s.dtype.itemsize) <= _registers(n)
 
     def place(task):
         """Row group, token tile and cut; neighbours share weights."""
@@ -149,50 +146,30 @@ def _body(
         factor = unit_g[0] / scale_g[0] / divisor_g[0]
         accumulator = plgpu.ACC((fragments.ROWS, tokens), jnp.float32)
 
-        def ready(i):
-            """Operands of a step, once it is there; after the last, whatever there is."""
-            slot = lax.rem(i, tiling.stages)
-            pl.when(i < total)(lambda: plgpu.barrier_wait(full.at[slot]))
-            return tuple(unpack(w_s.at[slot, wg]))
-
-        def before(slot):
-            return jnp.where(slot == 0, tiling.stages, slot) - 1
-
-        def one_task(task, operands):
-            def products(first, until, operands, acc):
-                def step(s, operands):
-                    i = task * per + s
-                    slot = lax.rem(i, tiling.stages)
-                    for w in operands or ready(i):
+        def one_task(task, _):
+            def products(first, until, acc):
+                def advance(s, _):
+                    slot = lax.rem(task * per + s, tiling.stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    for w in unpack(w_s.at[slot, wg]):
                         plgpu.wgmma(acc, w, x_s.at[slot].T)
-                    if not ahead:
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
-                        return ()
-                    plgpu.wgmma_wait(1)  # for the step before
-                    pl.when(i > 0)(lambda: plgpu.barrier_arrive(empty.at[before(slot)]))
-                    return ready(i + 1)  # while the tensor cores work on this
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[slot])
 
-                def two(s, operands):  # in turn into two sets of registers
-                    return step(2 * s + 1, step(2 * s, operands))
+                lax.fori_loop(first, until, advance, None)
+                return acc[...]
 
-                operands = lax.fori_loop(first // 2, until // 2, two, operands)
-                return acc[...], operands
+            def part(i, sums):
+                steps = i * PROMOTED, jnp.minimum((i + 1) * PROMOTED, per)
+                return sums + pl.run_scoped(functools.partial(products, *steps), accumulator)
 
-            def part(i, state):
-                sums, operands = state
-                first, until = i * promoted, jnp.minimum((i + 1) * promoted, per)
-                run = functools.partial(products, first, until, operands)
-                more, operands = pl.run_scoped(run, accumulator)
-                return sums + more, operands
-
-            if promoted < per:
-                zero = jnp.zeros((fragments.ROWS, tokens), jnp.float32)
-                state = plgpu.layout_cast(zero, plgpu.Layout.WGMMA), operands
-                sums, operands = lax.fori_loop(0, -(-per // promoted), part, state)
+            if short:
+                sums = plgpu.layout_cast(
+                    jnp.zeros((fragments.ROWS, tokens), jnp.float32), plgpu.Layout.WGMMA
+                )
+                sums = lax.fori_loop(0, -(-per // PROMOTED), part, sums)
             else:
-                run = functools.partial(products, 0, per, operands)
-                sums, operands = pl.run_scoped(run, accumulator)
+                sums = pl.run_scoped(functools.partial(products, 0, per), accumulator)
             y = (sums * factor).astype(out_s.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_s.at[wg].T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -201,16 +178,9 @@ def _body(
             at = pl.ds(pl.multiple_of(m_tile * tokens, tokens), tokens)
             row = pl.multiple_of((group * n + wg) * fragments.ROWS, fragments.ROWS)
             plgpu.copy_smem_to_gmem(out_s.at[wg], out_g.at[cut, at, pl.ds(row, fragments.ROWS)])
-            return operands
 
-        lax.fori_loop(0, mine, one_task, ready(0) if ahead else ())
+        lax.fori_loop(0, mine, one_task, None)
         plgpu.wait_smem_to_gmem(0)
-
-
-def _needed(c, tokens: int, itemsize: int) -> int:
-    """Registers of a thread that expands one step while another is multiplied."""
-    sums = tokens // 2 * (1 if itemsize == 2 else 2)
-    return sums + 2 * 16 * itemsize * expand.operands(c) + 36
 
 
 def _registers(warpgroups: int) -> int:

@@ -45,10 +45,10 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     _check(fmt)
     if global_scale is None:
         global_scale = fmt.global_scale
-    quantized = mosaic_gpu.launch(
+    values, scales = mosaic_gpu.launch(
         x, transform, fmt, global_scale=global_scale, layout="values", device=device
     )
-    return matmul(*quantized, global_scale, (weight,), out_dtype or x.dtype)[0]
+    return matmul(values, scales, global_scale, (weight,), out_dtype or x.dtype)[0]
 
 
 def holds(fmt) -> bool:

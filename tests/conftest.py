@@ -22,6 +22,15 @@ settings.register_profile("long", max_examples=1000, **COMMON)
 settings.load_profile("ci")
 
 
+def pytest_configure(config):
+    """Keep compiled programs where pytest keeps its own things: most of a run is compilation."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 @pytest.fixture
 def strict():
     """Mixed dtypes and unequal ranks raise. The core survives this; flax's own layers do not."""
