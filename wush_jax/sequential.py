@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from wush_jax.calibrate import Call, Progress, plain_call
-from wush_jax.host_memory import check_device_memory, check_host_memory
+from wush_jax.host_memory import check_device_memory, check_host_memory, within_memory
 from wush_jax.layer_run import (
     Counter,
     LayerRun,
@@ -87,7 +87,8 @@ def quantize_sequentially(
     )
     check_host_memory(model, batches, stack.embed, settings.hidden_dtype)
     check_device_memory(planned.report.details, sequential=True)
-    with _open_state(model, batches, rules, settings) as state:
+    memory = within_memory(planned.report.details)
+    with _open_state(model, batches, rules, settings) as state, memory:
         done = finished_stages(state, len(layers))
         hidden = [run.embed(model, batch) for batch in batches]
         rows: list[LayerReport] = []
