@@ -66,6 +66,10 @@ def test_costs_count_what_runs():
     assert costs[0].moment_bytes == 4 * 128 * 32
     assert SiteCost(wush.BEST, 128, sizes, 3, 10).moment_bytes == 3 * 4 * 128 * (128 + 10)
     assert total_costs(costs)["input_passes"] == 5
+    # Two products of 10 rows with each weight; 10 rows as kept, exact and quantized.
+    bare, sampled = (SiteCost(wush.BEST, 128, sizes, rows=rows) for rows in (0, 10))
+    assert sampled.solver_flops - bare.solver_flops == 2 * 2 * 10 * sum(sizes)
+    assert sampled.solver_bytes - bare.solver_bytes == 4 * 128 * 10 * 3
 
 
 # ---------------------------------------------------------------- what it buys

@@ -60,17 +60,20 @@ class SiteCost:
         """Moments and float32 weights of one kernel while it is being quantized."""
         # GPTQ holds the Hessian, its factor and their float64 copies beside the weights twice.
         copies = 5 if self.recipe.solver == "gptq" else 1
-        moments = 4 * self.size * (self._moment_width * copies + self.rows)
+        # The rows that outputs get their slopes from, exact and quantized.
+        rows = self.rows * (3 if self.recipe.input_error == "sample" else 1)
+        moments = 4 * self.size * (self._moment_width * copies + rows)
         return moments + 2 * 4 * sum(self.weights)
 
     @property
     def solver_flops(self) -> int:
-        """To quantize: GPTQ's factor and feedback, and each sweep of coordinate descent."""
+        """To quantize: GPTQ's factor, target and feedback, and sweeps of coordinate descent."""
         if self.recipe.solver != "gptq":
             return 2 * self.recipe.block * sum(self.weights) * self.kernels
         factor = self.size**3 // 3 * (1 if self.recipe.share_transform else len(self.weights))
         best = 0 if self.recipe.input_error == "ignore" else 4
-        per_weight = self.size * (1 + best + 2 * self.recipe.descent)
+        slopes = 4 * self.rows if self.recipe.input_error == "sample" else 0
+        per_weight = self.size * (1 + best + 2 * self.recipe.descent) + slopes
         return (factor + per_weight * sum(self.weights)) * self.kernels
 
     @property

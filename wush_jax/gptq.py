@@ -61,6 +61,7 @@ def gptq(
     damping: float = 1e-2,
     scales: str = "rule",
     cross_moment: jax.Array | None = None,
+    pairs: tuple[jax.Array, jax.Array] | None = None,
     descent: int = 0,
     activation_order: bool = False,
     dtype: str = "float32",
@@ -94,6 +95,8 @@ def gptq(
       cross_moment: ``E[x_q x^T]`` (K, K) where ``hessian`` is ``E[x_q x_q^T]`` of quantized inputs;
         the weights then aim at ``W E[x x_q^T] E[x_q x_q^T]^-1``, which makes up for what quantizing
         the inputs does on average. None: the inputs are not quantized.
+      pairs: with ``cross_moment``, rows x and x_q, (S, K) each: every output of the weights aimed
+        at is rescaled to slope one on them (`wush_jax.hessian.with_unit_slope`). None: it is not.
       descent: sweeps of coordinate descent over all codes afterwards (`wush_jax.descent`).
       activation_order: treat blocks in descending order of ``tr M_X``. The result is laid out as
         ever; nothing is permuted at run time.
@@ -125,6 +128,8 @@ def gptq(
             f"cross_moment has shape {jnp.shape(cross_moment)}; for {name} it must be that of "
             f"hessian, {jnp.shape(hessian)}"
         )
+    if pairs is not None and cross_moment is None:
+        raise ValueError("pairs are of quantized inputs; pass their cross_moment too")
     if descent < 0:
         raise ValueError(f"descent={descent} must be a number of sweeps, 0 for none")
     steps = scale_search.offsets(fmt, scales)
@@ -132,12 +137,12 @@ def gptq(
     dampings = hessians.dampings(damping)
     # Under a trace the steps are traced as they are: vmap would batch the jaxpr of an inner jit
     # outside the x64 context and lose its float64 products.
-    arrays = jax.tree.leaves((weight, hessian, cross_moment, given))
+    arrays = jax.tree.leaves((weight, hessian, cross_moment, pairs, given))
     traced = any(isinstance(a, jax.core.Tracer) for a in arrays)
     solve = _steps if traced else _compiled_steps
     with jax.enable_x64(True) if options.dtype == "float64" else contextlib.nullcontext():
         quantized, used, attempts, finite = solve(
-            weight, hessian, cross_moment, given, jnp.asarray(dampings, dtype), options
+            weight, hessian, cross_moment, pairs, given, jnp.asarray(dampings, dtype), options
         )
     if not traced:
         hessians.report(int(attempts), bool(finite), dampings, name)
@@ -171,7 +176,7 @@ def _check(weight, hessian, block, fmt, damping, scales, dtype, name) -> None:
     check_finite(f"hessian of {name}", hessian)
 
 
-def _steps(weight, hessian, cross, transform, dampings, options: _Options):
+def _steps(weight, hessian, cross, pairs, transform, dampings, options: _Options):
     """Everything of `gptq` but the checks; also the dampings tried, and whether all is finite."""
     d, n, fmt = options.block, weight.shape[0], options.fmt
     weight, hessian = weight.astype(options.dtype), hessian.astype(options.dtype)
@@ -184,7 +189,11 @@ def _steps(weight, hessian, cross, transform, dampings, options: _Options):
         cross = _permute_both(cross.astype(options.dtype), order, d)
     if transform is not None and transform.activation.ndim == 3:
         transform = _permute(transform, order)
-    unit, roots, weight, shift, attempts = hessians.factor(hessian, weight, cross, d, dampings)
+    unit, roots, best, shift, attempts = hessians.factor(hessian, weight, cross, d, dampings)
+    if pairs is not None:
+        rows = (_permute_columns(x.astype(options.dtype), order, d) for x in pairs)
+        best = hessians.with_unit_slope(best, weight, *rows)
+    weight = best
     global_scale = _global_scale(weight, marginal, transform, dampings, options)
     codes, scale, used = _blocks(
         weight, unit, roots, marginal, transform, dampings, global_scale, options

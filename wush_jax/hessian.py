@@ -15,6 +15,9 @@ from wush_jax import linalg
 # rounding is positive definite long before.
 MAX_DAMPING = 1.0
 
+# Where half of an output is noise its regression has slope 1/2: beyond that a gain amplifies noise.
+MAX_GAIN = 2.0
+
 
 def dampings(damping: float) -> list[float]:
     """The dampings to try in turn: the given one, then tenfold each up to `MAX_DAMPING`.
@@ -95,6 +98,39 @@ def factor(hessian, weight, cross, d: int, tried):
     unit, roots = linalg.unit_blocks(r, d)
     attempts = count + (~good).astype(jnp.int32)
     return unit, roots, jnp.where(good, best, weight), used, attempts
+
+
+def with_unit_slope(
+    target: jax.Array, weight: jax.Array, exact: jax.Array, quantized: jax.Array
+) -> jax.Array:
+    """Rescale each row of the target so that its output has slope one against the original output.
+
+    A regression onto noisy inputs shrinks the outputs: the least squared error of one layer, but
+    the shortfalls of all layers have one sign. Row o times::
+
+        c_o = sum_s (w_o x_s)^2 / sum_s (w_o x_s) (t_o x_q,s)
+
+    so that ``sum_s (w_o x_s) (c_o t_o x_q,s) = sum_s (w_o x_s)^2``; within [1 / `MAX_GAIN`,
+    `MAX_GAIN`], and 1 where the sample shows no positive slope.
+
+    Args:
+      target: T (N, K), the best weights for quantized inputs.
+      weight: W (N, K).
+      exact: rows x (S, K), each times the square root of its weight.
+      quantized: the same rows quantized, x_q (S, K).
+
+    Returns:
+      (N, K).
+
+    >>> w, x = jnp.ones((1, 2)), jnp.eye(2)
+    >>> with_unit_slope(0.8 * w, w, x, x).round(3).tolist()
+    [[1.0, 1.0]]
+    """
+    output = linalg.matmul(exact, weight.T)
+    power = jnp.sum(output * output, axis=0)
+    met = jnp.sum(output * linalg.matmul(quantized, target.T), axis=0)
+    gain = jnp.clip(power / jnp.where(met > 0, met, 1.0), 1 / MAX_GAIN, MAX_GAIN)
+    return jnp.where(met > 0, gain, 1.0)[:, None] * target
 
 
 def _best(r: jax.Array, weight: jax.Array, cross: jax.Array) -> jax.Array:

@@ -96,9 +96,7 @@ def sampled_noise(
       fmt: the activations' format.
       global_scale: of the activations, or None for the format's.
     """
-    moved = apply_transform(sample.rows, transform.activation)
-    error = fake_quantize(moved, fmt, global_scale=global_scale) - moved
-    error = apply_transform(error, transform.weight.mT)
+    error = _error(sample, transform, fmt, global_scale)
     share = sample.weights / jnp.maximum(jnp.sum(sample.weights), jnp.finfo(jnp.float32).tiny)
     mean, input_mean = (linalg.matmul(share[None], x)[0] for x in (error, sample.rows))
     rest = (error - mean[None]).reshape(len(error), -1, transform.block_size)
@@ -110,6 +108,22 @@ def sampled_noise(
     power = jnp.maximum(jnp.sum(blocks * blocks, axis=-1), jnp.finfo(jnp.float32).tiny)
     kept = jnp.maximum(0.0, 1.0 - chance / power)
     return SampledNoise((blocks * kept[:, None]).ravel(), input_mean, covariance)
+
+
+def quantized_pairs(
+    sample: Sample, transform: BlockTransform, fmt: Format, global_scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return x and x_q of a sample, (S, K) each, each row times the square root of its weight.
+
+    Args:
+      sample: rows of the layer's input.
+      transform: blocks that tile K.
+      fmt: the activations' format.
+      global_scale: of the activations, or None for the format's.
+    """
+    root = jnp.sqrt(sample.weights)[:, None]
+    error = _error(sample, transform, fmt, global_scale)
+    return root * sample.rows, root * (sample.rows + error)
 
 
 def with_noise(moment: jax.Array, noise: jax.Array | SampledNoise) -> tuple[jax.Array, jax.Array]:
@@ -167,6 +181,13 @@ def best_gains(
     gains = jnp.asarray(GAINS, jnp.float32)
     losses = jax.lax.map(loss, gains)
     return gains[jnp.argmin(losses, axis=0)]
+
+
+def _error(sample: Sample, transform: BlockTransform, fmt: Format, global_scale) -> jax.Array:
+    """e of the sampled rows (S, K), in original coordinates."""
+    moved = apply_transform(sample.rows, transform.activation)
+    error = fake_quantize(moved, fmt, global_scale=global_scale) - moved
+    return apply_transform(error, transform.weight.mT)
 
 
 def _add_blocks(moment: jax.Array, blocks: jax.Array) -> jax.Array:

@@ -42,7 +42,8 @@ class Recipe:
         them from the original weights, in one batch. A shared transform is always built so.
       input_error: what GPTQ knows of the error that quantizing the activations adds: "ignore"
         nothing (the paper); "model" its power, from the format alone; "sample" its moments,
-        measured on a sample of calibration rows. The weights make up for it (`wush_jax.noise`).
+        measured on a sample of calibration rows. The weights make up for it (`wush_jax.noise`);
+        with "sample" each output keeps slope one against the original.
       descent: sweeps of coordinate descent over the codes after GPTQ.
       block_gain: multiply each block's transform by the gain 2^(j/8) with the least activation
         error on a sample of calibration rows; free at run time.

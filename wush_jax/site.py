@@ -190,7 +190,7 @@ def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
         )
         transforms.check_finite(f"transformed {name}", quantized.scales.astype(jnp.float32))
         return quantized, transform
-    hessian, cross = _quantized_moments(known, transform, recipe)
+    hessian, cross, pairs = _quantized_moments(known, transform, recipe)
     return gptq(
         weight,
         hessian,
@@ -200,6 +200,7 @@ def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
         damping=recipe.damping,
         scales=recipe.scale_search,
         cross_moment=cross,
+        pairs=pairs,
         descent=recipe.descent,
         activation_order=recipe.activation_order,
         dtype=recipe.solver_dtype,
@@ -208,13 +209,13 @@ def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
 
 
 def _quantized_moments(known: _Known, transform, recipe: Recipe):
-    """GPTQ's Hessian and cross moment; None for the latter where the inputs count as exact."""
+    """GPTQ's Hessian, cross moment and pairs; None for what the recipe does not look at."""
     fmt = recipe.input_format
     if recipe.input_error == "ignore" or fmt is None:
-        return known.moment, None
+        return known.moment, None, None
     assert known.blocks is not None  # GPTQ without a moment was refused
     if recipe.input_error == "model":
-        return _with_modelled_noise(known.moment, known.blocks, transform, fmt)
+        return *_with_modelled_noise(known.moment, known.blocks, transform, fmt), None
     if known.sample is None:
         raise ValueError("sample=None: input_error='sample' needs rows; calibrate first")
     scale = scale_search.input_global_scale(
@@ -230,7 +231,8 @@ def _with_modelled_noise(moment, blocks, transform, fmt: Format):
 
 @functools.partial(jax.jit, static_argnames="fmt")
 def _with_sampled_noise(moment, sample, transform, fmt: Format, scale):
-    return noise.with_noise(moment, noise.sampled_noise(sample, transform, fmt, scale))
+    pairs = noise.quantized_pairs(sample, transform, fmt, scale)
+    return *noise.with_noise(moment, noise.sampled_noise(sample, transform, fmt, scale)), pairs
 
 
 # One compilation a shape: step by step the temporaries of a large layer would not fit.
