@@ -9,8 +9,9 @@ from wush_jax.recipe import Recipe
 PAPER = Recipe(solver="gptq", share_transform=False)
 
 #: The same bits, transforms of the same size, the same passes; only offline work and scale rules
-#: differ. What each part brings: docs/quality.md. With ``share_transform=True`` layers of one site
-#: need one transform+quantize pass, at some loss.
+#: differ. Outputs keep slope one, so that KL falls with the layer losses. What each part brings:
+#: docs/quality.md. With ``share_transform=True`` layers of one site need one transform+quantize
+#: pass, at some loss.
 BEST = Recipe(
     solver="gptq",
     share_transform=False,
