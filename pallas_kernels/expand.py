@@ -120,6 +120,7 @@ def to_float8(c: fragments.Carrier):
 
     ``out = code * 2**(stored - FLOAT8)``, columns in the order of `fragments.to_lanes`. Exact for
     27 octaves, those of `fragments.TOP` and below; groups below count as 14 octaves below one.
+    Groups above (of tensors beyond `fragments.HIGHEST`) overflow.
     """
     if c.kind != "mxfp4":
         raise NotImplementedError(f"{c.kind} is not exact in FP8")
