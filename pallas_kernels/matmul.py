@@ -110,37 +110,30 @@ def short(tokens: int, fmt, weights) -> bool:
 
 def _float8(values, scales, global_scale, weights, out_dtype) -> tuple:
     """Multiply MXFP4 values times g by MXFP4 weights in FP8: each where it was measured faster."""
-    tokens = math.prod(values.shape[:-1])
+    lead = values.shape[:-1]
+    left, power = xla_fp8.activations(values, scales)
     products = []
     for weight in weights:
-        library = tokens >= 2048 or weight.shape[1] > weight.shape[0]
-        run = xla_fp8.matmul if library else launch_float8
-        products += run(values, scales, global_scale, (weight,), out_dtype)
+        library = len(left) >= 2048 or weight.shape[1] > weight.shape[0]
+        run = xla_fp8.multiply if library else multiply_float8
+        y = run(left, power, global_scale, weight, out_dtype)
+        products.append(y.reshape(*lead, y.shape[1]))
     return tuple(products)
 
 
-def launch_float8(
-    values, scales, global_scale, weights, out_dtype, plan: Tiling | None = None
-) -> list:
-    """As `xla_fp8.matmul`, with weights expanded in registers only.
+def multiply_float8(left, power, global_scale, weight, out_dtype, plan: Tiling | None = None):
+    """As `xla_fp8.multiply`, with weights expanded in registers only.
 
     Exact products, but for groups far below the largest (`xla_fp8.activations`,
     `expand.to_float8`). Sums of `tiled_kernel.PROMOTED` steps of 128 have some 14 bits.
     """
     from pallas_kernels import expand, tiled_kernel
 
-    lead = values.shape[:-1]
-    rows, power = xla_fp8.activations(values, scales)
-    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 128)))  # TMA's view splits K by 128
-    products = []
-    for weight in weights:
-        unit = weight.unit * (power * 2.0 ** (expand.FLOAT8 - 127))
-        tiles, steps = weight.records.shape[:2]
-        weight = dataclasses.replace(weight, unit=unit)
-        how = plan or float8_tiles(len(rows), tiles, steps)
-        y = tiled_kernel.matmul(rows, weight, global_scale, how, out_dtype=out_dtype)
-        products.append(y.reshape(*lead, y.shape[1]))
-    return products
+    rows = jnp.pad(left, ((0, 0), (0, -left.shape[1] % 128)))  # TMA's view splits K by 128
+    unit = weight.unit * (power * 2.0 ** (expand.FLOAT8 - 127))
+    how = plan or float8_tiles(len(rows), *weight.records.shape[:2])
+    weight = dataclasses.replace(weight, unit=unit)
+    return tiled_kernel.matmul(rows, weight, global_scale, how, out_dtype=out_dtype)
 
 
 def float8_tiles(tokens: int, tiles: int, steps: int) -> Tiling:

@@ -31,7 +31,7 @@ def quantized_matmul(x, weight, *, out_dtype=None):
         raise NotImplementedError("activations that are not quantized are not exact in FP8")
     _check(x.format)
     (values,) = xla.exact_parts(x.codes, x.scales, x.format)
-    return matmul(values, x.scales, x.global_scale, (weight,), out_dtype or jnp.float32)[0]
+    return _matmul(values, x.scales, x.global_scale, weight, out_dtype or jnp.float32)
 
 
 def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
@@ -48,7 +48,7 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     values, scales = mosaic_gpu.launch(
         x, transform, fmt, global_scale=global_scale, layout="values", device=device
     )
-    return matmul(values, scales, global_scale, (weight,), out_dtype or x.dtype)[0]
+    return _matmul(values, scales, global_scale, weight, out_dtype or x.dtype)
 
 
 def holds(fmt) -> bool:
@@ -61,27 +61,29 @@ def _check(fmt) -> None:
         raise NotImplementedError(f"activations in {fmt.name} are not exact in FP8")
 
 
-def matmul(values, scales, global_scale, weights, out_dtype) -> list:
-    """As `quantized_matmul` for several weights, from bfloat16 values (..., M, K) times g."""
+def _matmul(values, scales, global_scale, weight, out_dtype):
+    """As `quantized_matmul`, from bfloat16 values (..., M, K) times g."""
+    fragments.check((weight,))
+    left, power = activations(values, scales)
+    y = multiply(left, power, global_scale, weight, out_dtype)
+    return y.reshape(*values.shape[:-1], y.shape[1])
+
+
+def multiply(left, power, global_scale, weight, out_dtype):
+    """Return ``power / g * left @ weight^T`` (M, N), left (M, K) and power from `activations`."""
     from pallas_kernels import fp8_kernel
 
-    fragments.check(weights)
-    lead = values.shape[:-1]
-    left, power = activations(values, scales)
-    products = []
-    for weight in weights:
-        right, n = fp8_kernel.weights(weight.records, weight.format), weight.shape[0]
-        columns = jnp.pad(left, ((0, 0), (0, right.shape[1] - left.shape[1])))
-        factor = power * weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale / global_scale
-        y = lax.dot_general(
-            *(columns, right[:n]),
-            (((1,), (1,)), ((), ())),
-            # more than the default: sums leave the tensor core's short accumulator every few steps
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        products.append((y * factor).astype(out_dtype).reshape(*lead, n))
-    return products
+    right = fp8_kernel.weights(weight.records, weight.format)
+    columns = jnp.pad(left, ((0, 0), (0, right.shape[1] - left.shape[1])))
+    factor = power * weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale / global_scale
+    y = lax.dot_general(
+        *(columns, right[: weight.shape[0]]),
+        (((1,), (1,)), ((), ())),
+        # more than the default: sums leave the tensor core's short accumulator every few steps
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return (y * factor).astype(out_dtype)
 
 
 def activations(values, scales):

@@ -9,7 +9,7 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, matmul, mosaic_gpu, reference, xla
+from pallas_kernels import fragments, matmul, mosaic_gpu, reference, xla, xla_fp8
 from pallas_kernels.tiles import Tiling
 
 NEEDS_MOSAIC = pytest.mark.skipif(
@@ -276,8 +276,13 @@ def test_fp8_products_with_packed_weights(m, k, n, kind, plan):
     like = {"outliers": "gaussian", "octaves": "one sign"}.get(kind, kind)
     laid, weight = weight_of(like, k, n, wush.MXFP4)
     (parts,) = xla.exact_parts(q.codes, q.scales, q.format)
-    run = functools.partial(matmul.launch_float8, out_dtype=jnp.float32, plan=plan)
-    (y,) = jax.jit(run)(parts, q.scales, q.global_scale, (laid,))
+
+    @jax.jit
+    def run(parts, q, laid):
+        folded = xla_fp8.activations(parts, q.scales)
+        return matmul.multiply_float8(*folded, q.global_scale, laid, jnp.float32, plan)
+
+    y = run(parts, q, laid)
     left = exact(q)
     error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
     assert (error <= 2.0**-8 * (np.abs(left) @ np.abs(weight).T)).all()
