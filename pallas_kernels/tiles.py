@@ -145,7 +145,7 @@ def _balance(rows: int, width: int, tiles: Tiles) -> float:
 def shrink(
     tiles: Tiles, block: int, group: int, shared: bool, layout: str = "interchange"
 ) -> Tiles:
-    """Give up gathered scales, then stages, then warpgroups until the memory suffices."""
+    """Give up scales gathered, stages, warpgroups, neighbours, in turn, until memory suffices."""
     if tiles.shared_memory(block, group, shared, layout) * _resident(tiles) <= SHARED_MEMORY:
         return tiles
     sizes = block, group, shared, layout
@@ -154,6 +154,8 @@ def shrink(
         return shrink(Tiles(columns=tiles.columns), *sizes)
     if tiles.stages > 1:
         return shrink(dataclasses.replace(tiles, stages=tiles.stages - 1), *sizes)
+    if tiles.warpgroups == 1:
+        return shrink(dataclasses.replace(tiles, ctas=tiles.ctas - 132), *sizes)
     return shrink(dataclasses.replace(tiles, warpgroups=tiles.warpgroups - 1), *sizes)
 
 

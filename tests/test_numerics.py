@@ -129,6 +129,27 @@ def test_exponents_equal_frexp(bits):
     np.testing.assert_array_equal(jax.jit(numerics.exp2_int)(e), np.ldexp(np.float32(1), e))
 
 
+@pytest.mark.parametrize("off", [-2, 0, 2])
+def test_quotients_are_numpys(off):
+    """Whatever a device's own division is off by, in units of the last place."""
+    rng = np.random.default_rng(0)
+    a, b = np.float32(rng.uniform(1, 2, (2, 100_000)) * 2.0 ** rng.integers(-30, 31, (2, 100_000)))
+    exact = a / b
+    near = (exact.view(np.int32) + off).view(np.float32)
+    np.testing.assert_array_equal(jax.jit(numerics._corrected)(near, a, b), exact)
+    np.testing.assert_array_equal(numerics.divide(a, b), exact)
+
+
+def test_quotients_at_both_ends():
+    a, b = np.float32([0, 1e-38, 3e38, 1, -3e38, 2]), np.float32([3, 2, 0.5, 3e38, 3e38, 2.0**-126])
+    with np.errstate(over="ignore"):
+        expected = a / b
+    expected[np.abs(expected) < numerics.TINY] = 0  # as on every backend
+    got = np.array(numerics.divide(a, b))
+    got[np.abs(got) < numerics.TINY] = 0
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_round_half_even_equals_numpy():
     x = np.arange(0, 300, 0.25, dtype=np.float32)
     x = np.concatenate([x, np.nextafter(x, np.float32(np.inf)), np.float32([2**23 + 1, 2**30])])

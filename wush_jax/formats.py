@@ -113,7 +113,7 @@ class Format:
         ``code = round(y * (global_scale / scale))``: one division a group, one product a value.
         """
         # Halving g and doubling 1/s keeps the reciprocal of the largest power of two normal.
-        inverse = (global_scale * 0.5) * (2.0 / scale)
+        inverse = (global_scale * 0.5) * numerics.divide(jnp.float32(2.0), scale)
         if self.scale_dtype == "e8m0":
             inverse = (global_scale * 0.5) * numerics.exp2_int(1 - numerics.floor_log2(scale))
         return self.element.encode(y * inverse[..., None])

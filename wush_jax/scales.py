@@ -88,12 +88,12 @@ def ceil(y, amax, g, spec):
 
 def absmax(y, amax, g, spec):
     """``s = g * amax / max``, rounded to the scale's type."""
-    return [_representable(_product(g, amax) / spec.element.max, spec)]
+    return [_representable(numerics.divide(_product(g, amax), spec.element.max), spec)]
 
 
 def four_over_six(y, amax, g, spec):
     """amax lands on 6 or on 4, whichever has the smaller squared error (E4M3 scales)."""
-    return [_representable(_product(g, amax) / top, spec) for top in (6.0, 4.0)]
+    return [_representable(numerics.divide(_product(g, amax), top), spec) for top in (6.0, 4.0)]
 
 
 def three_candidates(y, amax, g, spec):

@@ -70,8 +70,9 @@ def test_the_benchmark_wants_the_gpu_it_measures():
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("rows", [1, 16, 200, 1024, 1 << 20])
 def test_chosen_tiles_fit_the_chip(rows, block, device, fmt):
-    for layout in ("interchange", "kernel"):
+    for layout in ("interchange", "kernel", "values"):
         chosen = tiles.choose(rows, 4096, fmt, block, False, layout, device)
-        assert chosen.shared_memory(block, fmt.group_size, False) <= tiles.SHARED_MEMORY
+        each = chosen.shared_memory(block, fmt.group_size, False, layout)
+        assert each * max(1, chosen.ctas // 132) <= tiles.SHARED_MEMORY
         assert chosen.columns % (4 * fmt.group_size) == 0
         assert chosen.warpgroups >= 1
