@@ -24,7 +24,12 @@ ROUND = (
 )
 # z0..z7 are the columns 2q, 2q+1, 8+2q, 8+2q+1, ...: which four go to the low nibbles of bytes
 # 0..3, which to the high ones.
-NIBBLES = {"interchange": ((0, 2, 4, 6), (1, 3, 5, 7)), "kernel": ((0, 1, 2, 3), (4, 5, 6, 7))}
+EVEN_LOW = (0, 2, 4, 6), (1, 3, 5, 7)
+NIBBLES = {
+    "interchange": EVEN_LOW,
+    "lanes": EVEN_LOW,
+    "kernel": ((0, 1, 2, 3), (4, 5, 6, 7)),
+}
 
 
 def e2m1_word(factors, values, saturate, layout):
@@ -93,7 +98,8 @@ def int4_word(factors, values, layout):
 
 
 # Bits of a lane's word that belong to the chunk's two 16-column halves.
-HALVES = {"interchange": (0x0000FFFF, 0xFFFF0000), "kernel": (0x0F0F0F0F, 0xF0F0F0F0)}
+BYTES = 0x0000FFFF, 0xFFFF0000
+HALVES = {"interchange": BYTES, "lanes": BYTES, "kernel": (0x0F0F0F0F, 0xF0F0F0F0)}
 
 
 def drop_bad_groups(word, factors, layout):
@@ -117,7 +123,12 @@ def drop_bad_groups(word, factors, layout):
 
 
 def exchange_bytes(quad, word, layout):
-    """Transpose within the quad so that lane q holds bytes 4q..4q+3 of the chunk's 16."""
+    """Transpose within the quad so that lane q holds bytes 4q..4q+3 of the chunk's 16.
+
+    In the layout "lanes" these are the bytes that the lane has: 8n + 2q and 8n + 2q + 1, n = 0..3.
+    """
+    if layout == "lanes":
+        return word
     if layout == "interchange":  # from byte j of lane q at 4j + q
         for distance, swapped, (yes, no) in (
             (2, quad.high, (0x3276, 0x5410)),

@@ -84,7 +84,9 @@ def _laid_out(run: Callable, native: tuple[str, ...] = ()) -> Callable:
     return call
 
 
-def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementation = None):
+def quantized_matmul(
+    x, packed, *, out_dtype=None, precision=None, implementation: Implementation = None
+):
     """Return ``x @ dequantize(weight)^T`` for values or quantized activations.
 
     Args:
@@ -93,6 +95,8 @@ def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementatio
       packed: quantized weight of shape (N, K), the same kind of object or `fragments.Fragments`
         (what the kernels read), or one that holds it as ``weight``.
       out_dtype: of the result; default x's dtype, float32 for quantized activations.
+      precision: of the sums of FP8 products (`xla_fp8.fast`): None or "highest" for float32,
+        "default" for the tensor cores' short accumulators, some 14 bits, where they are faster.
       implementation: as for `transform_quantize`: "mosaic_gpu" (packed weights in the kernels'
         layout, Hopper), "xla" (weights expanded to bfloat16 by the call), "reference"; only on
         request "xla_fp8" (MXFP4 by MXFP4: weights expanded to FP8 by the call) and "scaled_dot"
@@ -110,11 +114,11 @@ def quantized_matmul(x, packed, *, out_dtype=None, implementation: Implementatio
     return _first_able(
         "quantized_matmul",
         {
-            "mosaic_gpu": matmul.quantized_matmul,
+            "mosaic_gpu": _short(matmul.quantized_matmul, precision),
             "xla": xla.quantized_matmul,
             "reference": reference.quantized_matmul,
             "scaled_dot": scaled_dot.quantized_matmul,
-            "xla_fp8": xla_fp8.quantized_matmul,
+            "xla_fp8": _short(xla_fp8.quantized_matmul, precision),
         },
         _candidates() if implementation is None else implementation,
         lambda run: run(x, weight, out_dtype=out_dtype),
@@ -129,6 +133,7 @@ def transform_quantize_matmul(
     *,
     global_scale=None,
     out_dtype=None,
+    precision=None,
     implementation: Implementation = None,
 ):
     """Return the whole quantized linear map ``dequantize(q(T x)) @ dequantize(weight)^T``.
@@ -144,6 +149,7 @@ def transform_quantize_matmul(
         ``packed.input_format`` and ``packed.input_global_scale``.
       global_scale: of the activations; None takes the format's own.
       out_dtype: of the result; default x's dtype.
+      precision: as for `quantized_matmul`.
       implementation: as for `transform_quantize`.
 
     Returns:
@@ -167,15 +173,20 @@ def transform_quantize_matmul(
     products = _first_able(
         "transform_quantize_matmul",
         {
-            "mosaic_gpu": matmul.transform_quantize_matmul,
+            "mosaic_gpu": _short(matmul.transform_quantize_matmul, precision),
             "xla": _one_by_one(xla.transform_quantize_matmul),
             "reference": _one_by_one(reference.transform_quantize_matmul),
-            "xla_fp8": _one_by_one(xla_fp8.transform_quantize_matmul),
+            "xla_fp8": _one_by_one(_short(xla_fp8.transform_quantize_matmul, precision)),
         },
         _candidates() if implementation is None else implementation,
         lambda run: run(x, transform, weights, fmt, global_scale=global_scale, out_dtype=out_dtype),
     )
     return products if isinstance(packed, tuple) else products[0]
+
+
+def _short(run: Callable, precision) -> Callable:
+    """An implementation that knows sums of two precisions; those of the others are float32."""
+    return functools.partial(run, precision=precision)
 
 
 def _one_by_one(run: Callable) -> Callable:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels import code_words, group_scales, repack
+from pallas_kernels import code_words, fragments, group_scales, repack
 from pallas_kernels.inlined import lane_value
 from pallas_kernels.quad import Quad, const
 
@@ -30,6 +30,8 @@ def plain(fmt, layout, y, g):
     stored = lax.bitcast_convert_type(scales, word)
     if layout == "values":
         return fmt.decode(codes, scales, jnp.float32(1)).astype(jnp.bfloat16), stored
+    if layout == "lanes":
+        return fragments.to_lanes_packed(repack.pack(codes, "interchange")), stored
     return repack.pack(codes, layout), stored.T if layout == "kernel" else stored
 
 
@@ -42,7 +44,7 @@ def encode_tile(fmt, rows, blocks, layout):
       fmt: the number format.
       rows: rows of the tile, a multiple of 64.
       blocks: widths of the accumulators; they sum to a multiple of four groups.
-      layout: "interchange", "kernel" or "values".
+      layout: as for `quantize_kernel.transform_quantize`.
 
     Returns:
       A function of the slice of memory, shared or global, that takes the tile's scales, (rows,

@@ -1,9 +1,10 @@
-"""Records of MXFP4 to E4M3 weights: the first half of the FP8 library path, one Mosaic GPU kernel.
+"""MXFP4 to FP8, both operands of a product: streams of tiles, one Mosaic GPU kernel each.
 
-An E2M1 code times a power of two is an E4M3 number over 14 octaves, so that a tensor whose group
-exponents span no more becomes FP8 without error; smaller groups are rounded to E4M3's subnormal
-steps, less than 2**-18 of the largest scale. Columns come out in the order of `fragments.to_lanes`,
-and a product is the same if the other operand's columns do, too.
+An E2M1 code times a power of two is an E4M3 number over 14 octaves and an E5M2 number over 27, so
+that a tensor whose group exponents span no more becomes FP8 without error. Weights, records, become
+E4M3: smaller groups are rounded to its subnormal steps, less than 2**-18 of the largest scale.
+Activations, packed codes, become E5M2: smaller groups become zeros. Columns of both come out in the
+order of `fragments.to_lanes`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import expand, fragments
-from pallas_kernels.inlined import swizzled
-from pallas_kernels.quad import asm
+from pallas_kernels.inlined import SCALAR, lane_value, spread, swizzled
+from pallas_kernels.quad import Quad, asm, const, i32
 
 # Bring the top exponent's scale, 2**(TOP - 127) in a record, to 2**6: 6 * 2**6 = 384 < 448.
 LIFT = 6 + 127 - fragments.TOP
 WARPGROUPS, STAGES = 4, 4
+# E5M2's field of the binade of 1/2 at the largest scale: 6 times that is 49152 < 57344.
+HIGHEST_FIELD = 27
 
 
 def weights(records, fmt):
@@ -44,16 +48,97 @@ def weights(records, fmt):
     if c.kind != "mxfp4":
         raise NotImplementedError(f"{fmt.name} is not exact in FP8")
     tiles, steps = records.shape[:2]
-    shape = (tiles * fragments.ROWS, steps * fragments.COLUMNS)
-    run = plgpu.kernel(
-        functools.partial(_body, c, tiles, steps),
+    convert = _to_e4m3(c)
+    run = _stream(
+        tiles,
+        steps,
+        lambda records, tile, step: records.at[tile, step],
+        lambda source, records, tile, step: convert(source),
+        plgpu.SMEM((WARPGROUPS * STAGES, c.lines, 64), jnp.uint32),
+    )
+    return lax.bitcast_convert_type(run(records), jnp.float8_e4m3fn)
+
+
+def activations(codes, scales, top):
+    """Return E5M2 values, columns as `fragments.to_lanes`: ``code * 2**(scale - top) * 2**13``.
+
+    Exact for groups at most 26 octaves below ``2**top``; those below become zeros. Groups whose
+    scale is NaN become NaN.
+
+    Args:
+      codes: uint8 (M, K/2), M a multiple of 8, bytes as `fragments.to_lanes_packed`.
+      scales: float8_e8m0fnu (M, K/32), K a multiple of 128.
+      top: int32, the largest stored scale.
+
+    Returns:
+      float8_e5m2 (M, K).
+    """
+    rows, steps = codes.shape[0], codes.shape[1] // 64
+    convert = _to_e5m2()
+
+    def source(codes, scales, shift, tile, step):
+        return codes.at[_at(tile, fragments.ROWS), _at(step, 64)]
+
+    def to_e5m2(source, codes, scales, shift, tile, step):
+        words = plgpu.layout_cast(source[...], plgpu.Layout.WGMMA_8BIT)
+        exist = spread(rows - tile * fragments.ROWS)
+        groups = scales.at[_at(tile, fragments.ROWS), _at(step, 4)]
+        return convert(groups, spread(shift[0]), exist, words)
+
+    run = _stream(
+        -(-rows // fragments.ROWS),
+        steps,
+        source,
+        to_e5m2,
+        plgpu.SMEM(
+            (WARPGROUPS * STAGES, fragments.ROWS, 64), jnp.uint8, transforms=swizzled(64, 1)
+        ),
+        rows=rows,
+    )
+    stored = lax.bitcast_convert_type(scales, jnp.uint8)
+    shift = jnp.asarray(HIGHEST_FIELD - top, jnp.int32).reshape(1)
+    return lax.bitcast_convert_type(run(codes, stored, shift), jnp.float8_e5m2)
+
+
+def plain_activations(codes, scales, top):
+    """As `activations`, in jax.numpy, for any M and any K that is a multiple of 32."""
+    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+    field = (byte - top + HIGHEST_FIELD)[..., None, None]
+    bytes_ = codes.reshape(*scales.shape, 1, 16).astype(jnp.int32)
+    nibbles = jnp.concatenate([bytes_ & 15, bytes_ >> 4], axis=-2)
+    magnitude = nibbles & 7
+    # 1/2 is a power of two, as is every second code from 2 on: no field, no bits of a mantissa.
+    bits = jnp.where(magnitude >= 2, 4 * field + 2 * magnitude, 4 * field)
+    bits = jnp.where((magnitude > 0) & (field > 0), bits, 0) | (nibbles & 8) << 4
+    bits = jnp.where((byte == 255)[..., None, None], 0x7F, bits).astype(jnp.uint8)
+    return lax.bitcast_convert_type(bits.reshape(len(codes), -1), jnp.float8_e5m2)
+
+
+def _at(i, size):
+    return pl.ds(pl.multiple_of(i * size, size), size)
+
+
+def _stream(tiles, steps, source, convert, ring, rows=None):
+    """A kernel that brings tiles to shared memory, converts them, and stores (64, 128) bytes each.
+
+    Args:
+      tiles: of 64 rows.
+      steps: of 128 columns.
+      source: (*operands, tile, step) -> what a tile reads.
+      convert: (copy, *operands, tile, step) -> uint8 (64, 128).
+      ring: buffers of the copies.
+      rows: of the result, if fewer.
+    """
+    shape = (rows or tiles * fragments.ROWS, steps * fragments.COLUMNS)
+    return plgpu.kernel(
+        functools.partial(_body, tiles, steps, source, convert),
         out_type=jax.ShapeDtypeStruct(shape, jnp.uint8),
         grid=(132,),
         grid_names=("cta",),
         num_threads=WARPGROUPS,
         thread_name="wg",
         scratch_types=dict(
-            ring_s=plgpu.SMEM((WARPGROUPS * STAGES, c.lines, 64), jnp.uint32),
+            ring_s=ring,
             out_s=plgpu.SMEM(
                 (WARPGROUPS * 2, fragments.ROWS, fragments.COLUMNS),
                 jnp.uint8,
@@ -63,10 +148,10 @@ def weights(records, fmt):
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return lax.bitcast_convert_type(run(records), jnp.float8_e4m3fn)
 
 
-def _body(c, tiles, steps, w_g, out_g, *, ring_s, out_s, ready):
+def _body(tiles, steps, source, convert, *arrays, ring_s, out_s, ready):
+    *operands, out_g = arrays
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     first = cta * WARPGROUPS + wg
     stride = lax.axis_size("cta") * WARPGROUPS
@@ -78,27 +163,23 @@ def _body(c, tiles, steps, w_g, out_g, *, ring_s, out_s, ready):
 
     def fetch(i):
         slot = wg * STAGES + lax.rem(i, STAGES)
-        tile, step = place(i)
-        plgpu.copy_gmem_to_smem(w_g.at[tile, step], ring_s.at[slot], ready.at[slot])
+        plgpu.copy_gmem_to_smem(source(*operands, *place(i)), ring_s.at[slot], ready.at[slot])
 
     def warm_up(i, _):
         pl.when(i < count)(lambda: fetch(i))
 
-    convert = _to_e4m3(c)
-
     def advance(i, _):
         slot = wg * STAGES + lax.rem(i, STAGES)
         plgpu.barrier_wait(ready.at[slot])
-        values = convert(ring_s.at[slot])
+        values = convert(ring_s.at[slot], *operands, *place(i))
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         pl.when(i + STAGES < count)(lambda: fetch(i + STAGES))
         out = out_s.at[wg * 2 + lax.rem(i, 2)]
         out[...] = values
         plgpu.commit_smem()
         tile, step = place(i)
-        rows = pl.ds(pl.multiple_of(tile * fragments.ROWS, fragments.ROWS), fragments.ROWS)
-        at = pl.multiple_of(step * fragments.COLUMNS, fragments.COLUMNS)
-        plgpu.copy_smem_to_gmem(out, out_g.at[rows, pl.ds(at, fragments.COLUMNS)])
+        at = _at(tile, fragments.ROWS), _at(step, fragments.COLUMNS)
+        plgpu.copy_smem_to_gmem(out, out_g.at[at])
 
     lax.fori_loop(0, STAGES, warm_up, None)
     lax.fori_loop(0, count, advance, None)
@@ -136,6 +217,61 @@ def _to_e4m3(c):
             for pair, word in enumerate(asm(code, 2, *eights)):
                 out[0, first + pair, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
         utils.warpgroup_barrier()
+        return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=False)
+
+    return convert
+
+
+# Four bytes, a code in the low half of each: magnitude m becomes 4 E - 2 + 2 (m + [m >= 2]), zero
+# zero. $1 holds 4 E - 2.
+BYTES = """ .reg .b32 m,z,t;
+ and.b32 m,{w},0x07070707;
+ add.u32 z,m,0x07070707; shr.u32 z,z,3; and.b32 z,z,0x01010101;
+ add.u32 t,m,0x06060606; shr.u32 t,t,3; and.b32 t,t,0x01010101;
+ add.u32 m,m,t; shl.b32 m,m,1; mad.lo.u32 m,z,k,m;
+ and.b32 t,{w},0x08080808; shl.b32 t,t,4; or.b32 m,m,t; selp.b32 {out},0x7F7F7F7F,m,n;"""
+CODES = (
+    "{ .reg .b32 e,k,w; .reg .pred p,n; bfe.u32 e,$3,$4,8; setp.eq.u32 n,e,255;"
+    " add.s32 e,e,$5; setp.gt.s32 p,e,0; selp.b32 w,$2,0,p; shl.b32 k,e,2; sub.s32 k,k,2; {"
+    + BYTES.format(w="w", out="$0")
+    + " } shr.u32 w,w,4; {"
+    + BYTES.format(w="w", out="$1")
+    + " } }"
+)
+# Four scales of a row, if it exists.
+SCALES = (
+    "{ .reg .pred p; .reg .b64 a; cvt.s64.s32 a,$2; add.s64 a,a,$1; setp.lt.s32 p,$3,$4;"
+    " mov.b32 $0,0; @p ld.b32 $0,[a]; }"
+)
+
+
+def _to_e5m2():
+    """Return ``convert(scales, shift, exist, codes) -> uint8 (64, 128)``, bytes of E5M2."""
+    shape = (fragments.ROWS, fragments.COLUMNS)
+    layout = fa.WGMMA_LAYOUT_8BIT
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SCALAR, SCALAR, plgpu.Layout.WGMMA_8BIT),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint8, layout=plgpu.Layout.WGMMA_8BIT),
+    )
+    def convert(_, scales, shift, exist, codes):
+        quad = Quad()
+        shift, exist = lane_value(shift), lane_value(exist)
+        generic = llvm.addrspacecast(llvm.PointerType.get(), utils.memref_ptr(scales))
+        base = llvm.ptrtoint(ir.IntegerType.get_signless(64), generic)
+        by_row = ir.MemRefType(scales.type).get_strides_and_offset()[0][0]
+        out = np.empty(layout.registers_shape(shape), dtype=object)
+        four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        for half in (0, 1):
+            row = arith.addi(quad.row, const(8 * half))
+            operands = base, arith.muli(row, const(by_row)), row, exist
+            of_row = llvm.inline_asm(i32(), operands, SCALES, "=r,l,r,r,r", has_side_effects=True)
+            for group in range(4):
+                word = utils.bitcast(codes.registers[0, group, 0, 0, half, 0, 0, 0, 0], i32())
+                pair = asm(CODES, 2, word, of_row, const(8 * group), shift)
+                for e, four_bytes in enumerate(pair):
+                    at = 0, 2 * group + e, 0, 0, half, 0, 0, 0, 0
+                    out[at] = utils.bitcast(four_bytes, four)
         return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=False)
 
     return convert

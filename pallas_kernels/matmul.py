@@ -17,27 +17,31 @@ FEW = 16  # tokens up to which a call is bound by reading the weights
 MUCH = 2**35
 
 
-def quantized_matmul(x, weight, *, out_dtype=None):
+def quantized_matmul(x, weight, *, out_dtype=None, precision=None):
     """Return ``x @ dequantize(weight)^T`` by the Mosaic GPU kernels.
 
-    Operands are exact in bfloat16 (INT4 as a sum of two), sums are float32.
+    Operands are exact in bfloat16 (INT4 as a sum of two) or FP8, sums are float32 unless
+    `xla_fp8.fast`.
 
     Args:
       x: (..., M, K) bfloat16, or quantized activations.
       weight: `Fragments` (N, K).
       out_dtype: of the result; default x's, float32 for quantized activations.
+      precision: of the sums, see `xla_fp8.fast`.
 
     Raises:
       NotImplementedError: what the kernels, the device or this jax do not cover.
     """
     device = mosaic_gpu.require_hopper()
-    return launch(x, weight, device=device, out_dtype=out_dtype)
+    return launch(x, weight, device=device, out_dtype=out_dtype, precision=precision)
 
 
-def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, out_dtype=None):
+def transform_quantize_matmul(
+    x, transform, weights, fmt, *, global_scale=None, out_dtype=None, precision=None
+):
     """Transform, quantize and multiply: two kernels, between them quantized bfloat16 values.
 
-    MXFP4 by MXFP4 of many tokens goes on in FP8.
+    MXFP4 by MXFP4 of many tokens goes on in FP8, from packed codes.
 
     Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights.
     """
@@ -51,25 +55,33 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
     if global_scale is None:
         global_scale = fmt.global_scale
     exact = fmt.element.name == "e2m1"
+    float8 = short(math.prod(x.shape[:-1]), fmt, weights)
+    layout = "lanes" if float8 else "values" if exact else "interchange"
     codes, scales = mosaic_gpu.launch(
-        *(x, transform, fmt),
-        global_scale=global_scale,
-        layout="values" if exact else "interchange",
-        device=device,
+        x, transform, fmt, global_scale=global_scale, layout=layout, device=device
     )
-    if short(math.prod(x.shape[:-1]), fmt, weights):
-        return _float8(codes, scales, global_scale, weights, out_dtype)
+    if float8:
+        left = xla_fp8.activations(codes, scales)
+        return _float8(left, x, global_scale, weights, out_dtype, precision)
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
 
 
-def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):
+def launch(x, weight, *, device, out_dtype=None, precision=None, plan=None):
     """As `quantized_matmul`, for a named device; the plan may be given."""
-    return launch_all(x, (weight,), device=device, out_dtype=out_dtype, plan=plan)[0]
+    options = {"out_dtype": out_dtype, "precision": precision, "plan": plan}
+    return launch_all(x, (weight,), device=device, **options)[0]
 
 
 def launch_all(
-    x, weights, *, device, out_dtype=None, global_scale=1.0, plan: Split | Tiling | None = None
+    x,
+    weights,
+    *,
+    device,
+    out_dtype=None,
+    global_scale=1.0,
+    precision=None,
+    plan: Split | Tiling | None = None,
 ) -> tuple:
     """Multiply with several weights (N, K) of one K: one kernel where it is bound by reading them.
 
@@ -80,8 +92,8 @@ def launch_all(
         out_dtype = out_dtype or jnp.float32
         global_scale = x.global_scale
         if plan is None and short(math.prod(x.shape[:-1]), x.format, weights):
-            (values,) = xla.exact_parts(x.codes, x.scales, x.format)
-            return _float8(values, x.scales, global_scale, weights, out_dtype)
+            left = xla_fp8.of_codes(x.codes, x.scales)
+            return _float8(left, x, global_scale, weights, out_dtype, precision)
         x = xla.exact_parts(x.codes, x.scales, x.format)
     elif not isinstance(x, tuple):
         if x.dtype != jnp.bfloat16:
@@ -108,37 +120,43 @@ def short(tokens: int, fmt, weights) -> bool:
     return work >= MUCH and all(xla_fp8.holds(f) for f in (fmt, *(w.format for w in weights)))
 
 
-def _float8(values, scales, global_scale, weights, out_dtype) -> tuple:
-    """Multiply MXFP4 values times g by MXFP4 weights in FP8: each where it was measured faster."""
-    lead = values.shape[:-1]
-    left, power = xla_fp8.activations(values, scales)
+def _float8(left, x, global_scale, weights, out_dtype, precision) -> tuple:
+    """Multiply `xla_fp8.activations` by MXFP4 weights in FP8: each where it was measured faster."""
+    values, _ = left
     products = []
     for weight in weights:
-        library = len(left) >= 2048 or weight.shape[1] > weight.shape[0]
+        rows, columns = weight.shape
+        library = not xla_fp8.fast(precision) and (len(values) >= 2048 or columns > rows)
         run = xla_fp8.multiply if library else multiply_float8
-        y = run(left, power, global_scale, weight, out_dtype)
-        products.append(y.reshape(*lead, y.shape[1]))
+        y = run(left, global_scale, weight, out_dtype, precision)
+        products.append(y.reshape(*x.shape[:-1], rows))
     return tuple(products)
 
 
-def multiply_float8(left, power, global_scale, weight, out_dtype, plan: Tiling | None = None):
+def multiply_float8(
+    left, global_scale, weight, out_dtype, precision=None, plan: Tiling | None = None
+):
     """As `xla_fp8.multiply`, with weights expanded in registers only.
 
     Exact products, but for groups far below the largest (`xla_fp8.activations`,
-    `expand.to_float8`). Sums of `tiled_kernel.PROMOTED` steps of 128 have some 14 bits.
+    `expand.to_float8`). Sums of `tiled_kernel.PROMOTED` steps of 128 have some 14 bits; of all
+    steps, where `xla_fp8.fast`.
     """
     from pallas_kernels import expand, tiled_kernel
 
-    rows = jnp.pad(left, ((0, 0), (0, -left.shape[1] % 128)))  # TMA's view splits K by 128
+    fast = xla_fp8.fast(precision)
+    values, power = left
+    rows = jnp.pad(values, ((0, 0), (0, -values.shape[1] % 128)))  # TMA's view splits K by 128
     unit = weight.unit * (power * 2.0 ** (expand.FLOAT8 - 127))
-    how = plan or float8_tiles(len(rows), *weight.records.shape[:2])
+    tiles, steps = weight.records.shape[:2]
+    how = plan or float8_tiles(len(rows), tiles, steps, fast)
     weight = dataclasses.replace(weight, unit=unit)
-    return tiled_kernel.matmul(rows, weight, global_scale, how, out_dtype=out_dtype)
+    return tiled_kernel.matmul(rows, weight, global_scale, how, out_dtype=out_dtype, fast=fast)
 
 
-def float8_tiles(tokens: int, tiles: int, steps: int) -> Tiling:
+def float8_tiles(tokens: int, tiles: int, steps: int, fast: bool = False) -> Tiling:
     """As `many`, for FP8: sums, and sums of sums, of at most 160 tokens fit into registers."""
-    return wide(tokens, tiles, steps, (64, 96, 128, 160), 4, 460)
+    return wide(tokens, tiles, steps, (64, 96, 128, 256 if fast else 160), 4, 460)
 
 
 def _products(rows, weights, divisor, dtype, device, plan):

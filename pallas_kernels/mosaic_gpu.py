@@ -45,7 +45,8 @@ def transform_quantize(x, transform, fmt, *, global_scale, layout):
       transform: (K/d, d, d), (d, d) or None.
       fmt: the number format.
       global_scale: float32 scalar; None takes the format's constant.
-      layout: "interchange", "kernel" or "values" (bfloat16 values times g in place of codes).
+      layout: "interchange", "kernel", "lanes" or "values" (bfloat16 values times g in place of
+        codes), see `quantize_kernel.transform_quantize`.
 
     Returns:
       Codes uint8 (..., M, K/2), scales (..., M, K/g), or transposed in the kernel layout.

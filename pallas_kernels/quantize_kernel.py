@@ -46,7 +46,7 @@ class Geometry:
       block: d, width of a transform.
       group: g, values of a scale.
       shared: one transform for all blocks.
-      layout: "interchange", "kernel" or "values".
+      layout: as for `transform_quantize`.
       tiles: the tuned sizes.
       unit: "wgmma" (Hopper) or "mma" (warp-level, any GPU with TMA).
     """
@@ -108,6 +108,7 @@ def transform_quantize(
       global_scale: float32 scalar g.
       layout: "interchange": codes (M, K/2) with the even column in the low nibble, scales
         (M, K/g). "kernel": byte j of each 32 columns holds columns j and j + 16, scales (K/g, M).
+        "lanes": byte 4q + n of each 32 columns holds columns 8n + 2q and 8n + 2q + 1.
         "values": bfloat16 values (M, K) times g, exact, in place of codes; scales as interchange.
       tiles: sizes, see `pallas_kernels.tiles`.
       unit: "wgmma" for Hopper; "mma" for Blackwell, compiled for sm_100a but never run there.

@@ -7,9 +7,9 @@ activations of a tile:
     TMA ring: a step of activations, a record a warpgroup
     -> registers: codes to bfloat16 or FP8 (`expand`) -> wgmma -> scale, transpose -> TMA store
 
-Sums of FP8 products leave the tensor core's short accumulator every few steps. The fetching
-warpgroup runs ahead over the ends of tiles. Where tiles are too few for all multiprocessors K is
-cut and the parts are added afterwards.
+Sums of FP8 products leave the tensor core's short accumulator every few steps, or, where fewer bits
+will do, at the end. The fetching warpgroup runs ahead over the ends of tiles. Where tiles are too
+few for all multiprocessors K is cut and the parts are added afterwards.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FETCH_REGISTERS = 40
 PROMOTED = 4  # steps of 128 columns that are summed in 14 bits
 
 
-@functools.partial(jax.jit, static_argnames=("tiling", "out_dtype"))
-def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
+@functools.partial(jax.jit, static_argnames=("tiling", "out_dtype", "fast"))
+def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16, fast=False):
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
@@ -42,6 +42,7 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
       divisor: float32 scalar.
       tiling: how to divide the work.
       out_dtype: of the result.
+      fast: leave sums of FP8 products in the tensor core's short accumulator.
 
     Returns:
       (M, N).
@@ -75,7 +76,7 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16):
         empty=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=n),
     )
     run = plgpu.kernel(
-        functools.partial(_body, c, tiling, tiles, steps),
+        functools.partial(_body, c, tiling, tiles, steps, fast),
         out_type=jax.ShapeDtypeStruct((tiling.cuts, x.shape[0], wide), dtype),
         grid=(tiling.ctas,),
         grid_names=("cta",),
@@ -94,6 +95,7 @@ def _body(
     tiling,
     tiles,
     steps,
+    fast,
     x_g,
     w_g,
     unit_g,
@@ -163,7 +165,7 @@ def _body(
                 steps = i * PROMOTED, jnp.minimum((i + 1) * PROMOTED, per)
                 return sums + pl.run_scoped(functools.partial(products, *steps), accumulator)
 
-            if short:
+            if short and not fast:
                 sums = plgpu.layout_cast(
                     jnp.zeros((fragments.ROWS, tokens), jnp.float32), plgpu.Layout.WGMMA
                 )

@@ -108,7 +108,7 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
       fmt: the number format.
       block: d.
       shared: one transform for all blocks.
-      layout: "interchange", "kernel" or "values".
+      layout: as for `quantize_kernel.transform_quantize`.
       device: ``device_kind`` of the GPU.
 
     >>> from wush_jax import MXFP4

@@ -7,21 +7,27 @@ temporary of one byte a value, written and read once a call: worth it for many t
 
 from __future__ import annotations
 
+import math
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fragments, mosaic_gpu, xla
+from pallas_kernels import fragments, mosaic_gpu
 
-HIGHEST = 13  # E2M1 times 2**k is exact in E5M2 for k in [-15, 13]
+HIGHEST = 13  # `fp8_kernel.activations` brings the largest scale to 2**13
+# What callers of JAX say where sums in the tensor cores' short accumulators will do.
+FAST = ("default", "fastest", "bfloat16", "any_f8_any_f8_f32_fast_accum")
 
 
-def quantized_matmul(x, weight, *, out_dtype=None):
+def quantized_matmul(x, weight, *, out_dtype=None, precision=None):
     """Return ``x @ dequantize(weight)^T`` for MXFP4 activations and weights.
 
     Args:
       x: quantized activations (..., M, K).
       weight: `Fragments` (N, K).
       out_dtype: of the result; default float32.
+      precision: of the sums, see `fast`.
 
     Raises:
       NotImplementedError: other formats, or no Hopper GPU.
@@ -30,11 +36,13 @@ def quantized_matmul(x, weight, *, out_dtype=None):
     if not hasattr(x, "codes"):
         raise NotImplementedError("activations that are not quantized are not exact in FP8")
     _check(x.format)
-    (values,) = xla.exact_parts(x.codes, x.scales, x.format)
-    return _matmul(values, x.scales, x.global_scale, weight, out_dtype or jnp.float32)
+    left = of_codes(x.codes, x.scales)
+    return _matmul(left, x, x.global_scale, weight, out_dtype or jnp.float32, precision)
 
 
-def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
+def transform_quantize_matmul(
+    x, transform, weight, fmt, *, global_scale=None, out_dtype=None, precision=None
+):
     """Transform and quantize to MXFP4 by the fused kernel, then as `quantized_matmul`.
 
     Args, raises: as `pallas_kernels.transform_quantize_matmul`.
@@ -45,10 +53,27 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     _check(fmt)
     if global_scale is None:
         global_scale = fmt.global_scale
-    values, scales = mosaic_gpu.launch(
-        x, transform, fmt, global_scale=global_scale, layout="values", device=device
+    codes, scales = mosaic_gpu.launch(
+        x, transform, fmt, global_scale=global_scale, layout="lanes", device=device
     )
-    return _matmul(values, scales, global_scale, weight, out_dtype or x.dtype)
+    left = activations(codes, scales)
+    return _matmul(left, x, global_scale, weight, out_dtype or x.dtype, precision)
+
+
+def fast(precision) -> bool:
+    """Whether sums in the tensor cores' short accumulators, of some 14 bits, will do.
+
+    Args:
+      precision: what JAX's products take: "default", "fastest", "bfloat16" or
+        `jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM` say so. None takes what
+        `jax.default_matmul_precision` sets, and without that float32 sums.
+
+    >>> fast(None), fast("default"), fast(lax.Precision.HIGHEST)
+    (False, True, False)
+    """
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return str(getattr(precision, "name", precision)).lower() in FAST
 
 
 def holds(fmt) -> bool:
@@ -61,51 +86,69 @@ def _check(fmt) -> None:
         raise NotImplementedError(f"activations in {fmt.name} are not exact in FP8")
 
 
-def _matmul(values, scales, global_scale, weight, out_dtype):
-    """As `quantized_matmul`, from bfloat16 values (..., M, K) times g."""
+def _matmul(left, x, global_scale, weight, out_dtype, precision):
+    """As `quantized_matmul`, from `activations` of x."""
     fragments.check((weight,))
-    left, power = activations(values, scales)
-    y = multiply(left, power, global_scale, weight, out_dtype)
-    return y.reshape(*values.shape[:-1], y.shape[1])
+    y = multiply(left, global_scale, weight, out_dtype, precision)
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
-def multiply(left, power, global_scale, weight, out_dtype):
-    """Return ``power / g * left @ weight^T`` (M, N), left (M, K) and power from `activations`."""
+def multiply(left, global_scale, weight, out_dtype, precision=None):
+    """Return ``power / g * values @ weight^T`` (M, N), left = values (M, K), power: `activations`.
+
+    Sums are float32 unless `fast`.
+    """
     from pallas_kernels import fp8_kernel
 
+    values, power = left
     right = fp8_kernel.weights(weight.records, weight.format)
-    columns = jnp.pad(left, ((0, 0), (0, right.shape[1] - left.shape[1])))
+    columns = jnp.pad(values, ((0, 0), (0, right.shape[1] - values.shape[1])))
     factor = power * weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale / global_scale
     y = lax.dot_general(
         *(columns, right[: weight.shape[0]]),
         (((1,), (1,)), ((), ())),
-        # more than the default: sums leave the tensor core's short accumulator every few steps
-        precision=lax.Precision.HIGHEST,
+        # HIGHEST: sums leave the tensor core's short accumulator every few steps
+        precision=lax.Precision.DEFAULT if fast(precision) else lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     return (y * factor).astype(out_dtype)
 
 
-def activations(values, scales):
-    """Return MXFP4 values in E5M2, columns as `fragments.to_lanes`.
+def of_codes(codes, scales):
+    """As `activations`, of codes in the interchange layout."""
+    rows = math.prod(codes.shape[:-1])
+    return activations(fragments.to_lanes_packed(codes.reshape(rows, -1)), scales)
 
-    Exact for groups whose scale is at most 28 octaves below the largest; below, values are rounded
-    to steps of 2**-29 of that. Groups that are not finite become NaN.
+
+def activations(codes, scales):
+    """Return MXFP4 activations in E5M2, columns as `fragments.to_lanes`.
+
+    Exact for groups whose scale is at most 26 octaves below the largest; those below become zeros.
+    Groups that are not finite become NaN.
 
     Args:
-      values: bfloat16 (..., M, K), E2M1 numbers times powers of two.
-      scales: float8_e8m0fnu (..., M, K/32), these powers of two.
+      codes: uint8 (..., M, K/2), bytes as `fragments.to_lanes_packed`.
+      scales: float8_e8m0fnu (..., M, K/32).
 
     Returns:
-      float8_e5m2 (M, K) and the scalar power of two: ``value = code * power``.
+      float8_e5m2 (M, K) and the scalar power of two: ``value * g = out * power``.
     """
-    values = values.reshape(-1, values.shape[-1])
+    codes, scales = (a.reshape(-1, a.shape[-1]) for a in (codes, scales))
     byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
     # So that neither the power nor what it divides leaves float32.
     top = jnp.clip(jnp.max(jnp.where(byte < 255, byte, 0)), HIGHEST + 1, 254)
-    factor = lax.bitcast_convert_type((127 + HIGHEST - top + 127) << 23, jnp.float32)
-    codes = jnp.where(jnp.isfinite(values), values.astype(jnp.float32) * factor, jnp.nan)
-    codes = fragments.to_lanes(codes.astype(jnp.float8_e5m2))
+    left = _to_float8(codes, scales, top)
     power = lax.bitcast_convert_type((top - HIGHEST) << 23, jnp.float32)
-    # The barrier: compilers would permute the weights' columns instead, once for each weight.
-    return lax.optimization_barrier((codes, power))
+    return left, power
+
+
+def _to_float8(codes, scales, top):
+    """`fp8_kernel.activations` where it can, else its definition."""
+    from pallas_kernels import fp8_kernel
+
+    if jax.default_backend() != "gpu" or codes.shape[1] % 64:
+        return fp8_kernel.plain_activations(codes, scales, top)
+    rows = len(codes)
+    if rows % 8:  # TMA's view of a swizzled tile splits M by 8 rows
+        codes, scales = (jnp.pad(a, ((0, -rows % 8), (0, 0))) for a in (codes, scales))
+    return fp8_kernel.activations(codes, scales, top)[:rows]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import reference, repack
+from pallas_kernels import fragments, reference, repack
 
 # Share of codes, and of scales, that may differ (float32 sums in another order).
 SHARE = 1e-5
@@ -36,6 +36,8 @@ def definition(x, transform, fmt, layout="interchange"):
         return reference.transform_quantize(x, transform, fmt, global_scale=g)
 
     codes, scales = run(x, transform, jnp.float32(fmt.global_scale))
+    if layout == "lanes":
+        return fragments.to_lanes_packed(codes), scales
     return repack.from_interchange(codes, scales, fmt, layout)
 
 
@@ -48,9 +50,9 @@ def steps(nibbles, fmt):
 
 
 def nibbles(packed, layout):
-    """Codes of each column, (M, K), of packed bytes."""
+    """Codes of each column, (M, K), of packed bytes; of "lanes" in their own order within 32."""
     low, high = packed & 15, packed >> 4
-    if layout == "interchange":
+    if layout in ("interchange", "lanes"):
         return np.stack([low, high], -1).reshape(packed.shape[0], -1)
     chunks = [part.reshape(packed.shape[0], -1, 16) for part in (low, high)]
     return np.concatenate(chunks, -1).reshape(packed.shape[0], -1)

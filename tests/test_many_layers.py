@@ -7,6 +7,7 @@ shapes on a GPU.
 import functools
 import itertools
 
+import comparison
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,22 +181,31 @@ def test_random_shapes_lower_for_cuda(seed):
 @pytest.mark.parametrize("part", range(20))
 def test_random_shapes_on_a_gpu(part):
     """A thousand shapes through every kernel: equal codes, outputs within bounds of their sums."""
+    wrong = {}
     for seed in range(50 * part, 50 * part + 50):
-        m, n, k, d, shared, fmt = random_call(seed)
-        shape = (m, n, k, d, shared)
-        w, x, t = (a[0] for a in random_layers(1, shape, seed))
-        q = jax.jit(wush.quantize, static_argnums=1)(w, fmt)
-        laid, g = fragments.lay_out(q), jnp.float32(fmt.global_scale)
-        moved, *codes = on_gpu(x, t, g, fmt)
-        for a, b in zip(*codes, strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=str((shape, fmt.name)))
-        weight = np.asarray(dequantize(q), np.float64)
-        # Tensor cores cut off where they align: 2^-23 for each sum of 16 products.
-        for left, y in ((x, products(x, laid)), (moved, whole(x, t, laid, g, fmt))):
-            left = np.asarray(left, np.float64)
-            bound = (k / 16 + 16) * 2.0**-23 * (np.abs(left) @ np.abs(weight).T)
-            error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
-            assert (error <= bound).all(), (shape, fmt.name, error.max())
+        try:
+            kernels_agree(seed)
+        except AssertionError as error:
+            wrong[seed] = str(error)
+    assert not wrong
+
+
+def kernels_agree(seed):
+    m, n, k, d, shared, fmt = random_call(seed)
+    w, x, t = (a[0] for a in random_layers(1, (m, n, k, d, shared), seed))
+    q = jax.jit(wush.quantize, static_argnums=1)(w, fmt)
+    laid, g = fragments.lay_out(q), jnp.float32(fmt.global_scale)
+    moved, *codes = on_gpu(x, t, g, fmt)
+    # INT4's scale is a rounded sum of squares, which has an order: one group in 2^15 may move.
+    share = 1e-4 + 2 / codes[0][1].size if fmt is wush.INT4 else 0
+    comparison.same(codes[1], codes[0], fmt, share=share)
+    weight = np.asarray(dequantize(q), np.float64)
+    # Tensor cores cut off where they align: 2^-23 for each sum of 16 products.
+    for left, y in ((x, products(x, laid)), (moved, whole(x, t, laid, g, fmt))):
+        left = np.asarray(left, np.float64)
+        bound = (k / 16 + 16) * 2.0**-23 * (np.abs(left) @ np.abs(weight).T)
+        error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
+        assert (error <= bound).all(), (m, n, k, d, shared, fmt.name, error.max())
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -205,7 +215,7 @@ def on_gpu(x, t, g, fmt):
         pallas_kernels.transform_quantize(x, t, fmt, global_scale=g, implementation=name)
         for name in names
     ]
-    return wush.dequantize(wush.QuantizedArray(*codes[0], g, fmt)), *codes
+    return wush.dequantize(wush.QuantizedArray(*codes[1], g, fmt)), *codes
 
 
 @jax.jit

@@ -91,9 +91,7 @@ def _corrected(q: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The upper 12 bits of the significand, and the rest."""
-    high = lax.bitcast_convert_type(
-        lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32
-    )
+    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
     return high, x - high
 
 

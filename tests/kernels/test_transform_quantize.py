@@ -39,6 +39,7 @@ INTERPRETED = {
         *(Case(136, 512, block=64), wush.NVFP4, "kernel"),
         Tiles(2, 2, steps=2, ctas=3),
     ),
+    "codes as lanes hold them": (Case(70, 192), wush.MXFP4, "lanes", Tiles(1, 1, ctas=2)),
     "a shared transform, 16-bit scales": (
         *(Case(3, 128, shared=True), wush.INT4, "interchange"),
         Tiles(1, 2, ctas=1),
@@ -145,6 +146,7 @@ ON_GPU = [
     *((Case(1032, block=d), fmt, "interchange") for d in (64, 128)
       for fmt in (wush.MXFP4, wush.NVFP4)),
     *((Case(2048), fmt, "interchange") for fmt in (*POW2.values(), NVFP4_46, NVFP4_3)),
+    *((Case(1000, block=d), wush.MXFP4, "lanes") for d in (32, 128)),
     (Case(1000, shared=True), wush.MXFP4, "interchange"),
     (Case(1000, dtype="float16"), wush.MXFP4, "interchange"),
 ]  # fmt: skip
@@ -154,9 +156,7 @@ ON_GPU = [
 @pytest.mark.parametrize(("case", "fmt", "layout"), ON_GPU)
 def test_kernel_equals_the_definition_on_gpu(case, fmt, layout):
     x, t = case.arrays()
-    run = functools.partial(
-        pallas_kernels.transform_quantize, fmt=fmt, layout=layout, implementation="mosaic_gpu"
-    )
+    run = functools.partial(launch, fmt=fmt, layout=layout)
     share = max(comparison.SHARE, 2 / (case.rows * case.width))
     comparison.same(
         jax.jit(run)(x, t), comparison.definition(x, t, fmt, layout), fmt, layout, share
