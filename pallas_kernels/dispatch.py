@@ -96,7 +96,7 @@ def quantized_matmul(
         (what the kernels read), or one that holds it as ``weight``.
       out_dtype: of the result; default x's dtype, float32 for quantized activations.
       precision: of the sums of FP8 products (`xla_fp8.fast`): None or "highest" for float32,
-        "default" for the tensor cores' short accumulators, some 14 bits, where they are faster.
+        "default" for the tensor cores' short accumulators, some 14 bits, up to K = 4096.
       implementation: as for `transform_quantize`: "mosaic_gpu" (packed weights in the kernels'
         layout, Hopper), "xla" (weights expanded to bfloat16 by the call), "reference"; only on
         request "xla_fp8" (MXFP4 by MXFP4: weights expanded to FP8 by the call) and "scaled_dot"

@@ -126,7 +126,7 @@ def _float8(left, x, global_scale, weights, out_dtype, precision) -> tuple:
     products = []
     for weight in weights:
         rows, columns = weight.shape
-        library = not xla_fp8.fast(precision) and (len(values) >= 2048 or columns > rows)
+        library = not xla_fp8.fast(precision, columns) and (len(values) >= 2048 or columns > rows)
         run = xla_fp8.multiply if library else multiply_float8
         y = run(left, global_scale, weight, out_dtype, precision)
         products.append(y.reshape(*x.shape[:-1], rows))
@@ -144,7 +144,7 @@ def multiply_float8(
     """
     from pallas_kernels import expand, tiled_kernel
 
-    fast = xla_fp8.fast(precision)
+    fast = xla_fp8.fast(precision, weight.shape[1])
     values, power = left
     rows = jnp.pad(values, ((0, 0), (0, -values.shape[1] % 128)))  # TMA's view splits K by 128
     unit = weight.unit * (power * 2.0 ** (expand.FLOAT8 - 127))

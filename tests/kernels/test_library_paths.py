@@ -120,15 +120,16 @@ def test_fp8_activations_lower_for_cuda(m):
     [(None, False), ("highest", False), ("default", True), (jax.lax.Precision.DEFAULT, True)],
 )
 def test_who_asks_for_short_sums_gets_them(precision, fast):
-    assert xla_fp8.fast(precision) is fast
+    assert xla_fp8.fast(precision, 4096) is fast
+    assert not xla_fp8.fast(precision, 4128)
 
 
 def test_jax_settings_count_for_short_sums():
     with jax.default_matmul_precision("bfloat16"):
-        assert xla_fp8.fast(None)
-        assert not xla_fp8.fast("highest")
+        assert xla_fp8.fast(None, 64)
+        assert not xla_fp8.fast("highest", 64)
     with jax.default_matmul_precision("highest"):
-        assert not xla_fp8.fast(None)
+        assert not xla_fp8.fast(None, 64)
 
 
 def test_fp8_keeps_what_is_not_finite():
@@ -181,9 +182,8 @@ def test_the_block_scaled_product_takes_only_nvfp4():
 @pytest.mark.parametrize(("m", "k"), [(8, 128), (264, 1152)])
 def test_fp8_activations_on_gpu(m, k):
     """Every byte of codes under every scale, NaN too."""
-    codes = jnp.arange(m * k // 2, dtype=jnp.uint32).reshape(m, -1)
-    codes = ((codes * 2654435761) >> 13).astype(jnp.uint8)  # mixes the bits
-    byte = jnp.arange(m * k // 32).reshape(m, -1).astype(jnp.uint8)
+    codes = jax.random.bits(jax.random.key(0), (m, k // 2), jnp.uint8)
+    byte = (jnp.arange(m * k // 32) % 256).reshape(m, -1).astype(jnp.uint8)
     scales = jax.lax.bitcast_convert_type(byte, jnp.float8_e8m0fnu)
     for top in (14, 140, 254):
         got = jax.jit(fp8_kernel.activations)(codes, scales, jnp.int32(top))

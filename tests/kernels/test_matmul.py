@@ -263,7 +263,7 @@ def test_several_weights_are_each_by_itself(m, fmt):
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", [None, Tiling(64, cuts=2), Tiling(160)])
 @pytest.mark.parametrize("kind", ["gaussian", "outliers", "one sign", "octaves"])
-@pytest.mark.parametrize(("m", "k", "n"), [(200, 14336, 256), (13, 160, 70)])
+@pytest.mark.parametrize(("m", "k", "n"), [(200, 14336, 256), (200, 4096, 256), (13, 160, 70)])
 def test_fp8_products_with_packed_weights(m, k, n, kind, plan):
     """Products are exact, sums of 512 of them have some 14 bits.
 
@@ -289,11 +289,14 @@ def test_fp8_products_with_packed_weights(m, k, n, kind, plan):
     assert (error <= 2.0**-8 * (np.abs(left) @ np.abs(weight).T)).all()
     if kind == "gaussian":
         assert np.linalg.norm(error) <= 2.0**-20 * np.linalg.norm(left @ weight.T)
+    short = run(q, laid, "default")
+    if k > xla_fp8.SHORT:
+        np.testing.assert_array_equal(short, y)
     # In the short accumulator each sum of 32 products may cut off one step of 2**-13.
-    error = np.abs(np.asarray(run(q, laid, "default"), np.float64) - left @ weight.T)
+    error = np.abs(np.asarray(short, np.float64) - left @ weight.T)
     assert (error <= -(-k // 32) * 2.0**-13 * (np.abs(left) @ np.abs(weight).T)).all()
-    if kind == "gaussian":  # as much as rounding to bfloat16: 1e-3 was seen
-        assert np.linalg.norm(error) <= 2.0**-8 * np.linalg.norm(left @ weight.T)
+    if kind == "gaussian":  # less than rounding to bfloat16: 4e-4 was seen for K = 4096
+        assert np.linalg.norm(error) <= 2.0**-9 * np.linalg.norm(left @ weight.T)
 
 
 @pytest.mark.gpu
