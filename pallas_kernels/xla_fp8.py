@@ -19,7 +19,7 @@ HIGHEST = 13  # `fp8_kernel.activations` brings the largest scale to 2**13
 # Columns whose products may be summed in short accumulators. Of one sign, 14336 lost over 5 %.
 SHORT = 4096
 # What callers of JAX say where such sums will do.
-FAST = ("default", "fastest", "bfloat16", "any_f8_any_f8_f32_fast_accum")
+FAST = ("default", "bfloat16", "any_f8_any_f8_f32_fast_accum")
 
 
 def quantized_matmul(x, weight, *, out_dtype=None, precision=None):
@@ -68,7 +68,7 @@ def fast(precision, columns: int) -> bool:
     They are cut off toward zero, which adds up with K: beyond `SHORT` columns they never do.
 
     Args:
-      precision: what JAX's products take: "default", "fastest", "bfloat16" or
+      precision: what JAX's products take: "default", "bfloat16" or
         `jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM` say so. None takes what
         `jax.default_matmul_precision` sets, and without that float32 sums.
       columns: K.
