@@ -193,38 +193,32 @@ def test_random_shapes_on_a_gpu(part):
 def kernels_agree(seed):
     m, n, k, d, shared, fmt = random_call(seed)
     w, x, t = (a[0] for a in random_layers(1, (m, n, k, d, shared), seed))
-    q = jax.jit(wush.quantize, static_argnums=1)(w, fmt)
-    laid, g = fragments.lay_out(q), jnp.float32(fmt.global_scale)
-    moved, *codes = on_gpu(x, t, g, fmt)
+    weight, moved, codes, outputs = on_gpu(w, x, t, jnp.float32(fmt.global_scale), fmt)
     # INT4's scale is a rounded sum of squares, which has an order: one group in 2^15 may move.
     share = 1e-4 + 2 / codes[0][1].size if fmt is wush.INT4 else 0
     comparison.same(codes[1], codes[0], fmt, share=share)
-    weight = np.asarray(dequantize(q), np.float64)
+    weight = np.asarray(weight, np.float64)
     # Tensor cores cut off where they align: 2^-23 for each sum of 16 products.
-    for left, y in ((x, products(x, laid)), (moved, whole(x, t, laid, g, fmt))):
+    for left, y in zip((x, moved), outputs, strict=True):
         left = np.asarray(left, np.float64)
         bound = (k / 16 + 16) * 2.0**-23 * (np.abs(left) @ np.abs(weight).T)
         error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
         assert (error <= bound).all(), (m, n, k, d, shared, fmt.name, error.max())
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def on_gpu(x, t, g, fmt):
-    names = ("reference", "mosaic_gpu")
+@functools.partial(jax.jit, static_argnums=4)
+def on_gpu(w, x, t, g, fmt):
+    """All of one shape as one program: compilation is what a thousand of them take."""
+    q = wush.quantize(w, fmt)
+    laid = fragments.lay_out(q)
     codes = [
         pallas_kernels.transform_quantize(x, t, fmt, global_scale=g, implementation=name)
-        for name in names
+        for name in ("reference", "mosaic_gpu")
     ]
-    return wush.dequantize(wush.QuantizedArray(*codes[1], g, fmt)), *codes
-
-
-@jax.jit
-def products(x, laid):
     options = {"out_dtype": jnp.float32, "implementation": "mosaic_gpu"}
-    return pallas_kernels.quantized_matmul(x, laid, **options)
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def whole(x, t, laid, g, fmt):
-    options = {"out_dtype": jnp.float32, "implementation": "mosaic_gpu"}
-    return pallas_kernels.transform_quantize_matmul(x, t, laid, fmt, global_scale=g, **options)
+    outputs = (
+        pallas_kernels.quantized_matmul(x, laid, **options),
+        pallas_kernels.transform_quantize_matmul(x, t, laid, fmt, global_scale=g, **options),
+    )
+    moved = wush.dequantize(wush.QuantizedArray(*codes[1], g, fmt))
+    return wush.dequantize(q), moved, codes, outputs
