@@ -61,10 +61,10 @@ def encode_tile(fmt, rows, blocks, layout):
     per_chunk = CHUNK // fmt.group_size
     if layout == "values":
         lanes, shape = fa.WGMMA_LAYOUT, (rows, width)
-        result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=wgmma)
+        result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=wgmma)
     else:
         lanes, shape = fa.WGMMA_LAYOUT_8BIT, (rows, width // 2)
-        result = plgpu.ShapeDtypeStruct(shape, jnp.uint8, layout=plgpu.Layout.WGMMA_8BIT)
+        result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.uint8), layout=plgpu.Layout.WGMMA_8BIT)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), *[wgmma.reduce(1)] * 3, *[wgmma] * len(blocks)),

@@ -96,7 +96,7 @@ def to_bfloat16(c: fragments.Carrier):
     """
     wgmma = plgpu.Layout.WGMMA
     shape = (fragments.ROWS, fragments.COLUMNS)
-    one = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=wgmma)
+    one = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=wgmma)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(one,) * operands(c))
     def expand(_, record):
@@ -125,7 +125,9 @@ def to_float8(c: fragments.Carrier):
     if c.kind != "mxfp4":
         raise NotImplementedError(f"{c.kind} is not exact in FP8")
     shape = (fragments.ROWS, fragments.COLUMNS)
-    result = plgpu.ShapeDtypeStruct(shape, jnp.float8_e5m2, layout=plgpu.Layout.WGMMA_8BIT)
+    result = plgpu.ShapeDtypeStruct(
+        shape, jnp.dtype(jnp.float8_e5m2), layout=plgpu.Layout.WGMMA_8BIT
+    )
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(result,))
     def expand(_, record):
@@ -162,7 +164,7 @@ def multiply(c: fragments.Carrier, tokens: int):
       and of float32 sums (64, tokens). Threads may still be reading both when it returns: `settle`.
     """
     wgmma = plgpu.Layout.WGMMA
-    result = plgpu.ShapeDtypeStruct((fragments.ROWS, tokens), jnp.float32, layout=wgmma)
+    result = plgpu.ShapeDtypeStruct((fragments.ROWS, tokens), jnp.dtype(jnp.float32), layout=wgmma)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.RefType(swizzled(128, 2)), wgmma), return_type=result

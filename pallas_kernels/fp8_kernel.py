@@ -206,7 +206,9 @@ def _to_e4m3(c):
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint8, layout=plgpu.Layout.WGMMA_8BIT),
+        return_type=plgpu.ShapeDtypeStruct(
+            shape, jnp.dtype(jnp.uint8), layout=plgpu.Layout.WGMMA_8BIT
+        ),
     )
     def convert(_, record):
         out = np.empty(layout.registers_shape(shape), dtype=object)
@@ -252,7 +254,9 @@ def _to_e5m2():
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SCALAR, SCALAR, plgpu.Layout.WGMMA_8BIT),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint8, layout=plgpu.Layout.WGMMA_8BIT),
+        return_type=plgpu.ShapeDtypeStruct(
+            shape, jnp.dtype(jnp.uint8), layout=plgpu.Layout.WGMMA_8BIT
+        ),
     )
     def convert(_, scales, shift, exist, codes):
         quad = Quad()

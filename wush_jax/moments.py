@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,10 @@ def _gram(rows: jax.Array, block: int | None) -> jax.Array:
     # bfloat16 products are exact in the float32 accumulator; anything wider needs HIGHEST.
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
-    options = {"precision": linalg.HIGHEST, "preferred_element_type": jnp.float32}
+    options: dict[str, Any] = {
+        "precision": linalg.HIGHEST,
+        "preferred_element_type": jnp.float32,
+    }
     if block is None:
         return jnp.einsum("ti,tj->ij", rows, rows, **options)
     if block < 1 or k % block:
