@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels import code_words, fragments, group_scales, repack
-from pallas_kernels.inlined import lane_value
+from pallas_kernels import code_words, group_scales, repack
+from pallas_kernels.inlined import generic_address, lane_value
 from pallas_kernels.quad import Quad, const
 
 CHUNK = 32  # columns that a quad packs into four words, one a lane
@@ -30,8 +30,6 @@ def plain(fmt, layout, y, g):
     stored = lax.bitcast_convert_type(scales, word)
     if layout == "values":
         return fmt.decode(codes, scales, jnp.float32(1)).astype(jnp.bfloat16), stored
-    if layout == "lanes":
-        return fragments.to_lanes_packed(repack.pack(codes, "interchange")), stored
     return repack.pack(codes, layout), stored.T if layout == "kernel" else stored
 
 
@@ -143,8 +141,7 @@ def _scale_store(ref, quad, exist, layout):
     """Return ``store(bits, row, group)``: lane q writes group ``group + q`` of its row."""
     ref_type = ir.MemRefType(ref.type)
     size = utils.bitwidth(ref_type.element_type)
-    generic = llvm.addrspacecast(llvm.PointerType.get(), utils.memref_ptr(ref))
-    base = llvm.ptrtoint(ir.IntegerType.get_signless(64), generic)
+    base = generic_address(ref)
     strides = [stride * size // 8 for stride in ref_type.get_strides_and_offset()[0]]
     by_row, by_group = strides[::-1] if layout == "kernel" else strides
     origin = arith.addi(arith.muli(quad.row, const(by_row)), arith.muli(quad.lane, const(by_group)))

@@ -118,7 +118,7 @@ def to_bfloat16(c: fragments.Carrier):
 def to_float8(c: fragments.Carrier):
     """Return ``expand(record) -> (weights,)``: float8_e5m2 (64, 128) in wgmma's layout, MXFP4 only.
 
-    ``out = code * 2**(stored - FLOAT8)``, columns in the order of `fragments.to_lanes`. Exact for
+    ``out = code * 2**(stored - FLOAT8)``, columns in the order of `repack.to_lanes`. Exact for
     27 octaves, those of `fragments.TOP` and below; groups below count as 14 octaves below one.
     Groups above (of tensors beyond `fragments.HIGHEST`) overflow.
     """

@@ -1,10 +1,10 @@
 """MXFP4 to FP8, both operands of a product: streams of tiles, one Mosaic GPU kernel each.
 
-An E2M1 code times a power of two is an E4M3 number over 14 octaves and an E5M2 number over 27, so
-that a tensor whose group exponents span no more becomes FP8 without error. Weights, records, become
-E4M3: smaller groups are rounded to its subnormal steps, less than 2**-18 of the largest scale.
-Activations, packed codes, become E5M2: smaller groups become zeros. Columns of both come out in the
-order of `fragments.to_lanes`.
+An E2M1 code times a power of two is an E4M3 number over 14 octaves and an E5M2 number over 28, the
+last two of them by subnormals. Weights, records, become E4M3: smaller groups are rounded to its
+subnormal steps, less than 2**-18 of the largest scale. Activations, packed codes, become E5M2:
+groups more than 26 octaves below the largest become zeros. Columns of both come out in the order of
+`repack.to_lanes`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import expand, fragments
-from pallas_kernels.inlined import SCALAR, lane_value, spread, swizzled
+from pallas_kernels.inlined import SCALAR, generic_address, lane_value, spread, swizzled
 from pallas_kernels.quad import Quad, asm, const, i32
 
 # Bring the top exponent's scale, 2**(TOP - 127) in a record, to 2**6: 6 * 2**6 = 384 < 448.
@@ -35,7 +35,7 @@ HIGHEST_FIELD = 27
 
 
 def weights(records, fmt):
-    """Return E4M3 values, columns as `fragments.to_lanes`, ``value = unit * 2**-LIFT * out / g``.
+    """Return E4M3 values, columns as `repack.to_lanes`, ``value = unit * 2**-LIFT * out / g``.
 
     Args:
       records: uint32 (N/64, K/128, lines, 64) of MXFP4.
@@ -60,13 +60,13 @@ def weights(records, fmt):
 
 
 def activations(codes, scales, top):
-    """Return E5M2 values, columns as `fragments.to_lanes`: ``code * 2**(scale - top) * 2**13``.
+    """Return E5M2 values, columns as `repack.to_lanes`: ``code * 2**(scale - top) * 2**13``.
 
     Exact for groups at most 26 octaves below ``2**top``; those below become zeros. Groups whose
     scale is NaN become NaN.
 
     Args:
-      codes: uint8 (M, K/2), M a multiple of 8, bytes as `fragments.to_lanes_packed`.
+      codes: uint8 (M, K/2), M a multiple of 8, bytes as `repack.to_lanes`.
       scales: float8_e8m0fnu (M, K/32), K a multiple of 128.
       top: int32, the largest stored scale.
 
@@ -104,10 +104,10 @@ def plain_activations(codes, scales, top):
     """As `activations`, in jax.numpy, for any M and any K that is a multiple of 32."""
     byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
     field = (byte - top + HIGHEST_FIELD)[..., None, None]
-    bytes_ = codes.reshape(*scales.shape, 1, 16).astype(jnp.int32)
-    nibbles = jnp.concatenate([bytes_ & 15, bytes_ >> 4], axis=-2)
+    pairs = codes.reshape(*scales.shape, 1, 16).astype(jnp.int32)
+    nibbles = jnp.concatenate([pairs & 15, pairs >> 4], axis=-2)
     magnitude = nibbles & 7
-    # 1/2 is a power of two, as is every second code from 2 on: no field, no bits of a mantissa.
+    # The field is the binade of 1/2, magnitude 1; from 1, magnitude 2, on each is half a binade.
     bits = jnp.where(magnitude >= 2, 4 * field + 2 * magnitude, 4 * field)
     bits = jnp.where((magnitude > 0) & (field > 0), bits, 0) | (nibbles & 8) << 4
     bits = jnp.where((byte == 255)[..., None, None], 0x7F, bits).astype(jnp.uint8)
@@ -225,7 +225,7 @@ def _to_e4m3(c):
 
 
 # Four bytes, a code in the low half of each: magnitude m becomes 4 E - 2 + 2 (m + [m >= 2]), zero
-# zero. $1 holds 4 E - 2.
+# zero; all become NaN where n. E is the field, k holds 4 E - 2.
 BYTES = """ .reg .b32 m,z,t;
  and.b32 m,{w},0x07070707;
  add.u32 z,m,0x07070707; shr.u32 z,z,3; and.b32 z,z,0x01010101;
@@ -261,8 +261,7 @@ def _to_e5m2():
     def convert(_, scales, shift, exist, codes):
         quad = Quad()
         shift, exist = lane_value(shift), lane_value(exist)
-        generic = llvm.addrspacecast(llvm.PointerType.get(), utils.memref_ptr(scales))
-        base = llvm.ptrtoint(ir.IntegerType.get_signless(64), generic)
+        base = generic_address(scales)
         by_row = ir.MemRefType(scales.type).get_strides_and_offset()[0][0]
         out = np.empty(layout.registers_shape(shape), dtype=object)
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))

@@ -188,25 +188,6 @@ def to_interchange(records, unit, fmt, shape):
     return fmt.pack(codes), lax.bitcast_convert_type(byte, jnp.float8_e4m3fn)
 
 
-def to_lanes(values):
-    """Order the columns of (M, K) as FP8 operands made from records have them.
-
-    A thread holds columns 8 n + 2 q + e of 32, q its lane; FP8 instructions read four neighbours
-    of a lane: e, q, n from the slowest to the fastest.
-    """
-    view = values.reshape(values.shape[0], -1, 4, 4, 2)
-    return view.transpose(0, 1, 4, 3, 2).reshape(values.shape)
-
-
-def to_lanes_packed(codes):
-    """Order packed codes (M, K/2) of the interchange layout as lanes hold them.
-
-    Byte 4 q + n of 16 is that of columns 8 n + 2 q and 8 n + 2 q + 1.
-    """
-    view = codes.reshape(codes.shape[0], -1, 4, 4)
-    return view.transpose(0, 1, 3, 2).reshape(codes.shape)
-
-
 def _stored_scales(c: Carrier, codes, scales, fmt):
     """Scales as records keep them (uint32), which groups count, and the unit."""
     groups = codes.reshape(*scales.shape, fmt.group_size)

@@ -38,6 +38,12 @@ def address(ref) -> ir.Value:
     return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
+def generic_address(ref) -> ir.Value:
+    """Where a reference to any memory starts, 64 bits."""
+    generic = llvm.addrspacecast(llvm.PointerType.get(), utils.memref_ptr(ref))
+    return llvm.ptrtoint(ir.IntegerType.get_signless(64), generic)
+
+
 def swizzled(swizzle: int, itemsize: int) -> tuple:
     """The transforms of an operand in shared memory: tiles of 8 rows, swizzled by so many bytes."""
     # Their abstract methods are stubs.

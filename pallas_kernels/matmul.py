@@ -67,7 +67,9 @@ def transform_quantize_matmul(
     return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
 
 
-def launch(x, weight, *, device, out_dtype=None, precision=None, plan=None):
+def launch(
+    x, weight, *, device, out_dtype=None, precision=None, plan: Split | Tiling | None = None
+):
     """As `quantized_matmul`, for a named device; the plan may be given."""
     options = {"out_dtype": out_dtype, "precision": precision, "plan": plan}
     return launch_all(x, (weight,), device=device, **options)[0]

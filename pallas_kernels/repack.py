@@ -4,6 +4,9 @@
 ``kernel``: byte j of each 32 columns holds columns j and j + 16, so that both nibbles of a register
 become FP8 fragments without exchange; scales transposed, (..., K/g, M).
 ``fp8``: MXFP4 with the group exponents folded into E4M3 codes, one power of two a row.
+
+Between the kernels only, ``lanes``: of each 32 columns those of the low halves of 16 bytes, then
+those of the high ones, are in the order of FP8 operands made from records (`to_lanes`).
 """
 
 from __future__ import annotations
@@ -24,13 +27,24 @@ def pack(codes: jax.Array, layout: str) -> jax.Array:
     >>> pack(jnp.arange(32, dtype=jnp.uint8) % 16, "kernel")[:3].tolist()
     [0, 17, 34]
     """
-    if layout == "interchange":
+    if layout in ("interchange", "lanes"):
         low, high = codes[..., 0::2], codes[..., 1::2]
     else:
         halves = codes.reshape(*codes.shape[:-1], -1, 2, CHUNK // 2)
         flat = (*codes.shape[:-1], codes.shape[-1] // 2)
         low, high = halves[..., 0, :].reshape(flat), halves[..., 1, :].reshape(flat)
-    return low | (high << 4)
+    packed = low | (high << 4)
+    return to_lanes(packed) if layout == "lanes" else packed
+
+
+def to_lanes(codes):
+    """Order packed codes (..., K/2) of the interchange layout as the lanes of a quad hold them.
+
+    A thread holds columns 8 n + 2 q + e of 32, q its lane; FP8 instructions read four neighbours of
+    a lane: e, q, n from the slowest to the fastest. Byte 4 q + n of 16 has both e.
+    """
+    view = codes.reshape(*codes.shape[:-1], -1, 4, 4)
+    return jnp.swapaxes(view, -1, -2).reshape(codes.shape)
 
 
 def from_interchange(codes, scales, fmt, layout: str):

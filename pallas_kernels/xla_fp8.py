@@ -7,13 +7,11 @@ temporary of one byte a value, written and read once a call: worth it for many t
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fragments, mosaic_gpu
+from pallas_kernels import fragments, mosaic_gpu, repack
 
 HIGHEST = 13  # `fp8_kernel.activations` brings the largest scale to 2**13
 # Columns whose products may be summed in short accumulators. Of one sign, 14336 lost over 5 %.
@@ -109,13 +107,12 @@ def multiply(left, global_scale, weight, out_dtype, precision=None):
     right = fp8_kernel.weights(weight.records, weight.format)
     columns = jnp.pad(values, ((0, 0), (0, right.shape[1] - values.shape[1])))
     factor = power * weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale / global_scale
+    # HIGHEST: sums leave the tensor core's short accumulator every few steps
+    short = fast(precision, weight.shape[1])
     y = lax.dot_general(
         *(columns, right[: weight.shape[0]]),
         (((1,), (1,)), ((), ())),
-        # HIGHEST: sums leave the tensor core's short accumulator every few steps
-        precision=lax.Precision.DEFAULT
-        if fast(precision, weight.shape[1])
-        else lax.Precision.HIGHEST,
+        precision=lax.Precision.DEFAULT if short else lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     return (y * factor).astype(out_dtype)
@@ -123,18 +120,17 @@ def multiply(left, global_scale, weight, out_dtype, precision=None):
 
 def of_codes(codes, scales):
     """As `activations`, of codes in the interchange layout."""
-    rows = math.prod(codes.shape[:-1])
-    return activations(fragments.to_lanes_packed(codes.reshape(rows, -1)), scales)
+    return activations(repack.to_lanes(codes), scales)
 
 
 def activations(codes, scales):
-    """Return MXFP4 activations in E5M2, columns as `fragments.to_lanes`.
+    """Return MXFP4 activations in E5M2, columns as `repack.to_lanes`.
 
     Exact for groups whose scale is at most 26 octaves below the largest; those below become zeros.
     Groups that are not finite become NaN.
 
     Args:
-      codes: uint8 (..., M, K/2), bytes as `fragments.to_lanes_packed`.
+      codes: uint8 (..., M, K/2), bytes as `repack.to_lanes`.
       scales: float8_e8m0fnu (..., M, K/32).
 
     Returns:
@@ -153,7 +149,7 @@ def _to_float8(codes, scales, top):
     """`fp8_kernel.activations` where it can, else its definition."""
     from pallas_kernels import fp8_kernel
 
-    if jax.default_backend() != "gpu" or codes.shape[1] % 64:
+    if codes.shape[1] % 64:  # the kernel's steps are 128 columns
         return fp8_kernel.plain_activations(codes, scales, top)
     rows = len(codes)
     if rows % 8:  # TMA's view of a swizzled tile splits M by 8 rows

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import fragments, reference, repack
+from pallas_kernels import reference, repack
 
 # Share of codes, and of scales, that may differ (float32 sums in another order).
 SHARE = 1e-5
@@ -37,7 +37,7 @@ def definition(x, transform, fmt, layout="interchange"):
 
     codes, scales = run(x, transform, jnp.float32(fmt.global_scale))
     if layout == "lanes":
-        return fragments.to_lanes_packed(codes), scales
+        return repack.to_lanes(codes), scales
     return repack.from_interchange(codes, scales, fmt, layout)
 
 

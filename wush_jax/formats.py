@@ -112,11 +112,11 @@ class Format:
 
         ``code = round(y * (global_scale / scale))``: one division a group, one product a value.
         """
-        # Halving g and doubling 1/s keeps the reciprocal of the largest power of two normal.
-        inverse = (global_scale * 0.5) * numerics.divide(jnp.float32(2.0), scale)
-        if self.scale_dtype == "e8m0":
-            inverse = (global_scale * 0.5) * numerics.exp2_int(1 - numerics.floor_log2(scale))
-        return self.element.encode(y * inverse[..., None])
+        if self.scale_dtype == "e8m0":  # 2/s and g/2: 1/s of the largest power is not normal
+            twice = numerics.exp2_int(1 - numerics.floor_log2(scale))
+        else:
+            twice = numerics.divide(jnp.float32(2.0), scale)
+        return self.element.encode(y * (global_scale * 0.5 * twice)[..., None])
 
     def decode_with(self, codes: jax.Array, scale: jax.Array, global_scale: jax.Array) -> jax.Array:
         """Return ``code_value * (scale / global_scale)``, codes (..., g), scales (...): float32."""

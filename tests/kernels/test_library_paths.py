@@ -73,7 +73,7 @@ def folded(q):
 
 
 def in_order(values):
-    """Undo `fragments.to_lanes`, in float64."""
+    """Undo the order of `repack.to_lanes`, in float64."""
     values = np.asarray(values, np.float64)
     lanes = values.reshape(len(values), -1, 2, 4, 4).transpose(0, 1, 4, 3, 2)
     return lanes.reshape(values.shape)

@@ -80,8 +80,8 @@ def packed_layer(x, weights):
     ("m", "k", "n", "kernels"),
     [
         (16, 4096, 28672, {"mosaic_gpu": 2, "dot_general": 0}),  # bfloat16
-        (1024, 4096, 28672, {"mosaic_gpu": 2, "dot_general": 0}),  # FP8, packed
-        (4096, 4096, 4096, {"mosaic_gpu": 2, "dot_general": 1}),  # FP8, expanded for the library
+        (1024, 4096, 28672, {"mosaic_gpu": 3, "dot_general": 0}),  # FP8, packed
+        (4096, 4096, 4096, {"mosaic_gpu": 3, "dot_general": 1}),  # FP8, expanded for the library
     ],
 )
 def test_layers_lower_to_the_kernels_of_their_size(monkeypatch, m, k, n, kernels):
