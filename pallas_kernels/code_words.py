@@ -12,7 +12,7 @@ from __future__ import annotations
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith, nvvm
 
-from pallas_kernels.quad import EVERY_LANE, SEGMENTS, const, i32, ptx
+from pallas_kernels.quad import EVERY_LANE, SEGMENTS, asm, const, i32, ptx
 
 # Second operand where the mask (third operand) is 0, first where it is 1.
 SELECT = 0xF0 & 0xAA | 0xCC & ~0xAA & 0xFF
@@ -70,6 +70,25 @@ def e2m1_values(factors, scales, values, saturate):
         code = "{ .reg .f32 v,z<2>; " + rounds + " cvt.rn.bf16x2.f32 $0, z1, z0; }"
         words.append(ptx(i32(), code, factors[half], scales[half], *values[2 * pair :][:2]))
     return words
+
+
+def e2m1_float8(factors, scales, values, saturate):
+    """Eight values of one lane rounded to E2M1, as E5M2: words of the even and the odd columns."""
+    rounds = "".join(
+        ROUND.format(i=i, x=i + 6, f=2 + i // 4, clamp=CLAMP.format(i=i) if saturate else "")
+        + f" mul.rn.f32 z{i}, z{i}, ${4 + i // 4}; "
+        for i in range(8)
+    )
+    convert = "".join(
+        "".join(
+            f"cvt.rn.satfinite.e5m2x2.f32 h{i},z{first + 2 + odd},z{first + odd}; "
+            for i, first in enumerate((0, 4))
+        )
+        + f"mov.b32 ${odd},{{h0,h1}}; "
+        for odd in (0, 1)
+    )
+    code = "{ .reg .f32 v,z<8>; .reg .b16 h0,h1; " + rounds + convert + "}"
+    return asm(code, 2, *factors, *scales, *values)
 
 
 def int4_word(factors, values, layout):

@@ -95,7 +95,7 @@ def quantized_matmul(
       packed: quantized weight of shape (N, K), the same kind of object or `fragments.Fragments`
         (what the kernels read), or one that holds it as ``weight``.
       out_dtype: of the result; default x's dtype, float32 for quantized activations.
-      precision: of the sums of FP8 products (`xla_fp8.fast`): None or "highest" for float32,
+      precision: of the sums of "xla_fp8" (`xla_fp8.fast`): None or "highest" for float32,
         "default" for the tensor cores' short accumulators, some 14 bits, up to K = 4096.
       implementation: as for `transform_quantize`: "mosaic_gpu" (packed weights in the kernels'
         layout, Hopper), "xla" (weights expanded to bfloat16 by the call), "reference"; only on
@@ -114,7 +114,7 @@ def quantized_matmul(
     return _first_able(
         "quantized_matmul",
         {
-            "mosaic_gpu": _short(matmul.quantized_matmul, precision),
+            "mosaic_gpu": matmul.quantized_matmul,
             "xla": xla.quantized_matmul,
             "reference": reference.quantized_matmul,
             "scaled_dot": scaled_dot.quantized_matmul,
@@ -173,7 +173,7 @@ def transform_quantize_matmul(
     products = _first_able(
         "transform_quantize_matmul",
         {
-            "mosaic_gpu": _short(matmul.transform_quantize_matmul, precision),
+            "mosaic_gpu": matmul.transform_quantize_matmul,
             "xla": _one_by_one(xla.transform_quantize_matmul),
             "reference": _one_by_one(reference.transform_quantize_matmul),
             "xla_fp8": _one_by_one(_short(xla_fp8.transform_quantize_matmul, precision)),

@@ -7,6 +7,8 @@ construction. The tests on a GPU compare the two.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -17,15 +19,19 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import code_words, group_scales, repack
-from pallas_kernels.inlined import generic_address, lane_value
-from pallas_kernels.quad import Quad, const
+from pallas_kernels.inlined import address, generic_address, lane_value
+from pallas_kernels.quad import Quad, asm, const, run
 
 CHUNK = 32  # columns that a quad packs into four words, one a lane
+TOGETHER = 15  # a hardware barrier: the lower ones belong to single warpgroups
 
 
 def plain(fmt, layout, y, g):
     """Codes (M, K/2) and scale words of float32 tiles y (M, K), in jax.numpy."""
     codes, scales = fmt.encode(y, g)
+    if layout == "float8":
+        values, powers = repack.to_float8(repack.pack(codes, "lanes"), scales, y.shape[1])
+        return lax.bitcast_convert_type(values, jnp.uint8), powers[:, : len(y)]
     word = jnp.uint16 if scales.dtype == jnp.bfloat16 else jnp.uint8
     stored = lax.bitcast_convert_type(scales, word)
     if layout == "values":
@@ -33,7 +39,7 @@ def plain(fmt, layout, y, g):
     return repack.pack(codes, layout), stored.T if layout == "kernel" else stored
 
 
-def encode_tile(fmt, rows, blocks, layout):
+def encode_tile(fmt, rows, blocks, layout, beside=1):
     """Return ``encode(scales, *per_row, *accumulators) -> codes`` for a tile in registers.
 
     ``codes = pack(round(y * g / s))``, ``s = rule(y)`` per group of y.
@@ -42,13 +48,16 @@ def encode_tile(fmt, rows, blocks, layout):
       fmt: the number format.
       rows: rows of the tile, a multiple of 64.
       blocks: widths of the accumulators; they sum to a multiple of four groups.
-      layout: as for `quantize_kernel.transform_quantize`.
+      layout: as for `quantize_kernel.transform_quantize`; for "float8" the width is 128.
+      beside: warpgroups, all of a CTA, that find the power of a row together.
 
     Returns:
       A function of the slice of memory, shared or global, that takes the tile's scales, (rows,
-      groups) or transposed in the kernel layout; of three values spread over the rows: the global
-      scale, and how many rows and groups of the slice exist; and of the float32 accumulators
-      (rows, width). Its result is uint8 (rows, sum(blocks) / 2), or bfloat16 (rows, sum(blocks)).
+      groups) or transposed in the kernel layout; if ``beside`` is more than one, of shared memory
+      int32 (beside, 64), not that of the call before; of three values spread over the rows: the
+      global scale, and how many rows and groups of the slice exist; and of the accumulators float32
+      (rows, width). Its result is uint8 (rows, sum(blocks) / 2); bfloat16 (rows, sum(blocks)) for
+      "values", bytes (rows, sum(blocks)) for "float8".
 
     Raises:
       NotImplementedError: no instruction sequence for this format.
@@ -61,31 +70,46 @@ def encode_tile(fmt, rows, blocks, layout):
         lanes, shape = fa.WGMMA_LAYOUT, (rows, width)
         result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=wgmma)
     else:
-        lanes, shape = fa.WGMMA_LAYOUT_8BIT, (rows, width // 2)
+        lanes, shape = fa.WGMMA_LAYOUT_8BIT, (rows, width if layout == "float8" else width // 2)
         result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.uint8), layout=plgpu.Layout.WGMMA_8BIT)
 
+    shared = 1 if beside > 1 else 0
+
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), *[wgmma.reduce(1)] * 3, *[wgmma] * len(blocks)),
+        arg_types=(
+            *[plgpu.RefType()] * (1 + shared),
+            *[wgmma.reduce(1)] * 3,
+            *[wgmma] * len(blocks),
+        ),
         return_type=result,
     )
     def encode(_, scales, *operands):
+        tops, operands = operands[:shared], operands[shared:]
         quad = Quad()
         g, *exist = (lane_value(v) for v in operands[:3])
         store = _scale_store(scales, quad, exist, layout)
         out = np.empty(lanes.registers_shape(shape), dtype=object)
-        for tile, half in np.ndindex(rows // 64, 2):
-            row = 64 * tile + 8 * half
-            chunks = _chunks(operands[3:], tile, half)
-            found = _factors(
+        rows_of = {
+            (tile, half): (64 * tile + 8 * half, _chunks(operands[3:], tile, half))
+            for tile, half in np.ndindex(rows // 64, 2)
+        }
+        found = {
+            at: _factors(
                 *(fmt, quad, chunks, g),
-                lambda b, group, r=row: store(b, r, group),
-                with_bits=layout == "values",
+                lambda b, group, r=row: None if layout == "float8" else store(b, r, group),
+                with_bits=layout in ("values", "float8"),
             )
+            for at, (row, chunks) in rows_of.items()
+        }
+        if layout == "float8":
+            found = _to_float8(quad, found, rows_of, store, *tops)
+        for (tile, half), (_, chunks) in rows_of.items():
+            of_row = found[tile, half]
             for c, chunk in enumerate(chunks):
-                ends = found[c * per_chunk], found[(c + 1) * per_chunk - 1]
-                for i, register in enumerate(_output(fmt, layout, quad, ends, chunk)):
-                    column = 4 * c + i if layout == "values" else c
-                    out[tile, column, 0, 0, half, 0, 0, 0, 0] = register
+                ends = of_row[c * per_chunk], of_row[(c + 1) * per_chunk - 1]
+                registers = _output(fmt, layout, quad, ends, chunk)
+                for i, register in enumerate(registers):
+                    out[tile, len(registers) * c + i, 0, 0, half, 0, 0, 0, 0] = register
         signed = None if layout == "values" else False
         return fa.FragmentedArray(_registers=out, _layout=lanes, _is_signed=signed)
 
@@ -95,7 +119,8 @@ def encode_tile(fmt, rows, blocks, layout):
 def _output(fmt, layout, quad, ends, chunk):
     """A lane's registers of one chunk: a word of codes, or four of two values.
 
-    ``ends`` are (stored bits, factor) of the chunk's first and last group.
+    ``ends`` are (stored bits, factor) of the chunk's first and last group; for "float8" what
+    takes rounded values to FP8 in place of the bits.
     """
     factors = tuple(factor for _, factor in ends)
     # Rules under which amax can land beyond 6: an E4M3 scale may be rounded down.
@@ -105,13 +130,56 @@ def _output(fmt, layout, quad, ends, chunk):
         words = code_words.e2m1_values(factors, scales, chunk, saturate)
         two = ir.VectorType.get((2,), ir.BF16Type.get())
         return [utils.bitcast(word, two) for word in words]
+    four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+    if layout == "float8":
+        words = code_words.e2m1_float8(factors, [scale for scale, _ in ends], chunk, saturate)
+        return [utils.bitcast(word, four) for word in words]
     if fmt.element.name == "int4_midrise":
         word = code_words.int4_word(factors, chunk, layout)
     else:
         word = code_words.e2m1_word(factors, chunk, saturate, layout)
     word = code_words.drop_bad_groups(word, factors, layout)
     word = code_words.exchange_bytes(quad, word, layout)
-    return [utils.bitcast(word, ir.VectorType.get((4,), ir.IntegerType.get_signless(8)))]
+    return [utils.bitcast(word, four)]
+
+
+def _to_float8(quad, found, rows_of, store, tops=None):
+    """(Scale to FP8, factor) of each group of each row, from (stored bits, factor).
+
+    Stores the rows' powers, of the largest scale of all warpgroups that share ``tops``.
+    """
+    largest = {
+        at: group_scales.largest([bits for bits, _ in of_row]) for at, of_row in found.items()
+    }
+    if tops is not None:
+        largest = _over_warpgroups(quad, largest, rows_of, tops)
+    out = {}
+    for at, of_row in found.items():
+        store(group_scales.float8_power(largest[at]), rows_of[at][0], 0)
+        out[at] = [
+            (group_scales.float8_scale(bits, largest[at]), factor) for bits, factor in of_row
+        ]
+    return out
+
+
+def _over_warpgroups(quad, largest, rows_of, tops):
+    """Each row's largest number over all warpgroups of a CTA, through shared memory."""
+    beside, rows = ir.MemRefType(tops.type).shape
+    start = arith.addi(address(tops), arith.muli(quad.row, const(4)))
+    wg = utils.warpgroup_idx(sync=False)
+    mine = arith.addi(start, arith.muli(wg, const(4 * rows)))
+    for at, top in largest.items():
+        # The four lanes of a row write the same.
+        run("st.shared.b32 [$0], $1;", arith.addi(mine, const(4 * rows_of[at][0])), top)
+    run(f"bar.sync {TOGETHER}, {128 * beside};")
+    out = {}
+    for at in largest:
+        others = [
+            asm("ld.shared.b32 $0, [$1];", 1, arith.addi(start, const(offset)), volatile=True)[0]
+            for offset in (4 * (rows * w + rows_of[at][0]) for w in range(beside))
+        ]
+        out[at] = functools.reduce(arith.maxsi, others)
+    return out
 
 
 def _factors(fmt, quad, chunks, g, store, with_bits):
@@ -143,10 +211,10 @@ def _scale_store(ref, quad, exist, layout):
     size = utils.bitwidth(ref_type.element_type)
     base = generic_address(ref)
     strides = [stride * size // 8 for stride in ref_type.get_strides_and_offset()[0]]
-    by_row, by_group = strides[::-1] if layout == "kernel" else strides
+    by_row, by_group = strides[::-1] if layout in repack.TRANSPOSED else strides
     origin = arith.addi(arith.muli(quad.row, const(by_row)), arith.muli(quad.lane, const(by_group)))
     # A 16-bit store wants a 16-bit register.
-    narrow, name = ("", "$2") if size == 8 else (".reg .b16 h; cvt.u16.u32 h, $2;", "h")
+    narrow, name = (".reg .b16 h; cvt.u16.u32 h, $2;", "h") if size == 16 else ("", "$2")
     rows, groups = exist
 
     def store(bits, row, group):

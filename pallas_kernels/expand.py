@@ -9,7 +9,6 @@ bfloat16 number times 2**-126; the scale brings the power back, so that the prod
 
 from __future__ import annotations
 
-import itertools
 from typing import cast
 
 import jax.numpy as jnp
@@ -35,26 +34,6 @@ E2M1 = """{
  shr.u32 t,$4,3; and.b32 t,t,0x01C001C0; shl.b32 u,$4,2; lop3.b32 t,u,0x80008000,t,0xEA;
  mul.rn.bf16x2 $3,t,$6;
  }"""
-# Eight codes of a word as E5M2: $0 those of even columns, $1 of odd ones. $3 and $4 are a table of
-# the bytes of 0 to 1.5 and of 2 to 6, times the scale. Magnitudes, spread to a nibble each, select
-# from it; one product brings a half's four signs, between other bits, to the bytes' highest.
-E5M2 = """{
- .reg .b32 t,u,s;
- and.b32 u,$2,0x0FFF0FFF;
- and.b32 t,u,0x0FC00FC0; mad.lo.u32 u,t,3,u;
- and.b32 t,u,0x38383838; add.u32 u,u,t;
- shl.b32 s,$2,16; shr.u32 s,s,28; mul.lo.u32 s,s,0x40108020;
- prmt.b32 t,$3,$4,u; lop3.b32 $0,s,0x80808080,t,0xEA;
- shr.u32 u,u,16; shr.u32 s,$2,28; mul.lo.u32 s,s,0x40108020;
- prmt.b32 t,$3,$4,u; lop3.b32 $1,s,0x80808080,t,0xEA;
- }"""
-# Four stored scales: NaN to 14 octaves above 2**(FLOAT8 - 127), all others to at most 14 below.
-NEAR = """{
- .reg .b32 m,n;
- shr.u32 n,$1,7; and.b32 n,n,0x01010101; mul.lo.u32 n,n,8; sub.u32 n,$1,n;
- add.u32 m,n,0x23232323; shr.u32 m,m,7; and.b32 m,m,0x01010101; mul.lo.u32 m,m,255;
- and.b32 n,n,m; lop3.b32 $0,0x5D5D5D5D,m,n,0xBA;
- }"""
 # 2 k + 1 = (128 + 2 u + 1) - 144 with u = k + 8; the product with a scale of eight bits has twelve:
 # the rounded product and what it lacks.
 INT4 = (
@@ -78,9 +57,6 @@ INT4 = (
 BYTE, HALF = (0x4040, 0x4141, 0x4242, 0x4343), (0x1010, 0x3232)
 # Where a stored byte's exponent goes, and what 2**126 (and 2**-9) of it is.
 SPREAD = {"mxfp4": (7, 126 << 7), "nvfp4": (4, 228 << 7)}
-# FP8 operands: the stored scale that becomes one; bytes of E5M2 at that scale, and of an octave.
-FLOAT8 = 107
-TABLE, OCTAVE = (0x3E3C3800, 0x46444240), (0x04040400, 0x04040404)
 STEPS = 8  # of 16 columns in a record
 
 
@@ -92,7 +68,7 @@ def operands(c: fragments.Carrier) -> int:
 def to_bfloat16(c: fragments.Carrier):
     """Return ``expand(record) -> (weights, ...)``: bfloat16 (64, 128) in wgmma's layout.
 
-    When it returns, all threads of the warpgroup have read the record.
+    Each thread has read its part of the record when it returns.
     """
     wgmma = plgpu.Layout.WGMMA
     shape = (fragments.ROWS, fragments.COLUMNS)
@@ -107,45 +83,9 @@ def to_bfloat16(c: fragments.Carrier):
                 column, half = divmod(which % 4, 2)
                 two = utils.bitcast(register, ir.VectorType.get((2,), ir.BF16Type.get()))
                 outs[which // 4][0, 2 * step + column, 0, 0, half, 0, 0, 0, 0] = two
-        utils.warpgroup_barrier()
         return tuple(
             fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=None) for out in outs
         )
-
-    return expand
-
-
-def to_float8(c: fragments.Carrier):
-    """Return ``expand(record) -> (weights,)``: float8_e5m2 (64, 128) in wgmma's layout, MXFP4 only.
-
-    ``out = code * 2**(stored - FLOAT8)``, columns in the order of `repack.to_lanes`. Exact for
-    27 octaves, those of `fragments.TOP` and below; groups below count as 14 octaves below one.
-    Groups above (of tensors beyond `fragments.HIGHEST`) overflow.
-    """
-    if c.kind != "mxfp4":
-        raise NotImplementedError(f"{c.kind} is not exact in FP8")
-    shape = (fragments.ROWS, fragments.COLUMNS)
-    result = plgpu.ShapeDtypeStruct(
-        shape, jnp.dtype(jnp.float8_e5m2), layout=plgpu.Layout.WGMMA_8BIT
-    )
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(result,))
-    def expand(_, record):
-        layout = fa.WGMMA_LAYOUT_8BIT
-        out = np.empty(layout.registers_shape(shape), dtype=object)
-        four = ir.VectorType.get((4,), ir.Float8E5M2Type.get())
-        words, scales = _load(c, record)
-        rows = [asm(NEAR, 1, *of_row)[0] for of_row in scales]
-        for group, half in itertools.product(range(c.groups), (0, 1)):
-            stored = asm(f"prmt.b32 $0,$1,0,{0x4440 | group};", 1, rows[half])[0]
-            table = [
-                asm(f"mad.lo.u32 $0,$1,{octave},{(one - FLOAT8 * octave) % 2**32};", 1, stored)[0]
-                for one, octave in zip(TABLE, OCTAVE, strict=True)
-            ]
-            for pair, word in enumerate(asm(E5M2, 2, words[2 * group + half], *table)):
-                out[0, 2 * group + pair, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
-        utils.warpgroup_barrier()
-        return (fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=None),)
 
     return expand
 
@@ -199,7 +139,7 @@ def multiply(c: fragments.Carrier, tokens: int):
                     before = [llvm.extractelement(out[i], const(e)) for i in places for e in (0, 1)]
                     after = _mma(before, registers[first : first + 4], halves)
                     for place, two in zip(places, (after[:2], after[2:]), strict=True):
-                        out[place] = _pair(*two)
+                        out[place] = vector(*two)
         out = chains[0]
         for i in np.ndindex(out.shape) if len(chains) == 2 else ():
             out[i] = arith.addf(out[i], chains[1][i])
@@ -214,12 +154,12 @@ def settle(_):
     utils.warpgroup_barrier()
 
 
-def _pair(low, high):
+def vector(low, high):
     """Two float32 values as a vector."""
-    vector = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
+    both = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
     for e, value in enumerate((low, high)):
-        vector = llvm.insertelement(vector, value, const(e))
-    return vector
+        both = llvm.insertelement(both, value, const(e))
+    return both
 
 
 def _mma(sums, weights, x):
@@ -236,7 +176,7 @@ def _mma(sums, weights, x):
 
 def fragments_of(c: fragments.Carrier, record):
     """The registers of each step of 16 columns: four, or eight for two operands."""
-    words, scales = _load(c, record)
+    words, scales = load(c, record)
     code, count = INT4 if c.kind == "int4" else E2M1, operands(c)
     for first in range(0, STEPS, 2):
         groups = [step * c.groups // STEPS for step in (first, first + 1)]
@@ -279,7 +219,7 @@ def plain(c: fragments.Carrier, record):
     return first.astype(jnp.bfloat16), (product - first).astype(jnp.bfloat16)
 
 
-def _load(c: fragments.Carrier, record):
+def load(c: fragments.Carrier, record):
     """A thread's eight words, and the scale words of its two rows."""
     base = address(record)
     thread = arith.andi(utils.thread_idx(), const(127))

@@ -1,16 +1,15 @@
 """MXFP4 to FP8, both operands of a product: streams of tiles, one Mosaic GPU kernel each.
 
 An E2M1 code times a power of two is an E4M3 number over 14 octaves and an E5M2 number over 28, the
-last two of them by subnormals. Weights, records, become E4M3: smaller groups are rounded to its
-subnormal steps, less than 2**-18 of the largest scale. Activations, packed codes, become E5M2:
-groups more than 26 octaves below the largest become zeros. Columns of both come out in the order of
-`repack.to_lanes`.
+last two of them by subnormals. Weights, records, become E4M3, for the library, which multiplies no
+E5M2 by E5M2: smaller groups are rounded to its subnormal steps, less than 2**-18 of the largest
+scale. Activations, packed codes, become E5M2: groups more than 26 octaves below the largest become
+zeros. Columns of both come out in the order of `repack.to_lanes`.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,30 +22,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import expand, fragments
+from pallas_kernels import expand, float8, fragments, repack
 from pallas_kernels.inlined import SCALAR, generic_address, lane_value, spread, swizzled
 from pallas_kernels.quad import Quad, asm, const, i32
 
-# Bring the top exponent's scale, 2**(TOP - 127) in a record, to 2**6: 6 * 2**6 = 384 < 448.
-LIFT = 6 + 127 - fragments.TOP
+# Bring the largest scale from 2**13 in E5M2 to 2**6: 6 * 2**6 = 384 < 448.
+LOWER = 7
 WARPGROUPS, STAGES = 4, 4
-# E5M2's field of the binade of 1/2 at the largest scale: 6 times that is 49152 < 57344.
-HIGHEST_FIELD = 27
 
 
 def weights(records, fmt):
-    """Return E4M3 values, columns as `repack.to_lanes`, ``value = unit * 2**-LIFT * out / g``.
+    """Return E4M3 values, columns as `repack.to_lanes`, ``value = unit * 2**LOWER * out / g``.
 
     Args:
-      records: uint32 (N/64, K/128, lines, 64) of MXFP4.
+      records: uint32 (N/64, K/128, lines, 64) of MXFP4, laid out for FP8.
       fmt: the format.
 
     Returns:
       float8_e4m3fn (ceil(N/64) * 64, ceil(K/128) * 128).
     """
-    c = fragments.carrier(fmt)
-    if c.kind != "mxfp4":
-        raise NotImplementedError(f"{fmt.name} is not exact in FP8")
+    c = fragments.carrier(fmt, "float8")
     tiles, steps = records.shape[:2]
     convert = _to_e4m3(c)
     run = _stream(
@@ -96,22 +91,8 @@ def activations(codes, scales, top):
         rows=rows,
     )
     stored = lax.bitcast_convert_type(scales, jnp.uint8)
-    shift = jnp.asarray(HIGHEST_FIELD - top, jnp.int32).reshape(1)
+    shift = jnp.asarray(repack.HIGHEST_FIELD - top, jnp.int32).reshape(1)
     return lax.bitcast_convert_type(run(codes, stored, shift), jnp.float8_e5m2)
-
-
-def plain_activations(codes, scales, top):
-    """As `activations`, in jax.numpy, for any M and any K that is a multiple of 32."""
-    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
-    field = (byte - top + HIGHEST_FIELD)[..., None, None]
-    pairs = codes.reshape(*scales.shape, 1, 16).astype(jnp.int32)
-    nibbles = jnp.concatenate([pairs & 15, pairs >> 4], axis=-2)
-    magnitude = nibbles & 7
-    # The field is the binade of 1/2, magnitude 1; from 1, magnitude 2, on each is half a binade.
-    bits = jnp.where(magnitude >= 2, 4 * field + 2 * magnitude, 4 * field)
-    bits = jnp.where((magnitude > 0) & (field > 0), bits, 0) | (nibbles & 8) << 4
-    bits = jnp.where((byte == 255)[..., None, None], 0x7F, bits).astype(jnp.uint8)
-    return lax.bitcast_convert_type(bits.reshape(len(codes), -1), jnp.float8_e5m2)
 
 
 def _at(i, size):
@@ -186,23 +167,20 @@ def _body(tiles, steps, source, convert, *arrays, ring_s, out_s, ready):
     plgpu.wait_smem_to_gmem(0)
 
 
+# Four bytes of E5M2, the high bytes of float16 numbers, times 2**-7 to E4M3.
+E4M3 = """{
+ .reg .b32 t; .reg .b16 h,l;
+ prmt.b32 t,$1,0,0x1404; mul.rn.f16x2 t,t,$2; cvt.rn.satfinite.e4m3x2.f16x2 l,t;
+ prmt.b32 t,$1,0,0x3424; mul.rn.f16x2 t,t,$2; cvt.rn.satfinite.e4m3x2.f16x2 h,t;
+ mov.b32 $0,{l,h};
+ }"""
+
+
 def _to_e4m3(c):
     """Return ``convert(record) -> uint8 (64, 128)``, bytes of E4M3."""
     shape = (fragments.ROWS, fragments.COLUMNS)
     layout = fa.WGMMA_LAYOUT_8BIT
-    # bfloat16 to float32 is a shift; the lift goes along with a multiplication.
-    lift = np.float32(2.0**LIFT).view(np.uint32)
-    code = (
-        "{ .reg .b32 a; .reg .f32 f<8>; .reg .b16 h<4>;"
-        + "".join(
-            f" shl.b32 a,${2 + i},16; mov.b32 f{i},a; and.b32 a,${2 + i},0xFFFF0000;"
-            f" mov.b32 f{4 + i},a;"
-            for i in range(4)
-        )
-        + "".join(f" mul.rn.f32 f{i},f{i},0f{lift:08X};" for i in range(8))
-        + "".join(f" cvt.rn.satfinite.e4m3x2.f32 h{i},f{2 * i + 1},f{2 * i};" for i in range(4))
-        + " mov.b32 $0,{h0,h1}; mov.b32 $1,{h2,h3}; }"
-    )
+    factor = np.array([2.0**-LOWER] * 2, np.float16).view(np.uint32)[0]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
@@ -213,11 +191,11 @@ def _to_e4m3(c):
     def convert(_, record):
         out = np.empty(layout.registers_shape(shape), dtype=object)
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-        steps = list(expand.fragments_of(c, record))
-        for first, half in itertools.product(range(0, expand.STEPS, 2), (0, 1)):
-            eights = [steps[first + s][2 * column + half] for s in (0, 1) for column in (0, 1)]
-            for pair, word in enumerate(asm(code, 2, *eights)):
-                out[0, first + pair, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
+        for group, registers in enumerate(float8.bytes_of(*expand.load(c, record))):
+            for i, register in enumerate(registers):
+                odd, half = divmod(i, 2)
+                word = asm(E4M3, 1, register, const(factor))[0]
+                out[0, 2 * group + odd, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
         utils.warpgroup_barrier()
         return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=False)
 

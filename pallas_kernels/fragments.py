@@ -4,8 +4,9 @@ wgmma takes its left operand from registers: of every 16 columns a thread holds 
 neighbours in each of two rows and two column halves. A record keeps the eight codes of one row and
 two such steps in one word, the eight words of a thread next to each other, and the scales of the 64
 rows behind them, so that one contiguous copy brings it to shared memory and three wide loads bring
-it to registers. Within a word every pair of codes sits where few instructions turn it into two
-bfloat16 values, or four codes into four FP8 values (`expand`).
+it to registers. What a record becomes there, its *operand*, decides where the bits of a code sit in
+a word: where few instructions turn two codes into two bfloat16 values (`expand`), or four into four
+FP8 values (`float8`).
 
     record = 16 rows of 64 words: codes [half of the columns][thread][32 columns][row, row + 8]
              1 or 2 rows:         scales [warp][row of 8][row, row + 8][group]
@@ -23,14 +24,34 @@ from jax import lax
 
 ROWS, COLUMNS = 64, 128  # of a record
 CODE_LINES = 16
-# Bits of the four pairs of a word; of each 16-bit half one value. E2M1: sign, then the magnitude.
-E2M1_BITS = ((14, 2, 1, 0), (12, 5, 4, 3), (15, 8, 7, 6), (13, 11, 10, 9))
-INT4_BITS = tuple(tuple(4 * i + b for b in (3, 2, 1, 0)) for i in range(4))
-# MXFP4: the largest exponent of a tensor is stored as this byte; codes of groups so far below it
-# that their byte would be negative count as zero. Above HIGHEST the unit would overflow: tensors
-# that reach beyond store larger bytes.
-TOP, HIGHEST = 120, 247
-NAN = 129  # as a scale of MXFP4: an infinity, which makes NaN of a zero only
+
+
+def _in_halves(*pairs):
+    """Bits of the four pairs of a word with a value of each pair in either 16-bit half."""
+    return tuple((bits, tuple(b + 16 for b in bits)) for bits in pairs)
+
+
+# Bits of the codes of a word, for each pair of columns; sign or highest bit first.
+E2M1_BITS = _in_halves((14, 2, 1, 0), (12, 5, 4, 3), (15, 8, 7, 6), (13, 11, 10, 9))
+INT4_BITS = _in_halves(*(tuple(4 * i + b for b in (3, 2, 1, 0)) for i in range(4)))
+# Magnitudes in nibbles, the four of even columns in the low half: selectors of a byte look-up.
+# Their signs are the highest bits of bytes, those of odd columns four bits below.
+FLOAT8_BITS = tuple(
+    tuple((8 * i + 7 - 4 * odd, *(4 * i + 16 * odd + b for b in (2, 1, 0))) for odd in (0, 1))
+    for i in range(4)
+)
+# MXFP4: the largest exponent of a tensor is stored as this byte.
+TOP = 120
+# The stored byte of a scale that becomes one.
+ONE = {"bfloat16": 127, "float8": TOP - 13}
+# Largest exponents whose unit is a float32 number: tensors that reach beyond store larger bytes.
+TOPS = {"bfloat16": (1, 247), "float8": (15, 254)}
+# The lowest byte: codes of groups further below count as zero. bfloat16 has room for all, E5M2 for
+# 27 octaves.
+LOWEST = {"bfloat16": 0, "float8": TOP - 26}
+# What stands for a scale that is NaN. In bfloat16 it becomes an infinity, which makes NaN of code 0
+# only; in E5M2 the byte of code 7 becomes NaN.
+NAN = {"bfloat16": 129, "float8": 121}
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +67,7 @@ class Fragments:
       global_scale: float32 scalar, divides.
       format: the number format; static.
       shape: (N, K); static.
+      operand: "bfloat16", or "float8" for products with MXFP4 activations; static.
     """
 
     records: jax.Array
@@ -53,6 +75,7 @@ class Fragments:
     global_scale: jax.Array
     format: Any = dataclasses.field(metadata={"static": True})
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    operand: str = dataclasses.field(default="bfloat16", metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +85,7 @@ class Fragments:
     @property
     def interchange(self) -> tuple[jax.Array, jax.Array]:
         """Packed codes (N, K/2) and scales (N, K/g) of equal value."""
-        return to_interchange(self.records, self.unit, self.format, self.shape)
+        return to_interchange(self.records, self.unit, self.format, self.shape, self.operand)
 
 
 def check(weights) -> None:
@@ -73,16 +96,21 @@ def check(weights) -> None:
         )
 
 
-def lay_out(weight) -> Fragments:
+def lay_out(weight, operand: str = "bfloat16") -> Fragments:
     """Return a quantized weight (an object with codes, scales, ...) in the kernels' layout.
+
+    Args:
+      weight: codes (N, K/2) and scales.
+      operand: what the kernels expand it to, see `Fragments`.
 
     Raises:
       NotImplementedError: no kernel for its format, or a stack of matrices.
     """
-    records, unit = jax.jit(from_interchange, static_argnums=2)(
-        weight.codes, weight.scales, weight.format
+    records, unit = jax.jit(from_interchange, static_argnums=(2, 3))(
+        weight.codes, weight.scales, weight.format, operand
     )
-    return Fragments(records, unit, weight.global_scale, weight.format, tuple(weight.shape))
+    shape = tuple(weight.shape)
+    return Fragments(records, unit, weight.global_scale, weight.format, shape, operand)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +119,18 @@ class Carrier:
 
     Attributes:
       kind: "mxfp4", "nvfp4" or "int4".
-      bits: positions of a code's bits, highest first, for each eight columns of a word.
+      bits: positions of a code's bits, highest first, for each eight columns of a word and each
+        of two neighbours.
       scale_bytes: of one group's scale.
       groups: of a row in a record.
+      operand: see `Fragments`.
     """
 
     kind: str
-    bits: tuple[tuple[int, ...], ...]
+    bits: tuple[tuple[tuple[int, ...], ...], ...]
     scale_bytes: int
     groups: int
+    operand: str = "bfloat16"
 
     @property
     def lines(self) -> int:
@@ -107,7 +138,7 @@ class Carrier:
         return CODE_LINES + self.groups * self.scale_bytes // 4
 
 
-def carrier(fmt) -> Carrier:
+def carrier(fmt, operand: str = "bfloat16") -> Carrier:
     """Return how records hold a format.
 
     Raises:
@@ -115,7 +146,10 @@ def carrier(fmt) -> Carrier:
     """
     element, group = fmt.element.name, fmt.group_size
     if (element, fmt.scale_dtype, group) == ("e2m1", "e8m0", 32):
-        return Carrier("mxfp4", E2M1_BITS, 1, 4)
+        bits = FLOAT8_BITS if operand == "float8" else E2M1_BITS
+        return Carrier("mxfp4", bits, 1, 4, operand)
+    if operand == "float8":
+        raise NotImplementedError(f"{fmt.name} is not exact in FP8")
     if (element, fmt.scale_dtype, group) == ("e2m1", "e4m3", 16):
         return Carrier("nvfp4", E2M1_BITS, 1, 8)
     if (element, fmt.scale_dtype, group) == ("int4_midrise", "bfloat16", 32):
@@ -126,13 +160,14 @@ def carrier(fmt) -> Carrier:
     )
 
 
-def from_interchange(codes, scales, fmt):
+def from_interchange(codes, scales, fmt, operand: str = "bfloat16"):
     """Return records and the power of two that their values still need.
 
     Args:
       codes: packed codes uint8 (N, K/2), interchange layout.
       scales: (N, K/g).
       fmt: MXFP4, NVFP4 or INT4, any rule.
+      operand: see `Fragments`.
 
     Returns:
       Records uint32 (ceil(N/64), ceil(K/128), lines, 64), and ``unit``, float32 scalar:
@@ -141,15 +176,14 @@ def from_interchange(codes, scales, fmt):
     Raises:
       NotImplementedError: no record for this format, or a stack of matrices.
     """
-    c = carrier(fmt)
+    c = carrier(fmt, operand)
     if codes.ndim != 2:
         raise NotImplementedError(f"records hold one matrix, codes have shape {codes.shape}")
     codes = fmt.unpack(codes)
     stored, alive, unit = _stored_scales(c, codes, scales, fmt)
     n, k = codes.shape
-    # Damage must show in bfloat16, where a NaN comes of code 0, and in FP8, where it comes of 7.
-    damaged = (stored == NAN) & (c.kind == "mxfp4")
-    filler = jnp.where(jnp.repeat(damaged, fmt.group_size, axis=-1), jnp.arange(k) % 2 * 7, 0)
+    damaged = (stored == NAN[operand]) & (c.kind == "mxfp4")
+    filler = jnp.repeat(damaged, fmt.group_size, axis=-1) * (7 if operand == "float8" else 0)
     alive = jnp.repeat(alive, fmt.group_size, axis=-1)
     codes = jnp.where(alive, codes, filler.astype(codes.dtype))
     pad_n, pad_k = -n % ROWS, -k % COLUMNS
@@ -162,13 +196,13 @@ def from_interchange(codes, scales, fmt):
     return jnp.concatenate([words, _scale_words(c, stored, tiles)], axis=2), unit
 
 
-def to_interchange(records, unit, fmt, shape):
+def to_interchange(records, unit, fmt, shape, operand: str = "bfloat16"):
     """Undo `from_interchange`: packed codes (N, K/2) and scales (N, K/g) of equal value.
 
     Zeros lose their sign, groups of zeros may come back with another scale, those of NaN with
     other codes.
     """
-    c = carrier(fmt)
+    c = carrier(fmt, operand)
     n, k = shape
     codes = _codes_of_words(c, records[:, :, :CODE_LINES])[:n, :k].astype(jnp.uint8)
     stored = _stored_of_words(c, records[:, :, CODE_LINES:])[:n, : k // fmt.group_size]
@@ -177,8 +211,8 @@ def to_interchange(records, unit, fmt, shape):
         return fmt.pack(codes), lax.bitcast_convert_type(stored.astype(jnp.uint16), jnp.bfloat16)
     if c.kind == "mxfp4":
         top = lax.bitcast_convert_type(unit, jnp.int32) >> 23
-        byte = jnp.clip(stored.astype(jnp.int32) + top - 127, 0, 254)
-        byte = jnp.where(stored == NAN, 255, byte)
+        byte = jnp.clip(stored.astype(jnp.int32) + top - ONE[operand], 0, 254)
+        byte = jnp.where(stored == NAN[operand], 255, byte)
         return fmt.pack(codes), lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e8m0fnu)
     exponent, mantissa = (stored >> 3).astype(jnp.int32), (stored & 7).astype(jnp.int32)
     normal = ((exponent - 9) << 3) | mantissa
@@ -199,13 +233,12 @@ def _stored_scales(c: Carrier, codes, scales, fmt):
     if c.kind == "mxfp4":
         finite = byte != 255
         byte = jnp.maximum(byte, 1)  # the lowest two bytes are both 2**-126, as in the format
-        top = jnp.clip(jnp.max(jnp.where(used & finite, byte, 0)), 1, HIGHEST)
+        top = jnp.clip(jnp.max(jnp.where(used & finite, byte, 0)), *TOPS[c.operand])
         shifted = byte - top + TOP
-        stored = jnp.where(finite, jnp.clip(shifted, 0, TOP + 254 - HIGHEST), NAN)
-        # 2**(top - TOP): two steps, since the result may be subnormal
-        half = (top - TOP) // 2
-        unit = _exp2(half) * _exp2(top - TOP - half)
-        return stored.astype(jnp.uint32), used & (shifted >= 0) & finite, unit
+        lowest, nan = LOWEST[c.operand], NAN[c.operand]
+        stored = jnp.where(finite, jnp.clip(shifted, lowest, TOP + 254 - TOPS[c.operand][1]), nan)
+        unit = _exp2(top - TOP + ONE[c.operand] - 127)
+        return stored.astype(jnp.uint32), used & (shifted >= lowest) & finite, unit
     exponent, mantissa = byte >> 3, byte & 7
     # A subnormal m * 2**-9 becomes normal: its leading bit moves out of the mantissa.
     lift = jnp.where(mantissa >= 4, 1, jnp.where(mantissa >= 2, 2, 3))
@@ -229,8 +262,8 @@ def _code_words(c: Carrier, codes, tiles):
     word = jnp.zeros(view.shape[:8], jnp.uint32)
     for eight, pair in itertools.product(range(4), range(2)):
         code = view[..., eight, pair]
-        for place, bit in enumerate(c.bits[eight]):
-            word = word | (((code >> (3 - place)) & 1) << (bit + 16 * pair))
+        for place, bit in enumerate(c.bits[eight][pair]):
+            word = word | (((code >> (3 - place)) & 1) << bit)
     return word.reshape(n, k, CODE_LINES, 64)
 
 
@@ -240,8 +273,8 @@ def _codes_of_words(c: Carrier, words):
     fields = []
     for eight, pair in itertools.product(range(4), range(2)):
         code = jnp.zeros(word.shape, jnp.uint32)
-        for place, bit in enumerate(c.bits[eight]):
-            code = code | (((word >> (bit + 16 * pair)) & 1) << (3 - place))
+        for place, bit in enumerate(c.bits[eight][pair]):
+            code = code | (((word >> bit) & 1) << (3 - place))
         fields.append(code)
     view = jnp.stack(fields, axis=-1).reshape(*word.shape, 4, 2)
     view = view.transpose(0, 3, 7, 4, 1, 2, 6, 8, 5, 9)

@@ -8,12 +8,14 @@ times. A rule gives the stored bits and the *factor* that takes a value to the u
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.code_words import CLAMP, ROUND
-from pallas_kernels.quad import absmax, f32, fadd, fmax, i32, ptx, scaled
+from pallas_kernels.quad import absmax, const, f32, fadd, fmax, i32, ptx, scaled
 
 # What a power-of-two rule adds to the bits of amax before the exponent is read off, and to the
 # exponent afterwards: a mantissa of 1.75 (1.5, exclusive) carries into the next binade.
@@ -104,6 +106,27 @@ def value_scale(fmt, bits):
         " cvt.rn.f16x2.e4m3x2 w, h; mov.b32 {l,u}, w; cvt.f32.f16 s, l;"
         " mul.rn.f32 $0, s, 0f42800000; }",
         bits,
+    )
+
+
+def largest(stored):
+    """The largest E8M0 byte; of groups that are not finite all bits are set, as of -1."""
+    return functools.reduce(arith.maxsi, stored, const(14))  # so that the power is a normal number
+
+
+def float8_power(top):
+    """Bits of the power of two with which the byte ``top`` becomes 2**13."""
+    return arith.shli(arith.subi(top, const(13)), const(23))
+
+
+def float8_scale(byte, top):
+    """What takes a value rounded to E2M1, times 2**-6, to E5M2; NaN if the group is not finite."""
+    return ptx(
+        f32(),
+        "{ .reg .s32 t; .reg .pred p; sub.s32 t, $1, $2; add.s32 t, t, 146; max.s32 t, t, 0;"
+        " shl.b32 t, t, 23; setp.lt.s32 p, $1, 0; selp.b32 t, 0x7FC00000, t, p; mov.b32 $0, t; }",
+        byte,
+        top,
     )
 
 

@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
 import jax.numpy as jnp
 
-from pallas_kernels import fragments, mosaic_gpu, xla, xla_fp8
+from pallas_kernels import fragments, mosaic_gpu, repack, xla, xla_fp8
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.tiles import Split, Tiling
+from pallas_kernels.tiles import PROMOTED, Split, Tiling
 
-FEW = 16  # tokens up to which a call is bound by reading the weights
-# M * N * K from which the rate of FP8 pays for a pass over the activations; measured on an H200.
-MUCH = 2**35
+# Tokens up to which a product is bound by reading the weights: in bfloat16, in FP8.
+FEW, FEW_FLOAT8 = 16, 32
 
 
-def quantized_matmul(x, weight, *, out_dtype=None, precision=None):
+def quantized_matmul(x, weight, *, out_dtype=None):
     """Return ``x @ dequantize(weight)^T`` by the Mosaic GPU kernels.
 
-    Operands are exact in bfloat16 (INT4 as a sum of two) or FP8, sums are float32 unless
-    `xla_fp8.fast`.
+    Operands are exact in bfloat16 (INT4 as a sum of two), with float32 sums, or in FP8, see
+    `multiply_float8`.
 
     Args:
       x: (..., M, K) bfloat16, or quantized activations.
       weight: `Fragments` (N, K).
       out_dtype: of the result; default x's, float32 for quantized activations.
-      precision: of the sums, see `xla_fp8.fast`.
 
     Raises:
       NotImplementedError: what the kernels, the device or this jax do not cover.
     """
     device = mosaic_gpu.require_hopper()
-    return launch(x, weight, device=device, out_dtype=out_dtype, precision=precision)
+    return launch(x, weight, device=device, out_dtype=out_dtype)
 
 
-def transform_quantize_matmul(
-    x, transform, weights, fmt, *, global_scale=None, out_dtype=None, precision=None
-):
-    """Transform, quantize and multiply: two kernels, between them quantized bfloat16 values.
+def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, out_dtype=None):
+    """Transform, quantize and multiply: two kernels, between them quantized values.
 
-    MXFP4 by MXFP4 of many tokens goes on in FP8, from packed codes.
+    They are FP8 numbers for weights laid out for them, otherwise bfloat16.
 
     Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights.
     """
@@ -54,25 +51,20 @@ def transform_quantize_matmul(
         return launch_all(x, weights, device=device, out_dtype=out_dtype)
     if global_scale is None:
         global_scale = fmt.global_scale
+    quantize = functools.partial(mosaic_gpu.launch, global_scale=global_scale, device=device)
+    if _in_float8(fmt, weights):
+        left = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8")
+        products = multiply_float8(left, global_scale, weights, out_dtype)
+        return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
     exact = fmt.element.name == "e2m1"
-    float8 = short(math.prod(x.shape[:-1]), fmt, weights)
-    layout = "lanes" if float8 else "values" if exact else "interchange"
-    codes, scales = mosaic_gpu.launch(
-        x, transform, fmt, global_scale=global_scale, layout=layout, device=device
-    )
-    if float8:
-        left = xla_fp8.activations(codes, scales)
-        return _float8(left, x, global_scale, weights, out_dtype, precision)
+    codes, scales = quantize(x, transform, fmt, layout="values" if exact else "interchange")
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
 
 
-def launch(
-    x, weight, *, device, out_dtype=None, precision=None, plan: Split | Tiling | None = None
-):
+def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):
     """As `quantized_matmul`, for a named device; the plan may be given."""
-    options = {"out_dtype": out_dtype, "precision": precision, "plan": plan}
-    return launch_all(x, (weight,), device=device, **options)[0]
+    return launch_all(x, (weight,), device=device, out_dtype=out_dtype, plan=plan)[0]
 
 
 def launch_all(
@@ -82,7 +74,6 @@ def launch_all(
     device,
     out_dtype=None,
     global_scale=1.0,
-    precision=None,
     plan: Split | Tiling | None = None,
 ) -> tuple:
     """Multiply with several weights (N, K) of one K: one kernel where it is bound by reading them.
@@ -93,19 +84,22 @@ def launch_all(
     if hasattr(x, "codes"):
         out_dtype = out_dtype or jnp.float32
         global_scale = x.global_scale
-        if plan is None and short(math.prod(x.shape[:-1]), x.format, weights):
-            left = xla_fp8.of_codes(x.codes, x.scales)
-            return _float8(left, x, global_scale, weights, out_dtype, precision)
+        if _in_float8(x.format, weights):
+            codes, scales = (a.reshape(-1, a.shape[-1]) for a in (x.codes, x.scales))
+            columns = 128 if len(codes) <= tile_tables.FEW_TOKENS else 128 * PROMOTED
+            left = repack.to_float8(repack.to_lanes(codes), scales, columns)
+            products = multiply_float8(left, global_scale, weights, out_dtype, plan)
+            return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
         x = xla.exact_parts(x.codes, x.scales, x.format)
     elif not isinstance(x, tuple):
         if x.dtype != jnp.bfloat16:
             raise NotImplementedError(f"x has dtype {x.dtype}: the kernels multiply bfloat16")
         x = (x,)
+    if any(weight.operand == "float8" for weight in weights):
+        raise NotImplementedError("the weight is laid out for MXFP4 activations")
     lead, k = x[0].shape[:-1], x[0].shape[-1]
     m = math.prod(lead)
-    dtype = jnp.dtype(out_dtype or x[0].dtype)
-    if dtype.name not in ("float32", "bfloat16", "float16") or m == 0:
-        raise NotImplementedError(f"no kernel for x {x[0].shape} and out_dtype={dtype.name}")
+    dtype = _check_result(x[0].shape, out_dtype or x[0].dtype)
     rows = jnp.concatenate([part.reshape(m, k) for part in x])
     if k % 64:  # TMA's view of a swizzled tile splits K by 64 columns
         rows = jnp.pad(rows, ((0, 0), (0, -k % 64)))
@@ -116,64 +110,113 @@ def launch_all(
     return tuple(y.reshape(*lead, y.shape[-1]) for y in products)
 
 
-def short(tokens: int, fmt, weights) -> bool:
-    """Whether a call is exact in FP8, and bound by arithmetic."""
-    work = tokens * sum(math.prod(w.shape) for w in weights)
-    return work >= MUCH and all(xla_fp8.holds(f) for f in (fmt, *(w.format for w in weights)))
+def _check_result(shape, out_dtype):
+    """Return the dtype of a result, if the kernels make it from x of this shape."""
+    dtype = jnp.dtype(out_dtype)
+    if dtype.name not in ("float32", "bfloat16", "float16") or 0 in shape:
+        raise NotImplementedError(f"no kernel for x {shape} and out_dtype={dtype.name}")
+    return dtype
 
 
-def _float8(left, x, global_scale, weights, out_dtype, precision) -> tuple:
-    """Multiply `xla_fp8.activations` by MXFP4 weights in FP8: each where it was measured faster."""
-    values, _ = left
-    products = []
-    for weight in weights:
-        rows, columns = weight.shape
-        library = not xla_fp8.fast(precision, columns) and (len(values) >= 2048 or columns > rows)
-        run = xla_fp8.multiply if library else multiply_float8
-        y = run(left, global_scale, weight, out_dtype, precision)
-        products.append(y.reshape(*x.shape[:-1], rows))
-    return tuple(products)
+def _in_float8(fmt, weights) -> bool:
+    """Whether a product is one of FP8 numbers: weights laid out for it, and such activations."""
+    if not any(weight.operand == "float8" for weight in weights):
+        return False
+    xla_fp8.check(weights)
+    if not xla_fp8.holds(fmt):
+        raise NotImplementedError(f"the weight is laid out for MXFP4 activations, not {fmt.name}")
+    return True
 
 
 def multiply_float8(
-    left, global_scale, weight, out_dtype, precision=None, plan: Tiling | None = None
-):
-    """As `xla_fp8.multiply`, with weights expanded in registers only.
+    left, global_scale, weights, out_dtype, plan: Split | Tiling | None = None
+) -> list:
+    """Multiply E5M2 activations (M, K) by weights (N, K) laid out for them.
 
-    Exact products, but for groups far below the largest (`xla_fp8.activations`,
-    `expand.to_float8`). Sums of `tiled_kernel.PROMOTED` steps of 128 have some 14 bits; of all
-    steps, where `xla_fp8.fast`.
+    Products are exact, but for groups far below the largest (`repack.to_float8`,
+    `fragments.LOWEST`). Sums have some 14 bits over the columns that share a power, and are float32
+    beyond.
+
+    Args:
+      left: values, columns as `repack.to_lanes`, and powers of two: of each 128 columns for
+        `tiles.FEW_TOKENS`, of each 512 for more.
+      global_scale: of the activations, divides.
+      weights: `Fragments`.
+      out_dtype: of the results.
+      plan: how to divide the work; a `Split` for few tokens, else a `Tiling`.
     """
-    from pallas_kernels import expand, tiled_kernel
+    from pallas_kernels import matmul_kernel, tiled_kernel
 
-    fast = xla_fp8.fast(precision, weight.shape[1])
-    values, power = left
-    rows = jnp.pad(values, ((0, 0), (0, -values.shape[1] % 128)))  # TMA's view splits K by 128
-    unit = weight.unit * (power * 2.0 ** (expand.FLOAT8 - 127))
-    tiles, steps = weight.records.shape[:2]
-    how = plan or float8_tiles(len(rows), tiles, steps, fast)
-    weight = dataclasses.replace(weight, unit=unit)
-    return tiled_kernel.matmul(rows, weight, global_scale, how, out_dtype=out_dtype, fast=fast)
+    values, powers = left
+    _check_result(values.shape, out_dtype)
+    values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % 128)))  # TMA's view splits K by 128
+    how = plan or float8_plan(len(values), *_sizes(weights))
+    options = {"powers": powers, "out_dtype": out_dtype}
+    if isinstance(how, Split) and _joint(weights):
+        y = matmul_kernel.matmul(values, weights, global_scale, how, **options)
+        return _split(y, weights)
+    if len(weights) > 1:
+        each = (multiply_float8(left, global_scale, (w,), out_dtype, plan) for w in weights)
+        return [y for products in each for y in products]
+    return [tiled_kernel.matmul(values, weights[0], global_scale, how, **options)]
 
 
-def float8_tiles(tokens: int, tiles: int, steps: int, fast: bool = False) -> Tiling:
-    """As `many`, for FP8: sums, and sums of sums, of at most 160 tokens fit into registers."""
-    return wide(tokens, tiles, steps, (64, 96, 128, 256 if fast else 160), 4, 460)
+def float8_plan(tokens: int, tiles: int, steps: int) -> Split | Tiling:
+    """A rule for products in FP8.
+
+    Args:
+      tokens: M.
+      tiles: of 64 weights.
+      steps: of 128 columns.
+    """
+    if tokens <= FEW_FLOAT8 and steps > 1:
+        plan = few(tokens, tiles, steps)
+        rows = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+        records = 2 if 4 * plan.ways <= steps else 1
+        shape = {"records": records, "stages": 8 // records, "resident": False}
+        return dataclasses.replace(plan, tokens=rows, **shape)
+
+    def microseconds(tiling):
+        """Fitted to times of an H100: products and expansion overlap in part."""
+        per = -(-steps // tiling.cuts)
+        tasks = -(-tiles // 2) * -(-tokens // tiling.tokens) * tiling.cuts
+        cycles = -(-tasks // 132) * per * (3 * tiling.tokens + 395)
+        parts = 0 if tiling.cuts == 1 else 2.5 + tiling.cuts * tokens * tiles * 64 * 8 / 2.7e6
+        return cycles / 1755 + parts
+
+    # Sums, and sums of sums, of at most 160 tokens fit into registers.
+    # With a power for each step those of two steps, of at most 64.
+    widths = (64,) if tokens <= tile_tables.FEW_TOKENS else (64, 96, 128, 160)
+    ways = itertools.product(widths, (1, 2, 4))
+    fits = (Tiling(width, cuts=cuts) for width, cuts in ways if steps >= 2 * PROMOTED * cuts)
+    return min([*fits, Tiling(64)], key=microseconds)
+
+
+def _sizes(weights) -> tuple[int, int]:
+    """Tiles of 64 weights in all, and steps of 128 columns."""
+    return sum(w.records.shape[0] for w in weights), weights[0].records.shape[1]
+
+
+def _joint(weights) -> bool:
+    """Whether weights are one product: of one format, each but the last ending with a tile."""
+    whole = not any(w.shape[0] % 64 for w in weights[:-1])
+    return whole and len({(w.format, w.operand) for w in weights}) == 1
+
+
+def _split(y, weights) -> list:
+    return jnp.split(y, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1)
 
 
 def _products(rows, weights, divisor, dtype, device, plan):
     """Multiply rows (M, K): in one kernel, or one for each weight."""
     from pallas_kernels import matmul_kernel, tiled_kernel
 
-    joint = len({w.format for w in weights}) == 1 and not any(w.shape[0] % 64 for w in weights[:-1])
-    tiles, steps = sum(w.records.shape[0] for w in weights), weights[0].records.shape[1]
     kind = fragments.carrier(weights[0].format).kind
-    how = plan or choose(rows.shape[0], tiles, steps, kind, device)
-    if len(weights) > 1 and not (joint and isinstance(how, Split)):
+    how = plan or choose(rows.shape[0], *_sizes(weights), kind, device)
+    if len(weights) > 1 and not (_joint(weights) and isinstance(how, Split)):
         return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
     if isinstance(how, Split):
-        y = matmul_kernel.matmul(rows, weights, divisor, how, out_dtype=dtype)
-        return jnp.split(y, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1)
+        return _split(matmul_kernel.matmul(rows, weights, divisor, how, out_dtype=dtype), weights)
     return [tiled_kernel.matmul(rows, weights[0], divisor, how, out_dtype=dtype)]
 
 
@@ -198,7 +241,9 @@ def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split
             # An entry speaks for fewer tokens, too: their products may be narrower.
             split = Split(**entry["split"])
             return dataclasses.replace(split, tokens=8 if tokens <= 8 else 16)
-    return few(tokens, tiles, steps) if tokens <= FEW else many(tokens, tiles, steps, kind)
+    if tokens <= FEW and steps > 1:  # one step has no parts
+        return few(tokens, tiles, steps)
+    return many(tokens, tiles, steps, kind)
 
 
 def few(tokens: int, tiles: int, steps: int) -> Split:
@@ -224,7 +269,7 @@ def few(tokens: int, tiles: int, steps: int) -> Split:
 def many(tokens: int, tiles: int, steps: int, kind: str) -> Tiling:
     """A rule for bfloat16 products of many tokens; up to 64 measured on an H200."""
     if tokens > 64:
-        return wide(tokens, tiles, steps, (128, 256), 16 if kind == "int4" else 8, 200)
+        return wide(tokens, tiles, steps, 16 if kind == "int4" else 8)
 
     def cost(tiling):
         """In steps of a warpgroup, which expands weights most of the time."""
@@ -238,15 +283,15 @@ def many(tokens: int, tiles: int, steps: int, kind: str) -> Tiling:
     return min(tilings or [Tiling(64)], key=cost)
 
 
-def wide(tokens: int, tiles: int, steps: int, widths, cycles: int, expansion: int) -> Tiling:
+def wide(tokens: int, tiles: int, steps: int, cycles: int) -> Tiling:
     """Return tiles of 128 weights by the width that ends first; K cut where they are few.
 
-    A step takes ``cycles * width + expansion`` cycles of a multiprocessor: tensor cores work while
+    A step takes ``cycles * width + 200`` cycles of a multiprocessor: tensor cores work while
     nothing is expanded, so that the two add up. Fitted to times of an H200.
     """
 
     def tasks(width):
         return -(-tiles // 2) * -(-tokens // width)
 
-    width = min(widths, key=lambda w: -(-tasks(w) // 132) * (cycles * w + expansion))
+    width = min((128, 256), key=lambda w: -(-tasks(w) // 132) * (cycles * w + 200))
     return Tiling(width, cuts=2 if 2 * tasks(width) <= 132 and steps >= 8 else 1)

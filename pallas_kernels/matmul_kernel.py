@@ -6,8 +6,8 @@ tokens. K is split over the CTAs of a cluster and over warpgroups; each warpgrou
 records through a ring of shared memory, and the activations with them, or, where a CTA multiplies
 several tiles, reads these from a copy that stays:
 
-    TMA ring -> registers: codes to bfloat16 (`expand`) -> mma -> partial sums to the CTA that owns
-    the rows -> it adds them in fixed order, scales and stores them
+    TMA ring -> registers: codes to bfloat16 (`expand`) or FP8 (`float8`) -> mma or wgmma -> partial
+    sums to the CTA that owns the rows -> it adds them in fixed order, scales and stores them
 
 A tile's sums are added while the next tile is computed. The result does not depend on timing.
 """
@@ -25,10 +25,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import expand, fragments
+from pallas_kernels import expand, float8, fragments, repack
 from pallas_kernels.cluster_sum import PAD, ClusterSum
 from pallas_kernels.inlined import scalars, swizzled
 from pallas_kernels.tiles import SHARED_MEMORY, Split
+
+POWERS = repack.padded(1)  # tokens whose powers a copy brings: the most of a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,10 @@ class Geometry:
         """Bytes of shared memory of a CTA."""
         ring = self.held * c.lines * 256
         sums = 2 * self.buffers * self.split.warpgroups * fragments.ROWS * self.stride * 4
-        return self.x_steps * self.split.tokens * 2 * fragments.COLUMNS + ring + sums
+        of_step = self.split.tokens * 2 * fragments.COLUMNS
+        if c.operand == "float8":
+            of_step = of_step // 2 + POWERS * 4
+        return self.x_steps * of_step + ring + sums
 
     def fitted(self, c: fragments.Carrier) -> Geometry:
         """Return this, or what fits: fewer stages, shorter copies, no resident activations."""
@@ -119,21 +124,24 @@ class Geometry:
 
 # Compiled functions by themselves: models whose layers are alike lower each kernel once.
 @functools.partial(jax.jit, static_argnames=("split", "out_dtype"))
-def matmul(x, weights, divisor, split: Split, *, out_dtype=jnp.float32):
+def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.float32):
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
-      x: bfloat16 (M, K), M at most ``split.tokens``, K a multiple of 64.
+      x: bfloat16 (M, K), M at most ``split.tokens``, K a multiple of 64; or float8_e5m2, K a
+        multiple of 128, columns as `repack.to_lanes`, for weights laid out for it.
       weights: `fragments.Fragments` (N, K) of one format; of several, all N but the last are
         multiples of 64.
       divisor: float32 scalar.
       split: how to divide the work.
+      powers: float32 (K/128, POWERS), a factor of each 128 columns of a token, for FP8.
       out_dtype: of the result.
 
     Returns:
       (M, N), the products with several weights side by side.
     """
-    c = fragments.carrier(weights[0].format)
+    c = fragments.carrier(weights[0].format, weights[0].operand)
+    short = c.operand == "float8"
     starts = tuple(itertools.accumulate([w.records.shape[0] for w in weights], initial=0))
     steps = weights[0].records.shape[1]
     rows = sum(w.shape[0] for w in weights)
@@ -145,8 +153,8 @@ def matmul(x, weights, divisor, split: Split, *, out_dtype=jnp.float32):
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM(
             (geo.x_steps, split.tokens, fragments.COLUMNS),
-            jnp.bfloat16,
-            transforms=swizzled(128, 2),
+            x.dtype,
+            transforms=swizzled(128, x.dtype.itemsize),
         ),
         ring_s=plgpu.SMEM(
             (split.warpgroups * split.stages, split.records, c.lines, 64), jnp.uint32
@@ -159,9 +167,12 @@ def matmul(x, weights, divisor, split: Split, *, out_dtype=jnp.float32):
         received=plgpu.SMEM((4 * split.groups,), jnp.uint32),  # two barriers of 64 bits each
         ready=plgpu.Barrier(
             num_barriers=split.warpgroups * split.stages,
-            num_arrivals=1 if split.resident else 1 + split.records,
+            num_arrivals=1 if split.resident else 1 + split.records + short,
         ),
     )
+    if short:
+        copies = split.warpgroups * split.stages
+        scratch["powers_s"] = plgpu.SMEM((copies, split.records, POWERS), jnp.float32)
     if split.resident:
         scratch["x_ready"] = plgpu.Barrier(num_arrivals=geo.x_steps)
     run = plgpu.kernel(
@@ -179,10 +190,13 @@ def matmul(x, weights, divisor, split: Split, *, out_dtype=jnp.float32):
     if 8 < tokens < split.tokens:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, split.tokens - tokens), (0, 0)))
     units, scales = [w.unit for w in weights], [w.global_scale for w in weights]
-    return run(x, *(w.records for w in weights), *scalars([*units, *scales, divisor]))
+    left = (x, powers) if short else (x,)
+    return run(*left, *(w.records for w in weights), *scalars([*units, *scales, divisor]))
 
 
-def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, **exchanged):
+def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=None, **exchanged):
+    if powers_s is not None:
+        powers_g, *operands = operands
     count = len(geo.starts) - 1
     weights, units, scales = (operands[i * count : (i + 1) * count] for i in range(3))
     divisor, out_g = operands[3 * count :]
@@ -216,6 +230,10 @@ def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, **exchanged)
             copy() if len(weights) == 1 else pl.when((tile >= start) & (tile < end))(copy)
         for r in range(0 if split.resident else split.records):
             fetch_x(step + r, slot * split.records + r, ready.at[slot])
+        if powers_s is not None:
+            plgpu.copy_gmem_to_smem(
+                powers_g.at[pl.ds(step, split.records)], powers_s.at[slot], ready.at[slot]
+            )
 
     def warm_up(i, _):
         pl.when(i < last)(lambda: fetch(i))
@@ -247,17 +265,29 @@ def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, **exchanged)
         pl.when(t > 0)(lambda: exchange.finish(t - 1, first + (t - 1) * stride))
         exchange.send(t, sums)
 
-    def products(t):
-        multiply = expand.multiply(c, split.tokens)
+    if powers_s is None:
+        one_record = expand.multiply(c, split.tokens)
+    else:
+        some_records = float8.few(c, split.tokens, split.records)
 
+    def multiply(slot, x_slot, sums):
+        records = tuple(ring_s.at[slot, r] for r in range(split.records))
+        xs = tuple(x_s.at[x_slot + r] for r in range(split.records))
+        if powers_s is not None:
+            powers = tuple(powers_s.at[slot, r] for r in range(split.records))
+            return some_records(records, xs, powers, sums)
+        for record, x in zip(records, xs, strict=True):
+            sums = one_record(record, x, sums)
+        expand.settle()
+        return sums
+
+    def products(t):
         def advance(s, sums):
             i = t * per + s
             slot = wg * split.stages + lax.rem(i, split.stages)
             plgpu.barrier_wait(ready.at[slot])
             x_slot = way * geo.range + s * split.records if split.resident else slot * split.records
-            for r in range(split.records):
-                sums = multiply(ring_s.at[slot, r], x_s.at[x_slot + r], sums)
-            expand.settle()
+            sums = multiply(slot, x_slot, sums)
             pl.when(i + split.stages < last)(lambda: fetch(i + split.stages))
             return sums
 

@@ -11,6 +11,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels import repack
 from pallas_kernels import tiles as tile_tables
 
 HOPPER = "9.0"
@@ -45,8 +46,8 @@ def transform_quantize(x, transform, fmt, *, global_scale, layout):
       transform: (K/d, d, d), (d, d) or None.
       fmt: the number format.
       global_scale: float32 scalar; None takes the format's constant.
-      layout: "interchange", "kernel", "lanes" or "values" (bfloat16 values times g in place of
-        codes), see `quantize_kernel.transform_quantize`.
+      layout: "interchange", "kernel", "lanes", "float8" or "values" (bfloat16 values times g in
+        place of codes), see `quantize_kernel.transform_quantize`.
 
     Returns:
       Codes uint8 (..., M, K/2), scales (..., M, K/g), or transposed in the kernel layout.
@@ -80,6 +81,8 @@ def launch(
     quantize_kernel.check_supported(x.reshape(-1, x.shape[-1]), transform, fmt)
     if layout == "values" and fmt.element.name != "e2m1":
         raise NotImplementedError(f"values of {fmt.name} are no bfloat16 numbers")
+    if layout == "float8" and (fmt.element.name, fmt.scale_dtype) != ("e2m1", "e8m0"):
+        raise NotImplementedError(f"{fmt.name} is not exact in FP8")
     if global_scale is None:
         global_scale = fmt.global_scale
     if global_scale is None:
@@ -88,8 +91,8 @@ def launch(
         raise NotImplementedError(
             f"global_scale has shape {jnp.shape(global_scale)}: the kernel takes one for all rows"
         )
-    if layout == "kernel" and x.ndim != 2:
-        raise NotImplementedError(f"layout='kernel' is for x (M, K), got {x.shape}: flatten it")
+    if layout in repack.TRANSPOSED and x.ndim != 2:
+        raise NotImplementedError(f"layout={layout!r} is for x (M, K), got {x.shape}: flatten it")
     if transform is None:
         # Blocks as small as the groups: an infinity stays in its own group.
         transform = jnp.eye(fmt.group_size, dtype=x.dtype)
@@ -112,7 +115,7 @@ def _batched(run, layout):
 
     @call.def_vmap
     def rule(size, mapped, x, transform, g):
-        if layout != "kernel" and tuple(mapped) == (True, False, False):
+        if layout not in repack.TRANSPOSED and tuple(mapped) == (True, False, False):
             codes, scales = call(x.reshape(-1, x.shape[-1]), transform, g)
             lead = x.shape[:-1]
             return (codes.reshape(*lead, -1), scales.reshape(*lead, -1)), (True, True)
@@ -148,7 +151,8 @@ def _partitioned(x, transform, g, statics):
 
 def _row_shardings(statics, mesh, arguments):
     spec = arguments[0].sharding.spec
-    rows = spec[0] if spec else None
+    # Powers are padded: their rows stay together.
+    rows = spec[0] if spec and statics[1] != "float8" else None
     scales = (None, rows) if statics[1] == "kernel" else (rows, None)
     named = functools.partial(NamedSharding, mesh)
     outputs = named(PartitionSpec(rows, None)), named(PartitionSpec(*scales))
@@ -167,8 +171,9 @@ def _partition(statics, mesh, arguments, result):
 
 def _rule(statics, mesh, arguments, result):
     block = "b i j" if len(arguments[1].shape) == 3 else "i j"
-    scales = "q m" if statics[1] == "kernel" else "m q"
-    return f"m k, {block}, -> m p, {scales}"
+    scales = {"kernel": "q m", "float8": "q r"}.get(statics[1], "m q")
+    codes = "s p" if statics[1] == "float8" else "m p"
+    return f"m k, {block}, -> {codes}, {scales}"
 
 
 _partitioned.def_partition(

@@ -16,6 +16,8 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 EVERY_LANE = 0xFFFFFFFF
 # Segments of four lanes: the clamp's upper byte is the segment mask.
 SEGMENTS = 0x1C1F
+# Registers of inline assembly by type.
+LETTERS = {"i32": "r", "i64": "l", "f32": "f"}
 
 
 def i32() -> ir.Type:
@@ -37,15 +39,15 @@ def const(value: int | float) -> ir.Value:
 
 def ptx(result: ir.Type, code: str, *operands: ir.Value) -> ir.Value:
     """One PTX block; ``$0`` is the result, ``$1``... the operands; ``#`` starts a local name."""
-    letters = {"i32": "r", "f32": "f"}
-    constraints = ",".join(["=" + letters[str(result)], *(letters[str(o.type)] for o in operands)])
+    constraints = ",".join(["=" + LETTERS[str(result)], *(LETTERS[str(o.type)] for o in operands)])
     return cast(ir.Value, llvm.inline_asm(result, list(operands), code, constraints))
 
 
 def asm(code, results, *arguments, volatile=False):
     """A PTX block with several 32-bit results."""
     # "&": the block writes results while it still reads its operands
-    constraints = ",".join(["=&r"] * results + ["r"] * len(arguments))
+    letters = [LETTERS[str(a.type)] for a in arguments]
+    constraints = ",".join(["=&r"] * results + letters)
     kind = i32() if results == 1 else llvm.StructType.get_literal([i32()] * results)
     out = cast(
         ir.Value,
@@ -56,8 +58,7 @@ def asm(code, results, *arguments, volatile=False):
 
 def run(code: str, *operands: ir.Value) -> None:
     """A PTX block without a result, which may touch memory."""
-    letters = {"i32": "r", "i64": "l", "f32": "f"}
-    constraints = ",".join([*(letters[str(o.type)] for o in operands), "~{memory}"])
+    constraints = ",".join([*(LETTERS[str(o.type)] for o in operands), "~{memory}"])
     void = ir.Type.parse("!llvm.void")
     llvm.inline_asm(void, list(operands), code, constraints, has_side_effects=True)
 

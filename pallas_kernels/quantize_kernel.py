@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import epilogue, group_scales
+from pallas_kernels import epilogue, group_scales, repack
 from pallas_kernels.inlined import ROWS, spread, swizzled
 from pallas_kernels.tiles import Tiles
 
@@ -61,14 +61,14 @@ class Geometry:
     unit: str
 
     @property
-    def slab(self) -> int:
-        """Columns of a slab."""
-        return self.tiles.columns * self.tiles.steps
+    def below(self) -> int:
+        """Warpgroups with row tiles of their own."""
+        return self.tiles.warpgroups // self.tiles.beside
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """Slabs that cover K; CTA-high row tiles, one of 64 a warpgroup, that cover M."""
-        return -(-self.width // self.slab), -(-self.rows // (ROWS * self.tiles.warpgroups))
+        """Slabs that cover K; CTA-high row tiles, of 64 rows each, that cover M."""
+        return -(-self.width // self.tiles.slab), -(-self.rows // (ROWS * self.below))
 
     @property
     def ctas(self) -> int:
@@ -78,7 +78,21 @@ class Geometry:
     @property
     def per_code(self) -> int:
         """Columns of an element of the first output: two codes a byte, or one value."""
-        return 1 if self.layout == "values" else 2
+        return 1 if self.layout in ("values", "float8") else 2
+
+    @property
+    def per_scale(self) -> int:
+        """Columns of an element of the second output."""
+        return self.tiles.slab if self.layout == "float8" else self.group
+
+    @property
+    def outputs(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of codes and scales."""
+        if self.layout == "float8":
+            powers = -(-self.width // self.per_scale), repack.padded(self.rows)
+            return (self.rows, self.width + -self.width % self.tiles.columns), powers
+        scales = self.oriented(self.rows, self.width // self.group)
+        return (self.rows, self.width // self.per_code), scales
 
     @property
     def code_dtype(self):
@@ -86,8 +100,8 @@ class Geometry:
         return jnp.dtype(jnp.bfloat16 if self.layout == "values" else jnp.uint8)
 
     def oriented(self, rows, groups) -> tuple:
-        """Order the axes of scales: (M, K/g), or transposed in the kernel layout."""
-        return (groups, rows) if self.layout == "kernel" else (rows, groups)
+        """Order the axes of scales: (M, K/g), or transposed."""
+        return (groups, rows) if self.layout in repack.TRANSPOSED else (rows, groups)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "layout", "tiles", "unit", "interpret"))
@@ -110,6 +124,8 @@ def transform_quantize(
         (M, K/g). "kernel": byte j of each 32 columns holds columns j and j + 16, scales (K/g, M).
         "lanes": byte 4q + n of each 32 columns holds columns 8n + 2q and 8n + 2q + 1.
         "values": bfloat16 values (M, K) times g, exact, in place of codes; scales as interchange.
+        "float8", for MXFP4: as `repack.to_float8`, a power for each ``tiles.slab`` columns; only
+        the first M columns of powers are written.
       tiles: sizes, see `pallas_kernels.tiles`.
       unit: "wgmma" for Hopper; "mma" for Blackwell, compiled for sm_100a but never run there.
       interpret: run under GPU interpretation, on CPU.
@@ -133,6 +149,8 @@ def transform_quantize(
     codes, scales = _kernel(geometry, fmt, x.dtype, interpret)(
         x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)
     )
+    if layout == "float8":
+        return lax.bitcast_convert_type(codes[:m], jnp.float8_e5m2), scales
     scales = scales[:, :m] if layout == "kernel" else scales[:m]
     return codes[:m], lax.bitcast_convert_type(scales, SCALE_WORDS[fmt.scale_dtype][1])
 
@@ -161,31 +179,33 @@ def check_supported(x, transform, fmt) -> None:
 def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
     """The kernel as a function of x (M, K), transforms (B, d, d) and g (1,)."""
     tiles, d, n = geo.tiles, geo.block, geo.tiles.warpgroups
-    word = SCALE_WORDS[fmt.scale_dtype][0]
-    # TMA tiles of codes must divide K/2 bytes and are no wider than one step.
-    packed = math.gcd(math.gcd(geo.width, tiles.columns) // geo.per_code, 128)
+    word = jnp.float32 if geo.layout == "float8" else SCALE_WORDS[fmt.scale_dtype][0]
+    codes_shape, scales_shape = geo.outputs
+    # TMA tiles of codes must divide a row of bytes and are no wider than one step.
+    packed = math.gcd(math.gcd(codes_shape[1], tiles.columns // geo.per_code), 128)
     operand = swizzled(min(128, 2 * d), 2)
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM((n * tiles.stages, ROWS, tiles.columns), dtype, transforms=operand),
-        t_s=plgpu.SMEM((1 if geo.shared else geo.slab // d, d, d), dtype, transforms=operand),
+        t_s=plgpu.SMEM((1 if geo.shared else geo.tiles.slab // d, d, d), dtype, transforms=operand),
         codes_s=plgpu.SMEM(
-            (n * 2, ROWS, tiles.columns // geo.per_code),
+            (n * tiles.results, ROWS, tiles.columns // geo.per_code),
             geo.code_dtype,
-            transforms=swizzled(packed if geo.per_code == 2 else 128, geo.code_dtype.itemsize),
+            transforms=swizzled(128 if geo.layout == "values" else packed, geo.code_dtype.itemsize),
         ),
         x_ready=plgpu.Barrier(num_barriers=n * tiles.stages),
         t_ready=plgpu.Barrier(),
         together=plgpu.Barrier(num_arrivals=n),
     )
+    if tiles.beside > 1:
+        scratch["tops_s"] = plgpu.SMEM((2, n, ROWS), jnp.int32)
     if tiles.steps > 1 or interpret:
-        gathered = geo.oriented(ROWS, geo.slab // geo.group)
+        gathered = geo.oriented(ROWS, geo.tiles.slab // geo.per_scale)
         scratch["scales_s"] = plgpu.SMEM((n * 2, *gathered), word)
-    groups = geo.width // geo.group
     return plgpu.kernel(
         functools.partial(_body, geo, fmt, interpret),
         out_type=(
-            jax.ShapeDtypeStruct((geo.rows, geo.width // geo.per_code), geo.code_dtype),
-            jax.ShapeDtypeStruct(geo.oriented(geo.rows, groups), word),
+            jax.ShapeDtypeStruct(codes_shape, geo.code_dtype),
+            jax.ShapeDtypeStruct(scales_shape, word),
         ),
         grid=(geo.ctas,),
         grid_names=("cta",),
@@ -248,17 +268,19 @@ def _walk(
     codes_s,
     x_ready,
     scales_s=None,
+    tops_s=None,
 ):
     """One warpgroup: its row tiles ``first .. first + count`` of a slab, step by step."""
     tiles, steps = geo.tiles, geo.tiles.steps
     wg = lax.axis_index("wg")
+    below, beside = wg // tiles.beside, lax.rem(wg, tiles.beside)
     last = count * steps
 
     def row(tile):
-        return pl.multiple_of(((first + tile) * tiles.warpgroups + wg) * ROWS, ROWS)
+        return pl.multiple_of(((first + tile) * geo.below + below) * ROWS, ROWS)
 
     def rows_columns(tile, step, per):
-        column = pl.multiple_of((slab * steps + step) * per, per)
+        column = pl.multiple_of(((slab * tiles.beside + beside) * steps + step) * per, per)
         return pl.ds(row(tile), ROWS), pl.ds(column, per)
 
     def fetch(i):
@@ -274,19 +296,24 @@ def _walk(
         tile, step = i // steps, lax.rem(i, steps)
         slot = wg * tiles.stages + lax.rem(i, tiles.stages)
         plgpu.barrier_wait(x_ready.at[slot])
-        y = _transform(geo, x_s.at[slot], t_s, step)
+        y = _transform(geo, x_s.at[slot], t_s, beside * steps + step)
         # At most the store before is still reading; and all four warps are past wgmma.
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(tiles.results - 1, wait_read_only=True)
         pl.when(i + tiles.stages < last)(lambda: fetch(i + tiles.stages))
-        out = codes_s.at[wg * 2 + lax.rem(i, 2)]
-        groups = tiles.columns // geo.group
-        scales = scales_g.at[geo.oriented(*rows_columns(tile, step, groups))]
+        out = codes_s.at[wg * tiles.results + lax.rem(i, tiles.results)]
+        groups = 1 if geo.layout == "float8" else tiles.columns // geo.group
+        if geo.layout == "float8":
+            scales = scales_g.at[pl.ds(slab, 1), pl.ds(row(tile), ROWS)]
+            exist = geo.rows - row(tile), jnp.where(beside == 0, 1, 0)
+        else:
+            scales = scales_g.at[geo.oriented(*rows_columns(tile, step, groups))]
+            exist = geo.rows - row(tile), geo.width // geo.group - (slab * steps + step) * groups
         gathered = None if scales_s is None else scales_s.at[wg * 2 + lax.rem(tile, 2)]
         if gathered is not None:
             at = pl.ds(pl.multiple_of(step * groups, groups), groups)
             scales = gathered.at[geo.oriented(slice(None), at)]
-        exist = geo.rows - row(tile), geo.width // geo.group - (slab * steps + step) * groups
-        out[...] = encode(scales, exist, y)
+        tops = () if tops_s is None else (tops_s.at[lax.rem(tile, 2)],)
+        out[...] = encode(scales, exist, y, *tops)
         plgpu.commit_smem()
         if gathered is not None:
 
@@ -329,6 +356,8 @@ def _transform(geo: Geometry, x_s, t_s, step):
 
 def _encoder(geo: Geometry, fmt, g, interpret):
     """``encode(scales_ref, exist, y) -> codes``: scales go to the ref, codes are returned."""
+    if interpret and geo.tiles.beside > 1:
+        raise NotImplementedError("warpgroups that find powers together are not interpreted")
     if interpret:
 
         def twin(scales, exist, y):
@@ -340,5 +369,9 @@ def _encoder(geo: Geometry, fmt, g, interpret):
         return twin
 
     widths = (geo.block,) * (geo.tiles.columns // geo.block)
-    in_registers = epilogue.encode_tile(fmt, ROWS, widths, geo.layout)
-    return lambda scales, exist, y: in_registers(scales, spread(g), *(spread(e) for e in exist), *y)
+    in_registers = epilogue.encode_tile(fmt, ROWS, widths, geo.layout, geo.tiles.beside)
+
+    def encode(scales, exist, y, *tops):
+        return in_registers(scales, *tops, spread(g), *(spread(e) for e in exist), *y)
+
+    return encode

@@ -6,7 +6,8 @@ become FP8 fragments without exchange; scales transposed, (..., K/g, M).
 ``fp8``: MXFP4 with the group exponents folded into E4M3 codes, one power of two a row.
 
 Between the kernels only, ``lanes``: of each 32 columns those of the low halves of 16 bytes, then
-those of the high ones, are in the order of FP8 operands made from records (`to_lanes`).
+those of the high ones, are in the order of FP8 operands made from records (`to_lanes`). ``float8``:
+MXFP4 in E5M2, columns in that order, with a power of two for 128 or 512 of them (`to_float8`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 
 LAYOUTS = ("interchange", "kernel", "fp8")
+TRANSPOSED = ("kernel", "float8")  # their scales are (groups, rows)
 CHUNK = 32
 # E2M1 times 2**k is exact in E4M3 for k in [-8, 6].
 HIGHEST = 6
+COLUMNS = 128  # of the steps of kernels: FP8 values are padded to them
+# E5M2's field of the binade of 1/2 at the largest scale: 6 times that is 49152 < 57344.
+HIGHEST_FIELD = 27
+# Largest scales that are told apart: the power is a normal number.
+LEAST_TOP = 14
 
 
 def pack(codes: jax.Array, layout: str) -> jax.Array:
@@ -45,6 +52,63 @@ def to_lanes(codes):
     """
     view = codes.reshape(*codes.shape[:-1], -1, 4, 4)
     return jnp.swapaxes(view, -1, -2).reshape(codes.shape)
+
+
+def to_float8(codes, scales, columns: int):
+    """Return MXFP4 in E5M2, columns as `to_lanes`: ``value * g = out * power`` of so many columns.
+
+    Exact for groups at most 26 octaves below the largest that shares their power; those below
+    become zeros. Groups that are not finite become NaN.
+
+    Args:
+      codes: uint8 (M, K/2), bytes as `to_lanes`.
+      scales: float8_e8m0fnu (M, K/32).
+      columns: that share a power, a multiple of 128.
+
+    Returns:
+      float8_e5m2 (M, ceil(K/128) * 128) and float32 (ceil(K/columns), padded(M)).
+    """
+    rows, width = codes.shape[0], 2 * codes.shape[1]
+    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+    of_power = jnp.pad(byte, ((0, 0), (0, -width % columns // CHUNK)))
+    of_power = of_power.reshape(rows, -1, columns // CHUNK)
+    top = jnp.max(jnp.where(of_power < 255, of_power, 0), axis=-1)
+    top = jnp.maximum(top, LEAST_TOP)
+    powers = lax.bitcast_convert_type((top - 13) << 23, jnp.float32)
+    tops = jnp.repeat(top, columns // CHUNK, axis=-1)[:, : byte.shape[1]]
+    values = jnp.pad(in_float8(codes, byte, tops), ((0, 0), (0, -width % COLUMNS)))
+    return values, jnp.pad(powers.T, ((0, 0), (0, padded(rows) - rows)))
+
+
+def padded(rows: int) -> int:
+    """Columns of an array of powers for M rows: kernels copy those of 32 tokens, or of tiles of 64.
+
+    >>> padded(5), padded(33)
+    (32, 64)
+    """
+    return 32 if rows <= 32 else rows + -rows % 64
+
+
+def in_float8(codes, byte, top):
+    """``code * 2**(byte - top) * 2**13`` in E5M2, columns as `to_lanes`; NaN for byte 255.
+
+    Args:
+      codes: uint8 (M, K/2), bytes as `to_lanes`.
+      byte: int32 (M, K/32), exponents.
+      top: int32, broadcasts with ``byte``.
+
+    Returns:
+      float8_e5m2 (M, K); zeros for groups more than 26 octaves below.
+    """
+    field = (byte - top + HIGHEST_FIELD)[..., None, None]
+    pairs = codes.reshape(*byte.shape, 1, CHUNK // 2).astype(jnp.int32)
+    nibbles = jnp.concatenate([pairs & 15, pairs >> 4], axis=-2)
+    magnitude = nibbles & 7
+    # The field is the binade of 1/2, magnitude 1; from 1, magnitude 2, on each is half a binade.
+    bits = jnp.where(magnitude >= 2, 4 * field + 2 * magnitude, 4 * field)
+    bits = jnp.where((magnitude > 0) & (field > 0), bits, 0) | (nibbles & 8) << 4
+    bits = jnp.where((byte == 255)[..., None, None], 0x7F, bits).astype(jnp.uint8)
+    return lax.bitcast_convert_type(bits.reshape(len(codes), -1), jnp.float8_e5m2)
 
 
 def from_interchange(codes, scales, fmt, layout: str):

@@ -5,11 +5,12 @@ activations. One warpgroup only fetches; each of the others holds 64 rows of wei
 activations of a tile:
 
     TMA ring: a step of activations, a record a warpgroup
-    -> registers: codes to bfloat16 or FP8 (`expand`) -> wgmma -> scale, transpose -> TMA store
+    -> registers: codes to bfloat16 (`expand`) or FP8 (`float8`) -> wgmma -> scale, transpose
+    -> TMA store
 
-Sums of FP8 products leave the tensor core's short accumulator every few steps, or, where fewer bits
-will do, at the end. The fetching warpgroup runs ahead over the ends of tiles. Where tiles are too
-few for all multiprocessors K is cut and the parts are added afterwards.
+Sums of FP8 products leave the tensor core's short accumulator every few steps, where the power of
+two of their columns multiplies them. The fetching warpgroup runs ahead over the ends of tiles.
+Where tiles are too few for all multiprocessors K is cut and the parts are added afterwards.
 """
 
 from __future__ import annotations
@@ -24,30 +25,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import expand, fragments
+from pallas_kernels import expand, float8, fragments
 from pallas_kernels.inlined import scalars, swizzled
-from pallas_kernels.tiles import SHARED_MEMORY, Tiling
+from pallas_kernels.tiles import PROMOTED, SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
-PROMOTED = 4  # steps of 128 columns that are summed in 14 bits
 
 
-@functools.partial(jax.jit, static_argnames=("tiling", "out_dtype", "fast"))
-def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16, fast=False):
+@functools.partial(jax.jit, static_argnames=("tiling", "out_dtype"))
+def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfloat16):
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
-      x: bfloat16 (M, K), K a multiple of 64; or float8_e5m2, K a multiple of 128, for MXFP4.
+      x: bfloat16 (M, K), K a multiple of 64; or float8_e5m2, K a multiple of 128, columns as
+        `repack.to_lanes`, for a weight laid out for it.
       weight: `fragments.Fragments` (N, K).
       divisor: float32 scalar.
       tiling: how to divide the work.
+      powers: float32 (K/128 or K / (128 PROMOTED), at least M): a factor of so many columns of a
+        token, for FP8.
       out_dtype: of the result.
-      fast: leave sums of FP8 products in the tensor core's short accumulator.
 
     Returns:
       (M, N).
     """
-    c, records = fragments.carrier(weight.format), weight.records
+    c, records = fragments.carrier(weight.format, weight.operand), weight.records
     m, rows = x.shape[0], weight.shape[0]
     if m % 8:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
@@ -72,11 +74,13 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16, fast=F
         out_s=plgpu.SMEM(
             (n, tiling.tokens, fragments.ROWS), dtype, transforms=swizzled(128, dtype.itemsize)
         ),
-        full=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=2),
+        full=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=2 + (powers is not None)),
         empty=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=n),
     )
+    if powers is not None:
+        scratch["powers_s"] = plgpu.SMEM((tiling.stages, tiling.tokens), jnp.float32)
     run = plgpu.kernel(
-        functools.partial(_body, c, tiling, tiles, steps, fast),
+        functools.partial(_body, c, tiling, tiles, steps),
         out_type=jax.ShapeDtypeStruct((tiling.cuts, x.shape[0], wide), dtype),
         grid=(tiling.ctas,),
         grid_names=("cta",),
@@ -85,37 +89,27 @@ def matmul(x, weight, divisor, tiling: Tiling, *, out_dtype=jnp.bfloat16, fast=F
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    y = run(x, records, *scalars([weight.unit, weight.global_scale, divisor]))
+    left = (x,) if powers is None else (x, powers)
+    y = run(*left, records, *scalars([weight.unit, weight.global_scale, divisor]))
     y = y[0] if tiling.cuts == 1 else jnp.sum(y, axis=0).astype(out_dtype)
     return y[:m, :rows]
 
 
-def _body(
-    c,
-    tiling,
-    tiles,
-    steps,
-    fast,
-    x_g,
-    w_g,
-    unit_g,
-    scale_g,
-    divisor_g,
-    out_g,
-    *,
-    x_s,
-    w_s,
-    out_s,
-    full,
-    empty,
-):
+def _body(c, tiling, tiles, steps, x_g, *operands, full, empty, powers_s=None, **tile_s):
+    if powers_s is not None:
+        powers_g, *operands = operands
+    w_g, unit_g, scale_g, divisor_g, out_g = operands
+    x_s, w_s, out_s = (tile_s[name] for name in ("x_s", "w_s", "out_s"))
     n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
-    short = x_s.dtype.itemsize == 1
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     m_tiles = -(-x_g.shape[0] // tokens)
     tasks = -(-tiles // n) * m_tiles * cuts
     mine = (tasks - cta + ctas - 1) // ctas
     per = -(-steps // cuts)
+    if powers_s is not None:
+        # Steps that share a power.
+        span = 1 if powers_g.shape[0] == steps else PROMOTED
+        per += -per % span if cuts > 1 else 0
     total = mine * per
 
     def place(task):
@@ -129,12 +123,12 @@ def _body(
         step = cut * per + lax.rem(i, per)
 
         pl.when(i >= tiling.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-        rows = pl.ds(pl.multiple_of(m_tile * tokens, tokens), tokens)
-        columns = pl.ds(
-            pl.multiple_of(step * fragments.COLUMNS, fragments.COLUMNS), fragments.COLUMNS
-        )
+        rows, columns = _range(m_tile, tokens), _range(step, fragments.COLUMNS)
         plgpu.copy_gmem_to_smem(x_g.at[rows, columns], x_s.at[slot], full.at[slot])
         plgpu.copy_gmem_to_smem(w_g.at[pl.ds(group * n, n), step], w_s.at[slot], full.at[slot])
+        if powers_s is not None:
+            at = powers_g.at[step // span, rows]
+            plgpu.copy_gmem_to_smem(at, powers_s.at[slot], full.at[slot])
 
     @pl.when(wg == n)
     def fetching():
@@ -144,45 +138,94 @@ def _body(
     @pl.when(wg < n)
     def computing():
         plgpu.set_max_registers(_registers(n), action="increase")
-        unpack = (expand.to_float8 if short else expand.to_bfloat16)(c)
         factor = unit_g[0] / scale_g[0] / divisor_g[0]
-        accumulator = plgpu.ACC((fragments.ROWS, tokens), jnp.float32)
+
+        def ready(step):
+            """Wait for a step; return its slot, record and activations."""
+            slot = lax.rem(step, tiling.stages)
+            plgpu.barrier_wait(full.at[slot])
+            return slot, w_s.at[slot, wg], x_s.at[slot]
+
+        def free(step):
+            plgpu.barrier_arrive(empty.at[lax.rem(step, tiling.stages)])
+
+        if powers_s is None:
+            sums_of = functools.partial(_bfloat16_sums, c, tokens, ready, free)
+        else:
+            sums_of = functools.partial(_float8_sums, c, tokens, ready, free, powers_s, span)
 
         def one_task(task, _):
-            def products(first, until, acc):
-                def advance(s, _):
-                    slot = lax.rem(task * per + s, tiling.stages)
-                    plgpu.barrier_wait(full.at[slot])
-                    for w in unpack(w_s.at[slot, wg]):
-                        plgpu.wgmma(acc, w, x_s.at[slot].T)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[slot])
-
-                lax.fori_loop(first, until, advance, None)
-                return acc[...]
-
-            def part(i, sums):
-                steps = i * PROMOTED, jnp.minimum((i + 1) * PROMOTED, per)
-                return sums + pl.run_scoped(functools.partial(products, *steps), accumulator)
-
-            if short and not fast:
-                sums = plgpu.layout_cast(
-                    jnp.zeros((fragments.ROWS, tokens), jnp.float32), plgpu.Layout.WGMMA
-                )
-                sums = lax.fori_loop(0, -(-per // PROMOTED), part, sums)
-            else:
-                sums = pl.run_scoped(functools.partial(products, 0, per), accumulator)
-            y = (sums * factor).astype(out_s.dtype)
+            y = (sums_of(task * per, per) * factor).astype(out_s.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_s.at[wg].T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             group, m_tile, cut = place(task)
-            at = pl.ds(pl.multiple_of(m_tile * tokens, tokens), tokens)
-            row = pl.multiple_of((group * n + wg) * fragments.ROWS, fragments.ROWS)
-            plgpu.copy_smem_to_gmem(out_s.at[wg], out_g.at[cut, at, pl.ds(row, fragments.ROWS)])
+            at = cut, _range(m_tile, tokens), _range(group * n + wg, fragments.ROWS)
+            plgpu.copy_smem_to_gmem(out_s.at[wg], out_g.at[at])
 
         lax.fori_loop(0, mine, one_task, None)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _bfloat16_sums(c, tokens, ready, free, first, count):
+    """Sums of a tile, float32 (64, tokens), over ``count`` steps from the ``first``."""
+    unpack = expand.to_bfloat16(c)
+
+    def products(acc):
+        def advance(s, _):
+            _, record, x = ready(first + s)
+            for w in unpack(record):
+                plgpu.wgmma(acc, w, x.T)
+            plgpu.wgmma_wait(0)
+            free(first + s)
+
+        lax.fori_loop(0, count, advance, None)
+        return acc[...]
+
+    return pl.run_scoped(products, plgpu.ACC((fragments.ROWS, tokens), jnp.float32))
+
+
+def _float8_sums(c, tokens, ready, free, powers_s, span, first, count):
+    """As `_bfloat16_sums`, in FP8: ``span`` steps in the short accumulator, times their powers.
+
+    `PROMOTED` steps are unrolled: over the end of a loop the compiler would not let products run.
+    """
+    multiply, weighted = float8.partial(c, tokens), float8.weighted(tokens)
+
+    def zeros():
+        zero = jnp.zeros((fragments.ROWS, tokens), jnp.float32)
+        return plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+
+    def add(start, steps, sums):
+        part, whole = zeros(), None
+        for i in range(steps):
+            slot, record, x = ready(start + i)
+            part = multiply(record, x, part)
+            if i:  # the step before is done
+                if whole is None:
+                    float8.wait(float8.GROUPS)
+                else:
+                    sums = finish(sums, *whole, float8.GROUPS)
+                free(start + i - 1)
+            whole = None
+            if (i + 1) % span == 0 or i == steps - 1:
+                whole, part = (part, powers_s.at[slot]), zeros()
+        sums = finish(sums, *whole, 0)
+        free(start + steps - 1)
+        return sums
+
+    def finish(sums, part, powers, running):
+        return weighted(sums, float8.settled(tokens, running)(part), powers)
+
+    whole, left = divmod(count, PROMOTED)
+    sums = lax.fori_loop(
+        0, whole, lambda i, sums: add(first + i * PROMOTED, PROMOTED, sums), zeros()
+    )
+    return add(first + whole * PROMOTED, left, sums) if left else sums
+
+
+def _range(i, size):
+    return pl.ds(pl.multiple_of(i * size, size), size)
 
 
 def _registers(warpgroups: int) -> int:

@@ -8,6 +8,10 @@ import importlib.resources
 import json
 import math
 
+# Tokens up to which FP8 activations have a power of two for each 128 columns, not for each 512: so
+# that more CTAs share the quantizer's work.
+FEW_TOKENS = 64
+PROMOTED = 4  # those 512 columns, in steps: FP8 products of as many are summed in 14 bits
 # What a CTA may use on Hopper, minus what the compiler keeps for itself.
 SHARED_MEMORY = 227 * 1024 - 2048
 
@@ -23,6 +27,9 @@ class Tiles:
       steps: tiles side by side in a slab. With 1, scales go to memory from registers, byte by
         byte; with more, 16 scales of each row are gathered first and stored at once.
       ctas: thread blocks that share the work, a multiple of the number of multiprocessors.
+      beside: warpgroups that take neighbouring tiles of one row, and find the power of two of
+        their columns together (layout "float8"); the others go down.
+      results: buffers of results a warpgroup.
     """
 
     warpgroups: int = 4
@@ -30,16 +37,26 @@ class Tiles:
     columns: int = 128
     steps: int = 1
     ctas: int = 132
+    beside: int = 1
+    results: int = 2
+
+    @property
+    def slab(self) -> int:
+        """Columns that a CTA works on at a time."""
+        return self.columns * self.steps * self.beside
 
     def shared_memory(
         self, block: int, group: int, shared: bool, layout: str = "interchange"
     ) -> int:
         """Bytes of shared memory of a CTA, for blocks of d and groups of g values."""
-        transforms = block * block if shared else self.columns * self.steps * block
-        row = self.stages * self.columns * 2 + self.columns * (4 if layout == "values" else 1)
+        transforms = block * block if shared else self.slab * block
+        written = self.results * {"values": 2, "float8": 1}.get(layout, 0.5)  # bytes a column
+        row = self.columns * (2 * self.stages + written)
         if self.steps > 1:
             row += 2 * self.columns * self.steps // group * 2
-        return 2 * transforms + 64 * self.warpgroups * row
+        if self.beside > 1:
+            row += 2 * 4  # the powers of two
+        return 2 * transforms + int(64 * self.warpgroups * row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +138,10 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
             break
     else:
         tiles = Tiles(warpgroups=1, stages=1) if rows <= 128 else Tiles()
+    if layout == "float8":
+        few = rows <= FEW_TOKENS
+        tiles = Tiles(1 if few else 4, 1 if few else tiles.stages, beside=1 if few else 4)
+        return shrink(tiles, block, fmt.group_size, shared, layout)
     gathered = 16 * fmt.group_size // tiles.columns
     line = rows if layout == "kernel" else width // fmt.group_size
     whole = fmt.scale_dtype != "bfloat16" and gathered > 1 and line % 16 == 0
@@ -137,7 +158,7 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
 
 def _balance(rows: int, width: int, tiles: Tiles) -> float:
     """Mean over largest number of (slab, row tile) pairs of a CTA."""
-    slabs = -(-width // (tiles.columns * tiles.steps))
+    slabs = -(-width // tiles.slab)
     share = slabs * -(-rows // (64 * tiles.warpgroups)) / tiles.ctas
     return share / math.ceil(share)
 
@@ -154,7 +175,10 @@ def shrink(
         return shrink(Tiles(columns=tiles.columns), *sizes)
     if tiles.stages > 1:
         return shrink(dataclasses.replace(tiles, stages=tiles.stages - 1), *sizes)
-    if tiles.warpgroups == 1:
+    if tiles.beside > 1 and tiles.results == 2:
+        # Wide transforms of 512 columns: it just fits.
+        return dataclasses.replace(tiles, results=1)
+    if tiles.warpgroups == tiles.beside:
         return shrink(dataclasses.replace(tiles, ctas=tiles.ctas - 132), *sizes)
     return shrink(dataclasses.replace(tiles, warpgroups=tiles.warpgroups - 1), *sizes)
 

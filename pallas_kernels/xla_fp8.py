@@ -84,6 +84,15 @@ def holds(fmt) -> bool:
     return fmt.element.name == "e2m1" and fmt.scale_dtype == "e8m0"
 
 
+def check(weights) -> None:
+    """Raise NotImplementedError for weights that are not laid out for FP8."""
+    fragments.check(weights)
+    if not all(weight.operand == "float8" for weight in weights):
+        raise NotImplementedError(
+            "the weight is laid out for bfloat16: `lay_out(weight, 'float8')` it once"
+        )
+
+
 def _check(fmt) -> None:
     if not holds(fmt):
         raise NotImplementedError(f"activations in {fmt.name} are not exact in FP8")
@@ -91,7 +100,7 @@ def _check(fmt) -> None:
 
 def _matmul(left, x, global_scale, weight, out_dtype, precision):
     """As `quantized_matmul`, from `activations` of x."""
-    fragments.check((weight,))
+    check((weight,))
     y = multiply(left, global_scale, weight, out_dtype, precision)
     return y.reshape(*x.shape[:-1], y.shape[1])
 
@@ -106,7 +115,7 @@ def multiply(left, global_scale, weight, out_dtype, precision=None):
     values, power = left
     right = fp8_kernel.weights(weight.records, weight.format)
     columns = jnp.pad(values, ((0, 0), (0, right.shape[1] - values.shape[1])))
-    factor = power * weight.unit * 2.0**-fp8_kernel.LIFT / weight.global_scale / global_scale
+    factor = power * weight.unit * 2.0**fp8_kernel.LOWER / weight.global_scale / global_scale
     # HIGHEST: sums leave the tensor core's short accumulator every few steps
     short = fast(precision, weight.shape[1])
     y = lax.dot_general(
@@ -150,7 +159,8 @@ def _to_float8(codes, scales, top):
     from pallas_kernels import fp8_kernel
 
     if codes.shape[1] % 64:  # the kernel's steps are 128 columns
-        return fp8_kernel.plain_activations(codes, scales, top)
+        byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+        return repack.in_float8(codes, byte, top)
     rows = len(codes)
     if rows % 8:  # TMA's view of a swizzled tile splits M by 8 rows
         codes, scales = (jnp.pad(a, ((0, -rows % 8), (0, 0))) for a in (codes, scales))

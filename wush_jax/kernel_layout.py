@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import fragments, mosaic_gpu
+from pallas_kernels import fragments, mosaic_gpu, xla_fp8
 from pallas_kernels.fragments import Fragments
 from wush_jax.formats import QuantizedArray, dequantize
 from wush_jax.linear import quantized_dot
@@ -51,7 +51,7 @@ def pack_for_kernels(model: nnx.Module, *, force: bool = False) -> dict[str, int
         if not isinstance(layer, QuantizedDense) or not (force or _is_served(layer)):
             continue
         weight = layer.packed.weight
-        laid = _laid_out(weight)
+        laid = _laid_out(layer.packed)
         if laid is not None:
             gained[dotted(path)] = laid.nbytes - weight.nbytes
             layer.hold(laid)
@@ -69,15 +69,26 @@ def unpack_from_kernels(model: nnx.Module) -> None:
             layer.hold(layer.packed.interchange)
 
 
-def _laid_out(weight: QuantizedArray | Fragments) -> Fragments | None:
-    """Return a weight's records, or None where there are none for it."""
+def _laid_out(packed: PackedWeight) -> Fragments | None:
+    """Return the records of a layer's weight, or None where there are none for it."""
+    weight = packed.weight
     if len(_devices(weight)) != 1:
         return None
-    try:
-        laid = fragments.lay_out(weight)
-    except NotImplementedError:
-        return None
-    return laid if bool(_equal(weight, laid)) else None
+    for operand in _operands(packed):
+        try:
+            laid = fragments.lay_out(weight, operand)
+        except NotImplementedError:
+            continue
+        if bool(_equal(weight, laid)):
+            return laid
+    return None
+
+
+def _operands(packed: PackedWeight) -> tuple[str, ...]:
+    """What records may expand to, best first: FP8 where both operands are exact in it."""
+    both = packed.weight.format, packed.input_format
+    float8 = all(fmt is not None and xla_fp8.holds(fmt) for fmt in both)
+    return ("float8", "bfloat16") if float8 else ("bfloat16",)
 
 
 def _devices(weight: QuantizedArray | Fragments) -> set[jax.Device]:
@@ -113,7 +124,7 @@ def _takes(packed: PackedWeight, dtype) -> bool:
     """Ask the dispatch itself, for one token: shapes alone."""
 
     def call(x, packed):
-        laid = fragments.lay_out(packed.weight)
+        laid = fragments.lay_out(packed.weight, _operands(packed)[0])
         packed = PackedWeight(
             laid, packed.transform, packed.input_global_scale, packed.input_format
         )

@@ -7,7 +7,7 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fp8_kernel, fragments, scaled_dot, xla, xla_fp8
+from pallas_kernels import fp8_kernel, fragments, repack, scaled_dot, xla, xla_fp8
 
 FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
 
@@ -187,7 +187,7 @@ def test_fp8_activations_on_gpu(m, k):
     scales = jax.lax.bitcast_convert_type(byte, jnp.float8_e8m0fnu)
     for top in (14, 140, 254):
         got = jax.jit(fp8_kernel.activations)(codes, scales, jnp.int32(top))
-        wanted = fp8_kernel.plain_activations(codes, scales, top)
+        wanted = repack.in_float8(codes, byte.astype(jnp.int32), top)
         np.testing.assert_array_equal(*(np.asarray(v).view(np.uint8) for v in (got, wanted)))
 
 
@@ -207,7 +207,7 @@ def test_fp8_path_on_gpu(m, n, k, data):
         x, w = jnp.abs(x), jnp.abs(w)
     x, w = wush.quantize(x, wush.MXFP4), wush.quantize(w, wush.MXFP4)
     y = jax.jit(lambda x, w: pallas_kernels.quantized_matmul(x, w, implementation="xla_fp8"))(
-        x, fragments.lay_out(w)
+        x, fragments.lay_out(w, "float8")
     )
     a, b = (np.abs(np.asarray(wush.dequantize(q), np.float64)) for q in (x, w))
     assert np.all(np.abs(np.asarray(y, np.float64) - exact(x, w)) <= 2**-13 * (a @ b.T))

@@ -10,9 +10,9 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import mosaic_gpu, xla
+from pallas_kernels import mosaic_gpu, repack, xla
 from pallas_kernels.cases import Case
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.tiles import FEW_TOKENS, Tiles
 from wush_jax import formats
 
 NEEDS_MOSAIC = pytest.mark.skipif(
@@ -68,6 +68,21 @@ def test_values_are_those_of_the_codes(fmt):
 
 
 @NEEDS_MOSAIC
+def test_fp8_values_are_those_of_the_codes():
+    x, t = Case(70, 192).arrays()
+    run = functools.partial(launch, x, t, wush.MXFP4, tiles=Tiles(1, 1, ctas=2), interpret=True)
+    codes, scales = run("lanes")
+    values, powers = run("float8")
+    wanted, same_powers = repack.to_float8(codes, scales, 128)
+    np.testing.assert_array_equal(bits(values), bits(wanted))
+    np.testing.assert_array_equal(powers[:, :70], same_powers[:, :70])
+
+
+def bits(values):
+    return np.asarray(values).view(np.uint8)
+
+
+@NEEDS_MOSAIC
 def test_vmap_folds_mapped_rows_into_m():
     x, t = Case(6, 128).arrays()
     run = functools.partial(launch, t=t, fmt=wush.MXFP4, tiles=Tiles(1, 1, ctas=1), interpret=True)
@@ -84,6 +99,9 @@ LOWERED = [
     (Case(77, 14336, block=128), wush.INT4, "interchange", "wgmma"),
     (Case(1024, block=64, dtype="float16"), NVFP4_46, "interchange", "wgmma"),
     (Case(16384), wush.MXFP4, "interchange", "mma"),
+    (Case(13), wush.MXFP4, "float8", "wgmma"),
+    (Case(100, 1088, block=64), wush.MXFP4, "float8", "wgmma"),
+    (Case(1024, block=128), wush.MXFP4, "float8", "wgmma"),
 ]
 
 
@@ -109,6 +127,8 @@ def test_lowers_for_cuda_as_one_kernel(case, fmt, layout, unit):
         (lambda x, t: launch(x, t, wush.NVFP4.replace(global_scale=None)), "pass one"),
         (lambda x, t: launch(x[None], t, wush.MXFP4, "kernel"), "flatten"),
         (lambda x, t: launch(x, t, wush.INT4, "values"), "no bfloat16 numbers"),
+        (lambda x, t: launch(x[None], t, wush.MXFP4, "float8"), "flatten"),
+        (lambda x, t: launch(x, t, wush.NVFP4, "float8"), "not exact in FP8"),
     ],
 )
 def test_what_the_kernel_lacks_is_not_implemented(make, reason):
@@ -138,6 +158,34 @@ def test_row_shards_stay_where_they_are(monkeypatch):
 
 
 # On a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("data", ["gaussian", "octaves", "damaged"])
+@pytest.mark.parametrize(
+    "case",
+    [Case(5, 64), Case(64, 1088, block=64), Case(70, 192), Case(300, 4096), Case(65, 1024, 128)],
+)
+def test_fp8_activations_on_gpu_are_those_of_the_codes(case, data):
+    """Byte for byte; a power for 128 columns of few tokens, for 512 of more."""
+    x, t = case.arrays()
+    if data == "octaves":
+        powers = np.random.default_rng(0).integers(-40, 40, size=(len(x), x.shape[1] // 32))
+        x = x * jnp.exp2(jnp.repeat(jnp.float32(powers), 32, axis=1)).astype(x.dtype)
+    if data == "damaged":
+        x = x.at[3, 40].set(jnp.nan).at[0, 0].set(jnp.inf).at[2].set(0)
+    run = functools.partial(launch, fmt=wush.MXFP4)
+    codes, scales = jax.jit(functools.partial(run, layout="lanes"))(x, t)
+    values, powers = jax.jit(functools.partial(run, layout="float8"))(x, t)
+    columns = 128 if len(x) <= FEW_TOKENS else 512
+    wanted, same_powers = repack.to_float8(codes, scales, columns)
+    assert (values.shape, powers.shape) == (wanted.shape, same_powers.shape)
+    value, want = (np.asarray(v, np.float32) for v in (values, wanted))
+    # Groups that become zeros in the definition are rounded by the kernel: to at most 2**-16.
+    small = (want == 0) & (np.abs(value) <= 2.0**-16)
+    np.testing.assert_array_equal(np.where(small, 0, value), want)
+    np.testing.assert_array_equal(powers[:, : len(x)], same_powers[:, : len(x)])
+
 
 ON_GPU = [
     *((Case(m, k), fmt, "interchange") for m, k in ((1, 4096), (16, 14336), (77, 1088))
