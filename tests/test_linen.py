@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from comparison import two_programs
 from flax import nnx
+from weights import normal
 
 import wush_jax as wush
 from wush_jax.calibrate import find_sites
@@ -16,7 +17,7 @@ from wush_jax.nnx import Contraction, Dense, QuantizedDense, dense_layers
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 
 RTN = wush.Recipe(solver="rtn")
-X = jax.random.normal(jax.random.key(0), (2, 24, 64)) * jnp.arange(1, 65) / 32
+X = jnp.asarray(np.asarray(normal(0, (2, 24, 64))) * np.arange(1, 65) / 32, jnp.float32)
 run = nnx.jit(lambda model, x: model(x))
 
 
@@ -65,9 +66,21 @@ class ScannedEncoder(nn.Module):
         return nn.LayerNorm()(x)
 
 
+def initial(module):
+    """Variables of a module with weights as large as its own initialisation's."""
+    random = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        value = random.standard_normal(leaf.shape) / 8 if leaf.ndim > 1 else np.zeros(leaf.shape)
+        return jnp.asarray(value + (path[-1].key == "scale"), leaf.dtype)
+
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), X))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
 @pytest.fixture(scope="module")
 def variables():
-    return Encoder().init(jax.random.key(1), X)
+    return initial(Encoder())
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +235,7 @@ class Custom(nn.Module):
 
 
 def test_a_class_of_ones_own_and_what_is_left_alone():
-    variables = Custom().init(jax.random.key(0), X)
+    variables = initial(Custom())
     types = (*LINEN_TYPES, (TiedEinsum, tied_einsum))
     model = LinenModel(Custom(), variables, X, types=types)
     quantized, report = wush.quantize_model(model, [X], RTN)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from weights import normal
 
 import wush_jax as wush
 from wush_jax.batched import over_batch
@@ -127,7 +128,7 @@ def quantized():
 
 def test_gradient_reaches_bias_and_input_only(quantized):
     _, layer = quantized
-    x = jax.random.normal(jax.random.key(1), (5, 64))
+    x = normal(1, (5, 64))
 
     @nnx.jit
     def gradients(layer, x):
@@ -149,7 +150,7 @@ def test_explicit_shardings_are_refused(quantized):
 
 def test_state_splits_merges_and_compiles(quantized):
     _, layer = quantized
-    x = jax.random.normal(jax.random.key(1), (5, 64))
+    x = normal(1, (5, 64))
     graph, packed, rest = nnx.split(layer, Packed, ...)
     assert set(packed) == {"codes", "scales", "global_scale", "transform"}
     assert set(rest) == {"bias"}
@@ -182,8 +183,8 @@ class LowRank(nnx.Module):
     """A dense layer of one's own: W = up @ down."""
 
     def __init__(self, rngs):
-        self.up = nnx.Param(jax.random.normal(rngs.params(), (6, 2)))
-        self.down = nnx.Param(jax.random.normal(rngs.params(), (2, 64)))
+        self.up = nnx.Param(normal(0, (6, 2)))
+        self.down = nnx.Param(normal(1, (2, 64)))
 
     def __call__(self, x):
         return x @ self.down[...].T @ self.up[...].T
@@ -194,7 +195,7 @@ def low_rank(module):
 
 
 def test_a_layer_of_ones_own():
-    model, x = nnx.List([LowRank(nnx.Rngs(0))]), jax.random.normal(jax.random.key(0), (7, 64))
+    model, x = nnx.List([LowRank(nnx.Rngs(0))]), normal(2, (7, 64))
     options = {"call": lambda m, x: m[0](x), "dense_types": (*DENSE_TYPES, (LowRank, low_rank))}
     twin, report = wush.quantize_model(model, [x], EXACT, **options)
     assert [layer.path for layer in report.layers] == ["0"]
@@ -214,7 +215,7 @@ class Width(LowRank):
 
 
 def test_a_layer_that_views_itself_keeps_its_attributes():
-    model, x = nnx.List([Width(nnx.Rngs(0))]), jax.random.normal(jax.random.key(0), (7, 64))
+    model, x = nnx.List([Width(nnx.Rngs(0))]), normal(2, (7, 64))
 
     def call(m, x):
         return m[0](x).reshape(-1, m[0].width)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import normal
 
 import pallas_kernels
 import wush_jax as wush
@@ -28,8 +29,7 @@ def product(x, w, implementation):
 
 @functools.cache
 def operands(fmt, m=5, n=24, k=128):
-    keys = jax.random.split(jax.random.key(3))
-    x, w = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (n, k))
+    x, w = normal(3, (m, k)), normal(4, (n, k))
     return x.astype(jnp.bfloat16), quantize(x, fmt), quantize(w, fmt)
 
 
@@ -62,7 +62,7 @@ def test_bfloat16_operands_are_exact(fmt, layout):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_a_quantized_value_is_a_sum_of_bfloat16_numbers(fmt):
-    q = quantize(jax.random.normal(jax.random.key(0), (8, 64)) * 1e-3, fmt)
+    q = quantize(normal(0, (8, 64)) * 1e-3, fmt)
     parts = jax.jit(lambda q: xla.exact_parts(q.codes, q.scales, fmt))(q)
     whole = sum(np.asarray(part, np.float64) for part in parts)
     np.testing.assert_array_equal(whole, scaled(q))
@@ -100,7 +100,7 @@ def in_order(values):
 def test_fp8_activations_are_exact_over_26_octaves():
     """But for the order of columns, and below the window."""
     fmt = wush.MXFP4
-    x = jax.random.normal(jax.random.key(1), (4, 64))
+    x = normal(1, (4, 64))
     octaves = jnp.array([-13, -12, -5, 0, 3, 7, 12, 13]).reshape(4, 2)
     x = x.at[:, ::32].set(2.0) * jnp.exp2(jnp.repeat(octaves, 32, axis=1))
     x = jnp.clip(x, -4 * jnp.abs(x[:, :1]), 4 * jnp.abs(x[:, :1]))
@@ -112,7 +112,7 @@ def test_fp8_activations_are_exact_over_26_octaves():
 def test_fp8_activations_below_the_window_lose_little():
     """Groups 27 octaves below the top scale of 2**13 become zeros: at most 6 * 2**-14 is lost."""
     fmt = wush.MXFP4
-    x = jax.random.normal(jax.random.key(2), (2, 64)).at[1].multiply(2.0**-34)
+    x = normal(2, (2, 64)).at[1].multiply(2.0**-34)
     q = quantize(x, fmt)
     values, power = folded(q)
     error = np.abs(in_order(values) * float(power) - scaled(q))
@@ -217,8 +217,7 @@ def test_fp8_path_on_gpu(m, n, k, data):
 
     Errors of one step of 2**-13 of the partial sums, of up to 128 columns each, bound the rest.
     """
-    keys = jax.random.split(jax.random.key(4))
-    x, w = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (n, k))
+    x, w = normal(5, (m, k)), normal(6, (n, k))
     if data == "outliers":
         x = x.at[:, ::97].multiply(50)
     if data == "same sign":
