@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import two_programs
+from comparison import power_of_error, two_programs
 from flax import nnx
 from weights import normal
 
@@ -124,7 +124,7 @@ def test_it_is_quantized_like_any_model(model, result, variables):
     attention = quantized.layer_1.attention
     assert attention.query.transform is attention.value.transform
     y, exact = run(quantized, X), run(model, X)
-    error = float(jnp.mean((y - exact) ** 2) / jnp.mean(exact**2))
+    error = power_of_error(y, exact)
     assert 0 < error < 0.05
     assert all(0 < layer.relative_loss < 0.05 for layer in report.layers)
     # the codes are those of quantizing the weight with the moment of its own input
@@ -184,7 +184,7 @@ def test_layers_stacked_for_a_scan(result, variables, remat):
         assert np.mean(np.asarray(quantized.layers.attention.key.codes[...][i] != one)) < 0.01
     # transforms in bfloat16 from moments that differ by rounding: half a bit here and there
     y, expected = run(quantized, X), run(loop, X)
-    assert float(jnp.mean((y - expected) ** 2) / jnp.mean(expected**2)) < 1e-2
+    assert power_of_error(y, expected) < 1e-2
 
 
 def test_remat_is_no_trouble(result, variables):
@@ -246,7 +246,7 @@ def test_a_class_of_ones_own_and_what_is_left_alone():
     )
     assert "Embed is no registered dense layer" in report.skipped["table"]
     y, exact = run(quantized, X), run(model, X)
-    assert 0 < float(jnp.mean((y - exact) ** 2) / jnp.mean(exact**2)) < 0.05
+    assert 0 < power_of_error(y, exact) < 0.05
 
 
 class Counts(nn.Module):
