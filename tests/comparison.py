@@ -13,6 +13,12 @@ SHARE = 1e-5
 ONE_ORDER = jax.default_backend() == "cpu"
 
 
+def power_of_error(y, exact):
+    """Mean square of the error over the mean square of what is exact."""
+    y, exact = (np.asarray(v, np.float64) for v in (y, exact))
+    return np.mean((y - exact) ** 2) / np.mean(exact**2)
+
+
 def two_programs(found, expected):
     """Compare results of two programs that compute the same: equal, or to float32 rounding.
 

@@ -36,6 +36,11 @@ def transform(kind, k, d, seed=0):
     return np.linalg.qr(random.standard_normal(shape))[0]
 
 
+def shapes():
+    """What files are loaded into: a `Pair` without values."""
+    return nnx.eval_shape(lambda: Pair(nnx.Rngs(0)))
+
+
 @functools.cache
 def model(fmt, kind="blocks", d=32, dtype="bfloat16", inputs="same"):
     """Two layers that share one transform and one global scale, and a normalisation."""

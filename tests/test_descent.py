@@ -21,16 +21,17 @@ HESSIAN = jnp.float32(oracle.random_moment(RNG, 2 * G, 100) + 0.01 * np.eye(2 * 
 TARGET = jnp.float32(RNG.standard_normal((2 * G, N)))
 GLOBAL = jnp.float32(3.0)
 quick = jax.jit(descend, static_argnames=("fmt", "sweeps"))
+encode, decode = jax.jit(wush.MXFP4.encode_groups), jax.jit(wush.MXFP4.decode_with)
 
 
 def start():
-    codes, scale = wush.MXFP4.encode_groups(TARGET.T.reshape(N, 2, G), GLOBAL)
+    codes, scale = encode(TARGET.T.reshape(N, 2, G), GLOBAL)
     return codes.reshape(N, -1).T, scale.T
 
 
 def values(codes, scale):
     groups = np.asarray(codes).T.reshape(N, 2, G)
-    return np.float64(wush.MXFP4.decode_with(groups, scale.T, GLOBAL)).reshape(N, -1).T
+    return np.float64(decode(groups, scale.T, GLOBAL)).reshape(N, -1).T
 
 
 def losses(codes, scale):
@@ -74,6 +75,12 @@ def test_without_correlation_rounding_is_the_end():
     np.testing.assert_array_equal(values(same, scale), values(codes, scale))
 
 
+@jax.jit
+def original(q, activation):
+    """The values of a weight, back in its own coordinates."""
+    return wush.apply_transform(wush.dequantize(q), activation.T)
+
+
 @functools.cache
 def layer():
     rng = np.random.default_rng(1)
@@ -90,8 +97,7 @@ def test_after_gptq(order):
 
     def loss(descent):
         q, used = gptq(w, h, transform, wush.MXFP4, descent=descent, activation_order=order)
-        values = wush.dequantize(q)
-        e = np.float64(wush.apply_transform(values, used.activation.T) - w)
+        e = np.float64(original(q, used.activation) - w)
         return np.einsum("ni,ij,nj->n", e, damped, e)
 
     before, after = loss(0), loss(3)

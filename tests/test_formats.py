@@ -53,6 +53,12 @@ dequantize = jax.jit(wush.dequantize)
 fake_quantize = jax.jit(wush.fake_quantize, static_argnums=1)
 
 
+@jax.jit
+def contents(q):
+    """Codes, scales and values."""
+    return q.format.unpack(q.codes), q.format.load_scales(q.scales), wush.dequantize(q)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _round_trip(x, fmt, g):
     return wush.dequantize(wush.quantize(x, fmt, global_scale=g))
@@ -82,11 +88,11 @@ def test_codes_scales_and_values_equal_the_oracle(fmt, bound):
     codes, scales, values, decided = oracle.quantize(x.astype(np.float64), fmt, g)
     # 16 or 32 values a group, each within 1e-6 of a boundary with probability about 1e-5.
     assert decided.mean() > 0.9
-    got = np.asarray(fmt.load_scales(q.scales))[:, 0]
-    np.testing.assert_array_equal(got[decided], scales[decided])
-    np.testing.assert_array_equal(fmt.unpack(q.codes)[decided], codes[decided])
+    got = [np.asarray(found)[decided] for found in contents(q)]
+    np.testing.assert_array_equal(got[0], codes[decided])
+    np.testing.assert_array_equal(got[1][:, 0], scales[decided])
     # One division and one product in float32, each off by at most 1 ulp (2**-23).
-    np.testing.assert_allclose(dequantize(q)[decided], values[decided], rtol=2.4e-7, atol=0)
+    np.testing.assert_allclose(got[2], values[decided], rtol=2.4e-7, atol=0)
 
 
 @pytest.mark.parametrize("rule", sorted(set(RULES) & {"ocp_floor", "round_175", "ceil"}))
@@ -101,9 +107,10 @@ def test_power_of_two_rules_at_the_edges_of_a_binade(rule):
     fmt = MX.replace(rule=rule)
     q = quantize(x, fmt)
     codes, scales, values, _ = oracle.quantize(x.astype(np.float64), fmt, 1.0)
-    np.testing.assert_array_equal(fmt.load_scales(q.scales)[:, 0], scales)
-    np.testing.assert_array_equal(fmt.unpack(q.codes), codes)
-    np.testing.assert_array_equal(dequantize(q), values)
+    found = contents(q)
+    np.testing.assert_array_equal(found[0], codes)
+    np.testing.assert_array_equal(found[1][:, 0], scales)
+    np.testing.assert_array_equal(found[2], values)
 
 
 def test_derived_global_scales():

@@ -40,6 +40,7 @@ def laid_out(model):
     return copy
 
 
+dequantize = jax.jit(wush.dequantize)
 run = nnx.jit(lambda model, x: model(x))
 first = nnx.jit(lambda model, x: model[0](x))
 
@@ -62,7 +63,7 @@ def test_the_same_model():
         assert two.codes is two.scales is None
         assert isinstance(two.packed.weight, Fragments)
         assert two.packed.shape == one.packed.shape
-        values = [np.asarray(wush.dequantize(la.packed.weight)) for la in (one, two)]
+        values = [dequantize(layer.packed.weight) for layer in (one, two)]
         np.testing.assert_array_equal(*values)
     (y, gradient), (other, found) = (outputs_and_gradient(m, TOKENS) for m in (model, twin))
     two_programs(other, y)
@@ -106,7 +107,7 @@ def test_random_codes_come_back_as_the_same_values(tmp_path):
     wush.save(tmp_path / "model", twin)
     loaded = wush.load(tmp_path / "model", Pair(nnx.Rngs(0)))
     for one, two in zip(layers(pair()), layers(loaded), strict=True):
-        values = [np.asarray(wush.dequantize(la.packed.weight)) for la in (one, two)]
+        values = [dequantize(layer.packed.weight) for layer in (one, two)]
         np.testing.assert_array_equal(*values)
 
 
@@ -132,7 +133,7 @@ def test_packed_weights_in_both_layouts(fmt):
         *map(jax.tree.leaves, (everything(X, packed), everything(X, laid))), strict=True
     ):
         two_programs(b, a)
-    zeros = jax.grad(lambda p: wush.quantized_dot(X, p).sum(), allow_int=True)(laid)
+    zeros = jax.jit(jax.grad(lambda p: wush.quantized_dot(X, p).sum(), allow_int=True))(laid)
     for leaf in jax.tree.leaves(zeros):
         assert leaf.dtype == jax.dtypes.float0 or not np.asarray(leaf, np.float32).any()
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from weights import normal
 
 import wush_jax as wush
 from wush_jax.batched import over_batch
@@ -36,6 +37,8 @@ LAYERS = {
     "experts": (nnx.LinearGeneral, (64, 6), {"axis": (-1,), "batch_axis": {0: 2}}, (2, 5, 64)),
     "turned kernel": (nnx.Einsum, ("...hk,nkh->...n", (6, 8, 8), (6,)), {}, (5, 8, 8)),
 }
+run = nnx.jit(lambda model, x: model(x))
+dequantize = jax.jit(wush.dequantize)
 CHEAP = {"kernel_init": nnx.initializers.zeros, "bias_init": nnx.initializers.zeros}
 
 
@@ -57,12 +60,12 @@ def test_views_compute_what_the_layer_computes(kind):
     assert dense.weight.shape == dense.weight_shape
     assert dense.contraction.shape == (6, 64)
     np.testing.assert_array_equal(dense.contraction.kernel(dense.weight), layer.kernel[...])
-    y = layer(x)
+    y = run(layer, x)
     # -4 to 4 are numbers of E4M3 and the scale of a group of them is a power of two: no rounding
     quantize = over_batch(lambda w: wush.quantize_weight(w, None, EXACT), dense.contraction.batch)
-    twin = QuantizedDense(dense, quantize(dense.weight))
-    np.testing.assert_array_equal(wush.dequantize(twin.packed.weight), dense.weight)
-    np.testing.assert_array_equal(twin(x), y)
+    twin = QuantizedDense(dense, jax.jit(quantize)(dense.weight))
+    np.testing.assert_array_equal(dequantize(twin.packed.weight), dense.weight)
+    np.testing.assert_array_equal(run(twin, x), y)
 
 
 def test_quantized_layer_is_the_layer_with_the_dequantized_kernel():
@@ -70,10 +73,11 @@ def test_quantized_layer_is_the_layer_with_the_dequantized_kernel():
     layer.kernel[...] += 0.01 * jnp.arange(384.0).reshape(2, 64, 3)
     dense = dense_layers(layer)[0][""]
     twin = QuantizedDense(dense, wush.quantize_weight(dense.weight, None, EXACT))
-    assert float(jnp.abs(twin(x) - layer(x)).max()) > 0.1
-    layer.kernel[...] = dense.contraction.kernel(wush.dequantize(twin.packed.weight))
+    y = run(twin, x)
+    assert np.abs(y - run(layer, x)).max() > 0.1
+    layer.kernel[...] = dense.contraction.kernel(dequantize(twin.packed.weight))
     # 64 products of at most 20 in float32, summed in another order: 1280 * 2^-24 * a few
-    np.testing.assert_allclose(twin(x), layer(x), atol=5e-4)
+    np.testing.assert_allclose(y, run(layer, x), atol=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def quantized():
 
 def test_gradient_reaches_bias_and_input_only(quantized):
     _, layer = quantized
-    x = jax.random.normal(jax.random.key(1), (5, 64))
+    x = normal(1, (5, 64))
 
     @nnx.jit
     def gradients(layer, x):
@@ -142,20 +146,20 @@ def test_gradient_reaches_bias_and_input_only(quantized):
 
 def test_explicit_shardings_are_refused(quantized):
     x = jnp.ones((2, 64))
-    np.testing.assert_array_equal(quantized[1](x, out_sharding=None), quantized[1](x))
+    unspecified = nnx.jit(lambda model, x: model(x, out_sharding=None))
+    np.testing.assert_array_equal(unspecified(quantized[1], x), run(quantized[1], x))
     with pytest.raises(NotImplementedError, match="meshes with Auto axes only"):
         quantized[1](x, out_sharding=jax.sharding.PartitionSpec())
 
 
 def test_state_splits_merges_and_compiles(quantized):
     _, layer = quantized
-    x = jax.random.normal(jax.random.key(1), (5, 64))
+    x = normal(1, (5, 64))
     graph, packed, rest = nnx.split(layer, Packed, ...)
     assert set(packed) == {"codes", "scales", "global_scale", "transform"}
     assert set(rest) == {"bias"}
     twin = nnx.merge(graph, packed, rest)
     # compiled alike, so the same bits
-    run = nnx.jit(lambda m, x: m(x))
     np.testing.assert_array_equal(run(twin, x), run(layer, x))
 
 
@@ -171,19 +175,20 @@ def test_bias_of_the_quantized_layer_is_its_own(quantized):
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
 def test_dtype_is_that_of_the_replaced_layer(dtype, x_dtype):
-    layer = nnx.Linear(64, 6, dtype=dtype, rngs=nnx.Rngs(0))
+    layer = nnx.Linear(64, 6, dtype=dtype, **CHEAP, rngs=nnx.Rngs(0))
     dense = dense_layers(layer)[0][""]
     twin = QuantizedDense(dense, wush.quantize_weight(dense.weight, None, EXACT))
     x = jnp.ones((2, 64), x_dtype)
-    assert twin(x).dtype == layer(x).dtype == (jnp.float32 if dtype is None else dtype)
+    found = [run(each, x).dtype for each in (twin, layer)]
+    assert found[0] == found[1] == (jnp.float32 if dtype is None else dtype)
 
 
 class LowRank(nnx.Module):
     """A dense layer of one's own: W = up @ down."""
 
     def __init__(self, rngs):
-        self.up = nnx.Param(jax.random.normal(rngs.params(), (6, 2)))
-        self.down = nnx.Param(jax.random.normal(rngs.params(), (2, 64)))
+        self.up = nnx.Param(normal(0, (6, 2)))
+        self.down = nnx.Param(normal(1, (2, 64)))
 
     def __call__(self, x):
         return x @ self.down[...].T @ self.up[...].T
@@ -194,12 +199,13 @@ def low_rank(module):
 
 
 def test_a_layer_of_ones_own():
-    model, x = nnx.List([LowRank(nnx.Rngs(0))]), jax.random.normal(jax.random.key(0), (7, 64))
+    model, x = nnx.List([LowRank(nnx.Rngs(0))]), normal(2, (7, 64))
     options = {"call": lambda m, x: m[0](x), "dense_types": (*DENSE_TYPES, (LowRank, low_rank))}
     twin, report = wush.quantize_model(model, [x], EXACT, **options)
     assert [layer.path for layer in report.layers] == ["0"]
     # E4M3 weights: relative error 2^-4 each at worst, far less in the mean of 64 products
-    np.testing.assert_allclose(twin[0](x), model[0](x), atol=0.05 * jnp.abs(model[0](x)).max())
+    exact = run(model[0], x)
+    np.testing.assert_allclose(run(twin[0], x), exact, atol=0.05 * np.abs(exact).max())
 
 
 class Width(LowRank):
@@ -214,7 +220,7 @@ class Width(LowRank):
 
 
 def test_a_layer_that_views_itself_keeps_its_attributes():
-    model, x = nnx.List([Width(nnx.Rngs(0))]), jax.random.normal(jax.random.key(0), (7, 64))
+    model, x = nnx.List([Width(nnx.Rngs(0))]), normal(2, (7, 64))
 
     def call(m, x):
         return m[0](x).reshape(-1, m[0].width)
@@ -233,7 +239,7 @@ class Nest(nnx.Module):
 
     def __init__(self, rngs):
         def linear():
-            return nnx.Linear(4, 4, rngs=rngs)
+            return nnx.Linear(4, 4, **CHEAP, rngs=rngs)
 
         self.child = linear()
         self.again = self.child

@@ -17,16 +17,17 @@ pytestmark = pytest.mark.usefixtures("strict")
 N, K, D = 40, 64, 32
 RNG = np.random.default_rng(0)
 WEIGHT = oracle.correlated(RNG, N, K, D, spread=0.5).astype(np.float32)
-INPUTS = jnp.float32(
-    oracle.correlated(RNG, 8192, K, D) @ (np.eye(K) + 0.3 * RNG.standard_normal((K, K)))
-)
-INPUTS /= jnp.sqrt(jnp.mean(INPUTS**2))
-TRAIN, TEST = INPUTS[:4096], INPUTS[4096:]
+INPUTS = oracle.correlated(RNG, 8192, K, D) @ (np.eye(K) + 0.3 * RNG.standard_normal((K, K)))
+TRAIN, TEST = jnp.float32(INPUTS / np.sqrt(np.mean(INPUTS**2))).reshape(2, 4096, K)
+sample_of = jax.jit(Sample.of)
 MOMENT = wush.second_moment(TRAIN)
-SAMPLE = Sample.of(TRAIN)
+SAMPLE = sample_of(TRAIN)
 GPTQ = wush.Recipe(solver="gptq", interleave=False)
+fake_quantize = jax.jit(wush.fake_quantize, static_argnums=1)
+dequantize = jax.jit(wush.dequantize)
 quick_loss = jax.jit(wush.layer_loss)
 quick_noise = jax.jit(noise.sampled_noise, static_argnames="fmt")
+quick_model = jax.jit(noise.modelled_noise, static_argnames="fmt")
 quick_pairs = jax.jit(noise.quantized_pairs, static_argnames="fmt")
 quick_slope = jax.jit(hessian.with_unit_slope)
 quick_gains = jax.jit(noise.best_gains, static_argnames="fmt")
@@ -39,7 +40,7 @@ quick_gains = jax.jit(noise.best_gains, static_argnames="fmt")
 )
 def test_relative_error_is_that_of_gaussians(fmt, expected):
     z = jnp.float32(np.random.default_rng(1).standard_normal((4096, fmt.group_size)))
-    e = np.float64(wush.fake_quantize(z, fmt) - z)
+    e = np.float64(fake_quantize(z, fmt) - z)
     measured = (e**2).sum() / np.float64(z * z).sum()
     assert noise.relative_error(fmt) == pytest.approx(measured, rel=0.02)
     assert noise.relative_error(fmt) == pytest.approx(expected, rel=0.02)
@@ -57,8 +58,8 @@ def test_the_model_agrees_with_measurement(fmt):
     pair = wush.BlockTransform(jnp.float32(t), jnp.float32(np.linalg.inv(t).transpose(0, 2, 1)))
     white = rng.standard_normal((8192, 2, D)) * [[[1.0], [7.0]]]
     rows = jnp.float32(np.einsum("sbj,bij->sbi", white, np.linalg.inv(t)).reshape(-1, K))
-    measured = quick_noise(Sample.of(rows), pair, fmt).covariance
-    modelled = noise.modelled_noise(linalg.diagonal_blocks(wush.second_moment(rows), D), pair, fmt)
+    measured = quick_noise(sample_of(rows), pair, fmt).covariance
+    modelled = quick_model(linalg.diagonal_blocks(wush.second_moment(rows), D), pair, fmt)
     atol = 0.05 * np.abs(modelled).max((1, 2), keepdims=True)  # 8192 rows: about 1 / sqrt(8192)
     assert (np.abs(measured - modelled) <= atol).all()
 
@@ -68,10 +69,10 @@ def test_sampled_noise_is_the_moment_of_the_error():
         linalg.diagonal_blocks(wush.second_moment(WEIGHT), D), linalg.diagonal_blocks(MOMENT, D)
     )
     rows = TRAIN + 3.0  # a mean
-    found = quick_noise(Sample.of(rows), pair, wush.MXFP4)
+    found = quick_noise(sample_of(rows), pair, wush.MXFP4)
     t = np.float64(pair.activation)
     y = np.einsum("sbi,bji->sbj", np.float64(rows).reshape(-1, 2, D), t)
-    q = np.float64(wush.fake_quantize(jnp.float32(y.reshape(-1, K)), wush.MXFP4)).reshape(y.shape)
+    q = np.float64(fake_quantize(jnp.float32(y.reshape(-1, K)), wush.MXFP4)).reshape(y.shape)
     e = np.einsum("sbj,bij->sbi", q - y, np.linalg.inv(t))
     mean = e.mean(0)
     covariance = np.einsum("sbi,sbj->bij", e - mean, e - mean) / len(e)
@@ -87,7 +88,7 @@ def test_errors_in_common_are_made_up_for():
     """A large constant in every token rounds the same way each time: the weights know it."""
     constant = np.where(np.arange(K) % D == 5, 20.0, 0.0).astype(np.float32)
     train, test = TRAIN + constant[None], TEST + constant[None]
-    m, sample = wush.second_moment(train), Sample.of(train)
+    m, sample = wush.second_moment(train), sample_of(train)
     losses = {
         kind: quick_loss(
             WEIGHT,
@@ -113,7 +114,7 @@ def test_gptq_aims_at_the_best_weights():
         np.float64(hessian) + shift, (np.float64(cross) + shift) @ np.float64(WEIGHT.T)
     ).T
     step = np.abs(WEIGHT).max() / 127
-    assert np.sqrt(np.mean((np.float64(wush.dequantize(q)) - best) ** 2)) < step
+    assert np.sqrt(np.mean((np.float64(dequantize(q)) - best) ** 2)) < step
     assert np.sqrt(np.mean((WEIGHT - best) ** 2)) > 4 * step
     with pytest.raises(ValueError, match=r"cross_moment has shape \(2, 2\)"):
         gptq(WEIGHT, hessian, eye, wush.INT8, cross_moment=jnp.eye(2))
@@ -121,14 +122,14 @@ def test_gptq_aims_at_the_best_weights():
 
 def test_outputs_of_the_target_have_slope_one():
     """Slope of each output against the original, in float64, with fine codes."""
-    sample = Sample.of(TRAIN)
+    sample = sample_of(TRAIN)
     pair, eye = wush.hadamard_transform(D), wush.identity_transform(D)
     x, x_q = map(np.float64, quick_pairs(sample, pair, wush.MXFP4))
     hessian, cross = noise.with_noise(MOMENT, quick_noise(sample, pair, wush.MXFP4))
 
     def slopes(pairs):
         q, _ = gptq(WEIGHT, hessian, eye, wush.INT8, cross_moment=cross, pairs=pairs)
-        y, y_q = x @ np.float64(WEIGHT.T), x_q @ np.float64(wush.dequantize(q).T)
+        y, y_q = x @ np.float64(WEIGHT.T), x_q @ np.float64(dequantize(q).T)
         return (y * y_q).sum(0) / (y * y).sum(0)
 
     found = slopes((jnp.float32(x), jnp.float32(x_q)))
@@ -165,7 +166,7 @@ def test_knowing_the_error_of_the_inputs_pays(kind):
 
 def test_chance_is_no_error_in_common():
     """Rows without a mean: what a small sample shows of one is nearly all taken back."""
-    found = quick_noise(Sample.of(TRAIN[:256]), wush.hadamard_transform(D), wush.MXFP4)
+    found = quick_noise(sample_of(TRAIN[:256]), wush.hadamard_transform(D), wush.MXFP4)
     power = np.trace(found.covariance, axis1=1, axis2=2).sum() / 256
     assert np.square(found.mean).sum() < 0.5 * power
 
@@ -191,7 +192,7 @@ def trap():
     plain, gained = [], []
     for j in range(8):
         x, held_out = (massive(seed, 200 * 2 ** (j / 8)) for seed in (0, 1))
-        m, sample = wush.second_moment(x), Sample.of(x)
+        m, sample = wush.second_moment(x), sample_of(x)
         for recipe, losses in ((GPTQ, plain), (GPTQ.replace(block_gain=True), gained)):
             packed = wush.quantize_weight(WEIGHT, m, recipe, sample=sample)
             losses.append(quick_loss(WEIGHT, held_out, packed).item())
@@ -216,7 +217,7 @@ def test_gains_are_chosen_by_error():
     y = wush.apply_transform(TRAIN, pair.activation)
     table = []
     for gain in noise.GAINS:
-        e = np.float64(wush.fake_quantize(gain * y, wush.MXFP4) / gain - y).reshape(-1, 2, D)
+        e = np.float64(fake_quantize(gain * y, wush.MXFP4) / gain - y).reshape(-1, 2, D)
         table.append(np.einsum("sbi,bij,sbj->b", e, metric, e))
     np.testing.assert_allclose(gains, np.array(noise.GAINS)[np.argmin(table, 0)], rtol=1e-6)
 

@@ -1,5 +1,8 @@
-"""Decoders with random weights, without the seconds that compiling an initialisation takes."""
+"""Random arrays and weights, without the seconds that compiling each of their shapes takes."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -7,13 +10,23 @@ from flax import nnx
 from wush_jax.models import Llama, LlamaConfig
 
 
-def random_model(config: LlamaConfig, seed: int = 0) -> Llama:
+def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal numbers."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def random_weights(make: Callable[[], nnx.Module], seed: int = 0, size: float = 0.3) -> nnx.Module:
     """Every kind of weight (biases and norms too) away from its initial value."""
     random = np.random.default_rng(seed)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(make)
     filled = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = 0.3 * random.standard_normal(variable.shape) + (path[-1] == "scale")
+        value = size * random.standard_normal(variable.shape) + (path[-1] == "scale")
         filled.append((path, variable.replace(jnp.asarray(value, variable.dtype))))
     nnx.update(model, nnx.from_flat_state(filled))
     return model
+
+
+def random_model(config: LlamaConfig, seed: int = 0) -> Llama:
+    """A decoder of random weights."""
+    return random_weights(lambda: Llama(config, rngs=nnx.Rngs(0)), seed)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
+from wush_jax import numerics
 from wush_jax.batched import empty_moments
 from wush_jax.moments import Moments
 from wush_jax.nnx import (
@@ -275,7 +276,7 @@ def _local(tree: Any) -> Any:
 
 def check_moments_finite(site: Site, moments: Moments) -> None:
     """Raise ValueError, with the site's name, when its moments hold NaN or infinities."""
-    if not bool(jnp.all(jnp.isfinite(moments.mean))):
+    if numerics.not_finite(moments.mean):
         raise ValueError(
             f"site {site.name}: its input is not finite on the calibration batches; look for the "
             "batch or the weights that overflow"

@@ -54,6 +54,7 @@ class LatentDense(nnx.Module):
         return self.twin
 
 
+@jax.jit
 def _to_latent(weight: jax.Array, packed: PackedWeight) -> jax.Array:
     if packed.transform is None:
         return weight.astype(jnp.float32)
@@ -76,6 +77,7 @@ def _latent_dot(x: jax.Array, packed: PackedWeight, latent: jax.Array) -> jax.Ar
     return dot.astype(x.dtype)
 
 
+@jax.jit
 def _round(latent: jax.Array, packed: PackedWeight) -> QuantizedArray:
     return quantize(latent, packed.weight.format, global_scale=packed.weight.global_scale)
 

@@ -224,6 +224,7 @@ def map_blocks(function, *blocks: jax.Array):
     return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), out)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def diagonal_blocks(moment: jax.Array, block: int) -> jax.Array:
     """Return the diagonal blocks of (..., K, K): (..., K/block, block, block).
 

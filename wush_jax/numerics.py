@@ -68,6 +68,16 @@ def round_to_bfloat16(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), lax.bitcast_convert_type(rounded, jnp.float32), x)
 
 
+@jax.jit
+def not_finite(x: jax.Array) -> jax.Array:
+    """Count NaN and infinities, in one program.
+
+    >>> int(not_finite(jnp.float32([1.0, jnp.nan, -jnp.inf])))
+    2
+    """
+    return jnp.sum(~jnp.isfinite(x))
+
+
 def divide(a: jax.Array, b: jax.Array | float) -> jax.Array:
     """Return ``a / b`` of float32 values, rounded to nearest on every backend.
 

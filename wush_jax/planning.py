@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wush_jax import linalg
+from wush_jax import linalg, numerics
 from wush_jax.batched import packed_shapes, quantize_batched
 from wush_jax.calibrate import (
     Call,
@@ -200,7 +200,7 @@ def quantize_planned(
     weights = [layers[path].weight for path in item.site.layers]
     names = [prefix + path for path in item.site.layers]
     for name, weight in zip(names, weights, strict=True):
-        if not bool(jnp.all(jnp.isfinite(weight))):
+        if numerics.not_finite(weight):
             raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
     try:
         packed = quantize_batched(weights, moments, item.recipe, names=names)

@@ -102,8 +102,12 @@ def site_weight_moment(weights: Sequence[jax.Array], activation_blocks: jax.Arra
     """
     d = activation_blocks.shape[-1]
     each = [moments.second_moment(w, d) for w in weights]
-    if len(each) == 1:
-        return each[0]
+    return each[0] if len(each) == 1 else _at_unit_power(each, activation_blocks)
+
+
+@jax.jit
+def _at_unit_power(each, activation_blocks):
+    """Mean of the moments of layers, each at unit output power."""
     total = jnp.zeros_like(each[0])
     for m in each:
         power = jnp.sum(m * activation_blocks)

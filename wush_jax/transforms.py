@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import reference
-from wush_jax import linalg
+from wush_jax import linalg, numerics
 from wush_jax.linalg import hadamard_matrix
 
 
@@ -329,7 +329,7 @@ def check_finite(name: str, x: jax.Array) -> None:
     if isinstance(x, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():  # a constant under jit is no tracer
-        bad = int(jnp.sum(~jnp.isfinite(x)))
+        bad = int(numerics.not_finite(x))
     if bad:
         raise ValueError(
             f"{name} {jnp.shape(x)} has {bad} non-finite values; find the layer or batch that "
@@ -342,8 +342,8 @@ def check_finite_result(name: str, x: jax.Array, damping) -> None:
     if isinstance(x, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
-        good = bool(jnp.all(jnp.isfinite(x)))
-    if not good:
+        bad = bool(numerics.not_finite(x))
+    if bad:
         raise ValueError(
             f"{name}={damping} leaves a moment that is not positive definite; use a larger "
             "damping, such as 1e-2"

@@ -1,9 +1,12 @@
 """Library paths against the definition, on CPU where they run there, lowered for CUDA elsewhere."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import normal
 
 import pallas_kernels
 import wush_jax as wush
@@ -12,28 +15,40 @@ from pallas_kernels import fp8_kernel, fragments, repack, scaled_dot, xla, xla_f
 FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
 
 
+# One program each: operation by operation, these tests would be hundreds of them.
+quantize = jax.jit(wush.quantize, static_argnums=1)
+dequantize = jax.jit(wush.dequantize)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def product(x, w, implementation):
+    return pallas_kernels.quantized_matmul(
+        x, w, out_dtype=jnp.float32, implementation=implementation
+    )
+
+
+@functools.cache
 def operands(fmt, m=5, n=24, k=128):
-    keys = jax.random.split(jax.random.key(3))
-    x, w = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (n, k))
-    return x.astype(jnp.bfloat16), wush.quantize(x, fmt), wush.quantize(w, fmt)
+    x, w = normal(3, (m, k)), normal(4, (n, k))
+    return x.astype(jnp.bfloat16), quantize(x, fmt), quantize(w, fmt)
 
 
-def exact(x, w):
-    x = wush.dequantize(x) if hasattr(x, "codes") else x
-    return np.asarray(x, np.float64) @ np.asarray(wush.dequantize(w), np.float64).T
+def exact(*operands):
+    """Values in float64."""
+    return [np.asarray(dequantize(q) if hasattr(q, "codes") else q, np.float64) for q in operands]
 
 
+@jax.jit
 def scaled(q):
     """Values times their global scale: exact in float32, where the quotient need not be."""
-    values = q.format.decode(q.format.unpack(q.codes), q.scales, jnp.float32(1))
-    return np.asarray(values, np.float64)
+    return q.format.decode(q.format.unpack(q.codes), q.scales, jnp.float32(1))
 
 
 def near(y, x, w):
     """Float32 sums of K exact products, in any order: K units of last place of their magnitudes."""
-    x = wush.dequantize(x) if hasattr(x, "codes") else x
-    bound = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(wush.dequantize(w), np.float64)).T
-    assert np.all(np.abs(np.asarray(y, np.float64) - exact(x, w)) <= w.shape[1] * 2**-23 * bound)
+    x, w = exact(x, w)
+    bound = w.shape[1] * 2**-23 * (np.abs(x) @ np.abs(w).T)
+    assert np.all(np.abs(np.asarray(y, np.float64) - x @ w.T) <= bound)
 
 
 @pytest.mark.parametrize("layout", ["interchange", "fragments"])
@@ -42,15 +57,12 @@ def test_bfloat16_operands_are_exact(fmt, layout):
     x, xq, w = operands(fmt)
     weight = w if layout == "interchange" else fragments.lay_out(w)
     for left in (x, xq):
-        y = pallas_kernels.quantized_matmul(
-            left, weight, out_dtype=jnp.float32, implementation="xla"
-        )
-        near(y, left, w)
+        near(product(left, weight, "xla"), left, w)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_a_quantized_value_is_a_sum_of_bfloat16_numbers(fmt):
-    q = wush.quantize(jax.random.normal(jax.random.key(0), (8, 64)) * 1e-3, fmt)
+    q = quantize(normal(0, (8, 64)) * 1e-3, fmt)
     parts = jax.jit(lambda q: xla.exact_parts(q.codes, q.scales, fmt))(q)
     whole = sum(np.asarray(part, np.float64) for part in parts)
     np.testing.assert_array_equal(whole, scaled(q))
@@ -60,14 +72,20 @@ def test_a_quantized_value_is_a_sum_of_bfloat16_numbers(fmt):
 def test_whole_layer_on_matrix_units(fmt):
     x, _, w = operands(fmt)
     t = wush.hadamard_transform(fmt.group_size).activation.astype(jnp.bfloat16)
-    call = {"out_dtype": jnp.float32, "fmt": fmt}
-    y = pallas_kernels.transform_quantize_matmul(x, t, w, implementation="xla", **call)
-    expected = pallas_kernels.transform_quantize_matmul(x, t, w, implementation="reference", **call)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def layer(x, t, w, implementation):
+        return pallas_kernels.transform_quantize_matmul(
+            x, t, w, fmt, out_dtype=jnp.float32, implementation=implementation
+        )
+
+    y, expected = layer(x, t, w, "xla"), layer(x, t, w, "reference")
     # The same codes but where another order of float32 sums crosses a boundary: one step of a code
     # of the largest magnitude at most.
     assert np.mean(np.abs(y - expected) > 1e-5 * np.abs(expected).max()) < 0.02
 
 
+@jax.jit
 def folded(q):
     return xla_fp8.of_codes(q.codes, q.scales)
 
@@ -82,20 +100,20 @@ def in_order(values):
 def test_fp8_activations_are_exact_over_26_octaves():
     """But for the order of columns, and below the window."""
     fmt = wush.MXFP4
-    x = jax.random.normal(jax.random.key(1), (4, 64))
+    x = normal(1, (4, 64))
     octaves = jnp.array([-13, -12, -5, 0, 3, 7, 12, 13]).reshape(4, 2)
     x = x.at[:, ::32].set(2.0) * jnp.exp2(jnp.repeat(octaves, 32, axis=1))
     x = jnp.clip(x, -4 * jnp.abs(x[:, :1]), 4 * jnp.abs(x[:, :1]))
-    q = wush.quantize(x, fmt)
-    values, power = jax.jit(folded)(q)
+    q = quantize(x, fmt)
+    values, power = folded(q)
     np.testing.assert_array_equal(in_order(values) * float(power), scaled(q))
 
 
 def test_fp8_activations_below_the_window_lose_little():
     """Groups 27 octaves below the top scale of 2**13 become zeros: at most 6 * 2**-14 is lost."""
     fmt = wush.MXFP4
-    x = jax.random.normal(jax.random.key(2), (2, 64)).at[1].multiply(2.0**-34)
-    q = wush.quantize(x, fmt)
+    x = normal(2, (2, 64)).at[1].multiply(2.0**-34)
+    q = quantize(x, fmt)
     values, power = folded(q)
     error = np.abs(in_order(values) * float(power) - scaled(q))
     assert 0 < error.max() <= 6 * 2.0**-14 * float(power)
@@ -134,7 +152,7 @@ def test_jax_settings_count_for_short_sums():
 
 def test_fp8_keeps_what_is_not_finite():
     fmt = wush.MXFP4
-    q = wush.quantize(jnp.ones((2, 64)).at[1, 3].set(jnp.nan), fmt)
+    q = quantize(jnp.ones((2, 64)).at[1, 3].set(jnp.nan), fmt)
     values, power = folded(q)
     assert np.isfinite(float(power))
     assert np.isnan(np.asarray(values, np.float32)).sum(axis=1).tolist() == [0, 32]
@@ -199,15 +217,12 @@ def test_fp8_path_on_gpu(m, n, k, data):
 
     Errors of one step of 2**-13 of the partial sums, of up to 128 columns each, bound the rest.
     """
-    keys = jax.random.split(jax.random.key(4))
-    x, w = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (n, k))
+    x, w = normal(5, (m, k)), normal(6, (n, k))
     if data == "outliers":
         x = x.at[:, ::97].multiply(50)
     if data == "same sign":
         x, w = jnp.abs(x), jnp.abs(w)
-    x, w = wush.quantize(x, wush.MXFP4), wush.quantize(w, wush.MXFP4)
-    y = jax.jit(lambda x, w: pallas_kernels.quantized_matmul(x, w, implementation="xla_fp8"))(
-        x, fragments.lay_out(w, "float8")
-    )
-    a, b = (np.abs(np.asarray(wush.dequantize(q), np.float64)) for q in (x, w))
-    assert np.all(np.abs(np.asarray(y, np.float64) - exact(x, w)) <= 2**-13 * (a @ b.T))
+    x, w = quantize(x, wush.MXFP4), quantize(w, wush.MXFP4)
+    y = product(x, fragments.lay_out(w, "float8"), "xla_fp8")
+    a, b = exact(x, w)
+    assert np.all(np.abs(np.asarray(y, np.float64) - a @ b.T) <= 2**-13 * (np.abs(a) @ np.abs(b).T))

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matmul_tools import exact, values, weight_of
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, matmul, mosaic_gpu, reference, xla_fp8
-from pallas_kernels.tiles import Tiling
+from pallas_kernels import fragments, matmul, mosaic_gpu, reference
 
 NEEDS_MOSAIC = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
@@ -71,50 +71,6 @@ def test_several_weights_lower_as_one_kernel(m, widths, kernels):
     assert [y.shape for y in traced.out_info] == [(m, n) for n in widths]
 
 
-def packed_layer(x, weights):
-    return matmul.transform_quantize_matmul(x, None, weights, wush.MXFP4)
-
-
-@NEEDS_MOSAIC
-@pytest.mark.parametrize(
-    ("m", "k", "n", "kernels"),
-    [
-        (16, 4096, 28672, {"mosaic_gpu": 2, "dot_general": 0}),  # bfloat16
-        (1024, 4096, 28672, {"mosaic_gpu": 3, "dot_general": 0}),  # FP8, packed
-        (4096, 4096, 4096, {"mosaic_gpu": 3, "dot_general": 1}),  # FP8, expanded for the library
-    ],
-)
-def test_layers_lower_to_the_kernels_of_their_size(monkeypatch, m, k, n, kernels):
-    monkeypatch.setattr(mosaic_gpu, "require_hopper", lambda: "NVIDIA H200")
-    x, weight = shapes(m, k, n, wush.MXFP4)
-    traced = jax.jit(packed_layer).trace(x, (weight,))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == kernels["mosaic_gpu"]
-    assert text.count("stablehlo.dot_general") == kernels["dot_general"]
-    assert text.count("f8E5M2") > 0 if m > 16 else "f8E5M2" not in text
-    assert traced.out_info[0].shape == (m, n)
-
-
-@NEEDS_MOSAIC
-@pytest.mark.parametrize(
-    ("m", "n", "k", "width"),
-    # Measured fastest of 96, 128 and 160 on an H200.
-    [
-        (1024, 28672, 4096, 160),
-        (1024, 4096, 14336, 128),
-        (1024, 4096, 4096, 128),
-        (1024, 6144, 4096, 128),
-        (4096, 28672, 4096, 160),
-        (4096, 4096, 14336, 160),
-        (4096, 4096, 4096, 160),
-    ],
-)
-def test_widths_of_fp8_tiles_are_the_measured_ones(m, n, k, width):
-    assert matmul.float8_tiles(m, n // 64, k // 128).tokens == width
-    if (m, n) != (1024, 6144):  # 128 and 256 are within 6 % of each other
-        assert matmul.float8_tiles(m, n // 64, k // 128, fast=True).tokens == 256
-
-
 @NEEDS_MOSAIC
 def test_mapped_activations_lower_too():
     x, weight = shapes(2, 128, 64, wush.MXFP4)
@@ -158,31 +114,6 @@ def test_elsewhere_the_definition_serves_records():
 # On a GPU ----------------------------------------------------------------------------------------
 
 ON_GPU = ((4096, 6144), (14336, 4096), (160, 70), (1024, 200))  # K, N
-
-
-def values(kind, shape, seed):
-    """Gaussian; with columns a hundred times larger; or all positive."""
-    random = np.random.default_rng(seed)
-    x = random.standard_normal(shape)
-    if kind == "outliers":
-        x[:, random.integers(shape[1], size=max(1, shape[1] // 100))] *= 100
-    return jnp.asarray(np.abs(x) if kind == "one sign" else x, jnp.float32)
-
-
-@functools.cache
-def weight_of(kind, k, n, fmt):
-    """A quantized weight, its records, and its values in float64."""
-    q = jax.jit(wush.quantize, static_argnums=1)(values(kind, (n, k), 1), fmt)
-    return fragments.lay_out(q), exact(q)
-
-
-def exact(q):
-    """The values of codes in float64; one division by the global scale."""
-    grid = np.asarray(q.format.element.decode(jnp.arange(16, dtype=jnp.uint8)), np.float64)
-    scale = np.repeat(
-        np.asarray(q.format.load_scales(q.scales), np.float64), q.format.group_size, 1
-    )
-    return grid[np.asarray(q.format.unpack(q.codes))] * scale / np.float64(q.global_scale)
 
 
 def check_product(y, x, weight, kind, parts=1):
@@ -258,45 +189,6 @@ def test_several_weights_are_each_by_itself(m, fmt):
     run = functools.partial(matmul.launch_all, device="NVIDIA H200", out_dtype=jnp.float32)
     for y, weight in zip(jax.jit(run)(x, laid), values_of, strict=True):
         check_product(y, x, weight, "gaussian", parts_of(fmt))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("plan", [None, Tiling(64, cuts=2), Tiling(160)])
-@pytest.mark.parametrize("kind", ["gaussian", "outliers", "one sign", "octaves"])
-@pytest.mark.parametrize(("m", "k", "n"), [(200, 14336, 256), (200, 4096, 256), (13, 160, 70)])
-def test_fp8_products_with_packed_weights(m, k, n, kind, plan):
-    """Products are exact, sums of 512 of them have some 14 bits.
-
-    That is enough for 8e-8 where groups are alike. Where scales of one sign lie 16 octaves apart,
-    products far below the largest of an instruction are cut off: 2**-8.8 of the sum was seen.
-    """
-    x = values("one sign" if kind == "octaves" else kind, (m, k), 2)
-    if kind == "octaves":
-        powers = np.random.default_rng(5).integers(-8, 8, size=(m, k // 32))
-        x = x * jnp.exp2(jnp.repeat(jnp.asarray(powers, jnp.float32), 32, axis=1))
-    q = wush.quantize(x, wush.MXFP4)
-    like = {"outliers": "gaussian", "octaves": "one sign"}.get(kind, kind)
-    laid, weight = weight_of(like, k, n, wush.MXFP4)
-
-    @functools.partial(jax.jit, static_argnames="precision")
-    def run(q, laid, precision=None):
-        left = xla_fp8.of_codes(q.codes, q.scales)
-        return matmul.multiply_float8(left, q.global_scale, laid, jnp.float32, precision, plan)
-
-    y = run(q, laid)
-    left = exact(q)
-    error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
-    assert (error <= 2.0**-8 * (np.abs(left) @ np.abs(weight).T)).all()
-    if kind == "gaussian":
-        assert np.linalg.norm(error) <= 2.0**-20 * np.linalg.norm(left @ weight.T)
-    short = run(q, laid, "default")
-    if k > xla_fp8.SHORT:
-        np.testing.assert_array_equal(short, y)
-    # In the short accumulator each sum of 32 products may cut off one step of 2**-13.
-    error = np.abs(np.asarray(short, np.float64) - left @ weight.T)
-    assert (error <= -(-k // 32) * 2.0**-13 * (np.abs(left) @ np.abs(weight).T)).all()
-    if kind == "gaussian":  # less than rounding to bfloat16: 4e-4 was seen for K = 4096
-        assert np.linalg.norm(error) <= 2.0**-9 * np.linalg.norm(left @ weight.T)
 
 
 @pytest.mark.gpu

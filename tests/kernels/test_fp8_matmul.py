@@ -1,0 +1,211 @@
+"""Products on FP8 matrix units: lowered for CUDA on any host, and their errors on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matmul_tools import exact, values, weight_of
+
+import pallas_kernels
+import wush_jax as wush
+from pallas_kernels import fragments, matmul, mosaic_gpu
+from pallas_kernels.tiles import FEW_TOKENS, Split, Tiling
+
+NEEDS_MOSAIC = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
+)
+
+
+def shapes(m, k, n, block=32):
+    """x (M, K), transforms (K/d, d, d) and a weight (N, K) laid out for FP8, without values."""
+
+    def make():
+        weight = wush.quantize(jnp.zeros((n, k)), wush.MXFP4)
+        t = jnp.zeros((k // block, block, block), jnp.bfloat16)
+        return jnp.zeros((m, k), jnp.bfloat16), t, fragments.lay_out(weight, "float8")
+
+    return jax.eval_shape(make)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "require_hopper", lambda: "NVIDIA H200")
+
+
+def layer(x, t, *weights):
+    return matmul.transform_quantize_matmul(x, t, weights, wush.MXFP4)
+
+
+def kernels(run, *operands):
+    """How many kernels a call lowers to, and the shapes of its results."""
+    traced = jax.jit(run).trace(*operands)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "dot_general" not in text
+    return text.count("custom_call @mosaic_gpu"), jax.tree.map(lambda o: o.shape, traced.out_info)
+
+
+@NEEDS_MOSAIC
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("m", "k", "n", "block"),
+    [(1, 64, 70, 32), (20, 4096, 6144, 32), (40, 1088, 200, 64), (1024, 4096, 28672, 128)],
+)
+def test_a_layer_is_two_kernels(m, k, n, block):
+    assert kernels(layer, *shapes(m, k, n, block)) == (2, ((m, n),))
+
+
+@NEEDS_MOSAIC
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("m", "count"), [(20, 2), (100, 3)])
+def test_several_weights_share_the_activations(m, count):
+    """Of few tokens they are one product."""
+    x, t, one = shapes(m, 256, 128)
+    other = shapes(m, 256, 70)[2]
+    assert kernels(layer, x, t, one, other) == (count, ((m, 128), (m, 70)))
+
+
+@NEEDS_MOSAIC
+@pytest.mark.usefixtures("hopper")
+def test_quantized_activations_are_one_kernel():
+    weight = shapes(1, 160, 70)[2]
+    x = jax.eval_shape(lambda: wush.quantize(jnp.zeros((5, 160)), wush.MXFP4))
+    run = functools.partial(pallas_kernels.quantized_matmul, implementation="mosaic_gpu")
+    assert kernels(run, x, weight) == (1, (5, 70))
+
+
+@NEEDS_MOSAIC
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda x, t, w: matmul.quantized_matmul(x, w), "for MXFP4 activations"),
+        (lambda x, t, w: layer(x[:0], t, w), "M at least 1"),
+        (lambda x, t, w: matmul.quantized_matmul(wush.quantize(x[:0], wush.MXFP4), w), r"x \(0"),
+        (
+            lambda x, t, w: matmul.transform_quantize_matmul(x, t, (w,), wush.NVFP4),
+            "not NVFP4",
+        ),
+        (
+            lambda x, t, w: layer(x, t, w, fragments.lay_out(wush.quantize(x, wush.MXFP4))),
+            "laid out for bfloat16",
+        ),
+    ],
+)
+def test_what_these_records_do_not_serve(make, reason):
+    operands = (jnp.ones(s.shape, s.dtype) for s in shapes(3, 128, 64)[:2])
+    weight = fragments.lay_out(wush.quantize(jnp.ones((64, 128)), wush.MXFP4), "float8")
+    with pytest.raises(NotImplementedError, match=reason):
+        make(*operands, weight)
+
+
+@NEEDS_MOSAIC
+@pytest.mark.parametrize("steps", [1, 2, 3, 32, 112])
+@pytest.mark.parametrize("tiles", [1, 64, 96, 448])
+def test_every_call_has_a_plan(tiles, steps):
+    """Of few tokens K is split; sums of two steps of more than 64 tokens would not fit."""
+    for tokens in (1, 16, 32, 33, 64, 65, 128, 1024, 4096):
+        plan = matmul.float8_plan(tokens, tiles, steps)
+        assert isinstance(plan, Split) == (tokens <= 32 and steps > 1)
+        if isinstance(plan, Split):
+            assert plan.tokens >= tokens
+            assert plan.ways * plan.records <= max(steps, 2)
+        else:
+            assert plan.tokens == 64 or tokens > FEW_TOKENS
+            assert plan.cuts == 1 or steps >= 8 * plan.cuts
+
+
+# On a GPU ----------------------------------------------------------------------------------------
+
+run_matmul = jax.jit(
+    functools.partial(
+        pallas_kernels.quantized_matmul, out_dtype=jnp.float32, implementation="mosaic_gpu"
+    )
+)
+
+
+def check(y, left, weight, kind):
+    """Products are exact, sums of 512 of them have some 14 bits.
+
+    That is enough for 8e-8 where groups are alike. Where scales of one sign lie 16 octaves apart,
+    products far below the largest of an instruction are cut off: 2**-8.8 of the sum was seen.
+    """
+    error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
+    assert (error <= 2.0**-8 * (np.abs(left) @ np.abs(weight).T)).all()
+    if kind == "gaussian":
+        assert np.linalg.norm(error) <= 2.0**-20 * np.linalg.norm(left @ weight.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gaussian", "outliers", "one sign", "octaves"])
+@pytest.mark.parametrize("m", [1, 13, 20, 40, 65, 200])
+@pytest.mark.parametrize(("k", "n"), [(14336, 256), (4096, 512), (640, 70), (96, 200)])
+def test_products_of_quantized_activations(m, k, n, kind):
+    x = values("one sign" if kind == "octaves" else kind, (m, k), 2)
+    if kind == "octaves":
+        powers = np.random.default_rng(5).integers(-8, 8, size=(m, k // 32))
+        x = x * jnp.exp2(jnp.repeat(jnp.asarray(powers, jnp.float32), 32, axis=1))
+    q = jax.jit(wush.quantize, static_argnums=1)(x, wush.MXFP4)
+    like = {"outliers": "gaussian", "octaves": "one sign"}.get(kind, kind)
+    laid, weight = weight_of(like, k, n, wush.MXFP4, "float8")
+    y = run_matmul(q, laid)
+    assert (y.shape, y.dtype) == ((m, n), jnp.float32)
+    check(y, exact(q), weight, kind)
+    np.testing.assert_array_equal(run_matmul(q, laid), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [Tiling(64, cuts=2), Tiling(96), Tiling(160)])
+def test_every_width_of_tiles(plan):
+    q = wush.quantize(values("gaussian", (200, 1152), 2), wush.MXFP4)
+    laid, weight = weight_of("gaussian", 1152, 200, wush.MXFP4, "float8")
+    run = functools.partial(matmul.launch, device="NVIDIA H200", plan=plan)
+    check(jax.jit(run)(q, laid), exact(q), weight, "gaussian")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [5, 40, 100])
+def test_what_is_not_finite_stays_in_its_row(m):
+    weight = values("gaussian", (70, 160), 1)
+    x = values("gaussian", (m, 160), 2)
+    for name, bad in (("weight", weight.at[3, 40].set(jnp.nan)), ("x", x.at[2, 7].set(jnp.inf))):
+        q = wush.quantize(bad if name == "x" else x, wush.MXFP4)
+        w = wush.quantize(bad if name == "weight" else weight, wush.MXFP4)
+        nan = np.isnan(np.asarray(run_matmul(q, fragments.lay_out(w, "float8"))))
+        wanted = np.zeros_like(nan)
+        wanted[(slice(None), 3) if name == "weight" else 2] = True
+        np.testing.assert_array_equal(nan, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [4, 20, 40])
+def test_several_weights_are_each_by_itself(m):
+    """To the order of sums, which another division of the work may change."""
+    laid, values_of = zip(
+        *(weight_of("gaussian", 1024, n, wush.MXFP4, "float8") for n in (192, 64, 200)),
+        strict=True,
+    )
+    q = wush.quantize(values("gaussian", (m, 1024), 2), wush.MXFP4)
+    run = functools.partial(matmul.launch_all, device="NVIDIA H200")
+    for y, weight in zip(jax.jit(run)(q, laid), values_of, strict=True):
+        check(y, exact(q), weight, "gaussian")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k", "n", "block"), [(4096, 6144, 32), (192, 70, 64), (1024, 200, 128)])
+@pytest.mark.parametrize("m", [1, 16, 40, 200])
+def test_whole_layer(m, k, n, block):
+    """Codes of the quantizer's kernel times the weights, exactly but for sums."""
+    laid, weight = weight_of("gaussian", k, n, wush.MXFP4, "float8")
+    x = values("gaussian", (m, k), 2).astype(jnp.bfloat16)
+    t = values("gaussian", (k, block), 3).reshape(k // block, block, block) / block**0.5
+    t = t.astype(jnp.bfloat16)
+    options = {"fmt": wush.MXFP4, "implementation": "mosaic_gpu"}
+    run = functools.partial(pallas_kernels.transform_quantize_matmul, **options)
+    y = jax.jit(functools.partial(run, out_dtype=jnp.float32))(x, t, laid)
+    quantize = functools.partial(pallas_kernels.transform_quantize, **options)
+    codes = jax.jit(quantize)(x, t)
+    left = exact(wush.QuantizedArray(*codes, jnp.float32(wush.MXFP4.global_scale), wush.MXFP4))
+    check(y, left, weight, "gaussian")
+    assert jax.jit(run)(x[None], t, laid).shape == (1, m, n)
