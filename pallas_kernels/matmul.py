@@ -85,6 +85,7 @@ def launch_all(
         out_dtype = out_dtype or jnp.float32
         global_scale = x.global_scale
         if _in_float8(x.format, weights):
+            _check_result(x.shape, out_dtype)
             codes, scales = (a.reshape(-1, a.shape[-1]) for a in (x.codes, x.scales))
             columns = 128 if len(codes) <= tile_tables.FEW_TOKENS else 128 * PROMOTED
             left = repack.to_float8(repack.to_lanes(codes), scales, columns)

@@ -193,7 +193,7 @@ def test_random_shapes_on_a_gpu(part):
 def kernels_agree(seed):
     m, n, k, d, shared, fmt = random_call(seed)
     w, x, t = (a[0] for a in random_layers(1, (m, n, k, d, shared), seed))
-    weight, moved, codes, outputs = on_gpu(w, x, t, jnp.float32(fmt.global_scale), fmt)
+    weight, moved, codes, outputs, in_float8 = on_gpu(w, x, t, jnp.float32(fmt.global_scale), fmt)
     # INT4's scale is a rounded sum of squares, which has an order: one group in 2^15 may move.
     share = 1e-4 + 2 / codes[0][1].size if fmt is wush.INT4 else 0
     comparison.same(codes[1], codes[0], fmt, share=share)
@@ -204,6 +204,11 @@ def kernels_agree(seed):
         bound = (k / 16 + 16) * 2.0**-23 * (np.abs(left) @ np.abs(weight).T)
         error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
         assert (error <= bound).all(), (m, n, k, d, shared, fmt.name, error.max())
+    # In FP8 up to 512 columns are summed in some 14 bits: as tests/kernels/test_fp8_matmul.py.
+    left = np.asarray(moved, np.float64)
+    for y in in_float8:
+        error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
+        assert (error <= 2.0**-8 * (np.abs(left) @ np.abs(weight).T)).all(), (m, n, k, d, shared)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -220,5 +225,12 @@ def on_gpu(w, x, t, g, fmt):
         pallas_kernels.quantized_matmul(x, laid, **options),
         pallas_kernels.transform_quantize_matmul(x, t, laid, fmt, global_scale=g, **options),
     )
-    moved = wush.dequantize(wush.QuantizedArray(*codes[1], g, fmt))
-    return wush.dequantize(q), moved, codes, outputs
+    left = wush.QuantizedArray(*codes[1], g, fmt)
+    in_float8 = ()
+    if fmt == wush.MXFP4:
+        laid = fragments.lay_out(q, "float8")
+        in_float8 = (
+            pallas_kernels.quantized_matmul(left, laid, **options),
+            pallas_kernels.transform_quantize_matmul(x, t, laid, fmt, global_scale=g, **options),
+        )
+    return wush.dequantize(q), wush.dequantize(left), codes, outputs, in_float8

@@ -10,7 +10,7 @@ from matmul_tools import exact, values, weight_of
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, matmul, mosaic_gpu, reference
+from pallas_kernels import fragments, matmul, reference
 
 NEEDS_MOSAIC = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
