@@ -75,7 +75,7 @@ class Fragments:
     global_scale: jax.Array
     format: Any = dataclasses.field(metadata={"static": True})
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
-    operand: str = dataclasses.field(default="bfloat16", metadata={"static": True})
+    operand: str = dataclasses.field(metadata={"static": True})
 
     @property
     def nbytes(self) -> int:

@@ -143,13 +143,10 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
     c = fragments.carrier(weights[0].format, weights[0].operand)
     short = c.operand == "float8"
     starts = tuple(itertools.accumulate([w.records.shape[0] for w in weights], initial=0))
-    steps = weights[0].records.shape[1]
-    rows = sum(w.shape[0] for w in weights)
     split = dataclasses.replace(split, clusters=min(split.clusters, starts[-1]))
     tokens = x.shape[0]
-    geo = Geometry(split, starts, steps, tokens).fitted(c)
+    geo = Geometry(split, starts, weights[0].records.shape[1], tokens).fitted(c)
     split = geo.split
-    sources = split.slices * split.ways
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM(
             (geo.x_steps, split.tokens, fragments.COLUMNS),
@@ -161,7 +158,7 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
         ),
         own_s=plgpu.SMEM((geo.buffers * split.warpgroups, fragments.ROWS, geo.stride), jnp.float32),
         sums_s=plgpu.SMEM(
-            (geo.buffers * split.groups, sources, geo.owned, geo.stride),
+            (geo.buffers * split.groups, split.slices * split.ways, geo.owned, geo.stride),
             jnp.float32,
         ),
         received=plgpu.SMEM((4 * split.groups,), jnp.uint32),  # two barriers of 64 bits each
@@ -171,13 +168,13 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
         ),
     )
     if short:
-        copies = split.warpgroups * split.stages
-        scratch["powers_s"] = plgpu.SMEM((copies, split.records, POWERS), jnp.float32)
+        slots = scratch["ring_s"].shape[:2]
+        scratch["powers_s"] = plgpu.SMEM((*slots, POWERS), jnp.float32)
     if split.resident:
         scratch["x_ready"] = plgpu.Barrier(num_arrivals=geo.x_steps)
     run = plgpu.kernel(
         functools.partial(_body, c, geo),
-        out_type=jax.ShapeDtypeStruct((tokens, rows), out_dtype),
+        out_type=jax.ShapeDtypeStruct((tokens, sum(w.shape[0] for w in weights)), out_dtype),
         grid=(split.clusters,),
         grid_names=("cluster",),
         cluster=(split.slices,),
@@ -189,9 +186,9 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
     )
     if 8 < tokens < split.tokens:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, split.tokens - tokens), (0, 0)))
-    units, scales = [w.unit for w in weights], [w.global_scale for w in weights]
+    factors = [w.unit for w in weights], [w.global_scale for w in weights], [divisor]
     left = (x, powers) if short else (x,)
-    return run(*left, *(w.records for w in weights), *scalars([*units, *scales, divisor]))
+    return run(*left, *(w.records for w in weights), *scalars(itertools.chain(*factors)))
 
 
 def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=None, **exchanged):

@@ -57,8 +57,8 @@ def to_lanes(codes):
 def to_float8(codes, scales, columns: int):
     """Return MXFP4 in E5M2, columns as `to_lanes`: ``value * g = out * power`` of so many columns.
 
-    Exact for groups at most 26 octaves below the largest that shares their power; those below
-    become zeros. Groups that are not finite become NaN.
+    Exact for groups at most 28 octaves below the largest that shares their power; those below are
+    rounded to 2**-16. Groups that are not finite become NaN.
 
     Args:
       codes: uint8 (M, K/2), bytes as `to_lanes`.
@@ -76,7 +76,13 @@ def to_float8(codes, scales, columns: int):
     top = jnp.maximum(top, LEAST_TOP)
     powers = lax.bitcast_convert_type((top - 13) << 23, jnp.float32)
     tops = jnp.repeat(top, columns // CHUNK, axis=-1)[:, : byte.shape[1]]
-    values = jnp.pad(in_float8(codes, byte, tops), ((0, 0), (0, -width % COLUMNS)))
+    scale = lax.bitcast_convert_type(jnp.maximum(byte - tops + 127 + 13, 0) << 23, jnp.float32)
+    scale = jnp.where(byte == 255, jnp.nan, scale)[..., None, None]
+    nibbles = _nibbles(codes, byte)
+    magnitude = jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], jnp.float32)[nibbles & 7]
+    values = jnp.where(nibbles & 8 > 0, -magnitude, magnitude) * scale
+    values = values.reshape(rows, width).astype(jnp.float8_e5m2)
+    values = jnp.pad(values, ((0, 0), (0, -width % COLUMNS)))
     return values, jnp.pad(powers.T, ((0, 0), (0, padded(rows) - rows)))
 
 
@@ -101,14 +107,19 @@ def in_float8(codes, byte, top):
       float8_e5m2 (M, K); zeros for groups more than 26 octaves below.
     """
     field = (byte - top + HIGHEST_FIELD)[..., None, None]
-    pairs = codes.reshape(*byte.shape, 1, CHUNK // 2).astype(jnp.int32)
-    nibbles = jnp.concatenate([pairs & 15, pairs >> 4], axis=-2)
+    nibbles = _nibbles(codes, byte)
     magnitude = nibbles & 7
     # The field is the binade of 1/2, magnitude 1; from 1, magnitude 2, on each is half a binade.
     bits = jnp.where(magnitude >= 2, 4 * field + 2 * magnitude, 4 * field)
     bits = jnp.where((magnitude > 0) & (field > 0), bits, 0) | (nibbles & 8) << 4
     bits = jnp.where((byte == 255)[..., None, None], 0x7F, bits).astype(jnp.uint8)
     return lax.bitcast_convert_type(bits.reshape(len(codes), -1), jnp.float8_e5m2)
+
+
+def _nibbles(codes, byte):
+    """Codes of each group, int32 (..., K/32, 2, 16): those of the low halves, of the high ones."""
+    pairs = codes.reshape(*byte.shape, 1, CHUNK // 2).astype(jnp.int32)
+    return jnp.concatenate([pairs & 15, pairs >> 4], axis=-2)
 
 
 def from_interchange(codes, scales, fmt, layout: str):

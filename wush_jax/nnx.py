@@ -157,6 +157,7 @@ class QuantizedDense(nnx.Module):
         self.global_scale = Packed(weight.global_scale)
         self.codes, self.scales = _held(weight, "codes"), _held(weight, "scales")
         self.records, self.unit = _held(weight, "records"), _held(weight, "unit")
+        self.operand = weight.operand if isinstance(weight, Fragments) else None
 
     @property
     def packed(self) -> PackedWeight:
@@ -169,7 +170,7 @@ class QuantizedDense(nnx.Module):
         else:
             weight = Fragments(
                 *(self.records[...], self.unit[...], self.global_scale[...]),
-                *(self.weight_format, self.contraction.shape),
+                *(self.weight_format, self.contraction.shape, self.operand),
             )
         transform = None if self.transform is None else self.transform[...]
         scale = None if self.input_global_scale is None else self.input_global_scale[...]
