@@ -48,6 +48,31 @@ def test_folded_exponents_round_what_lies_far_below_and_keep_nan():
     assert np.isnan(got[2]).all()
 
 
+@pytest.mark.parametrize("columns", [128, 512])
+def test_fp8_values_times_their_powers_are_the_values(columns):
+    """In the order of lanes, to 28 octaves below the largest of the columns that share a power."""
+    random = np.random.default_rng(0)
+    octaves = np.repeat(random.integers(-30, 1, (5, 20)), 32, axis=1)
+    x = jnp.float32(random.standard_normal((5, 640)) * 2.0**octaves)
+    x = x.at[1].set(0).at[2, 3].set(jnp.inf)
+    q = wush.quantize(x, wush.MXFP4)
+    run = jax.jit(repack.to_float8, static_argnums=2)
+    values, powers = run(repack.to_lanes(q.codes), q.scales, columns)
+    assert (values.shape, powers.shape) == ((5, 640), (-(-640 // columns), 32))
+    power = np.repeat(np.asarray(powers)[:, :5].T, columns, axis=1)[:, :640]
+    got = np.asarray(values, np.float64) * power / 3
+    # Columns 8 n + 2 q + e of 32 are in the order e, q, n.
+    wanted = np.asarray(wush.dequantize(q), np.float64).reshape(5, -1, 4, 4, 2)
+    wanted = wanted.transpose(0, 1, 4, 3, 2).reshape(5, 640)
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(np.isnan(got), ~finite)
+    far = np.abs(wanted) * 3 < power * 2.0**-14  # subnormal: rounded to 2**-16, by at most half
+    near = finite & ~far
+    np.testing.assert_allclose(got[near], wanted[near], rtol=2.0**-23)  # a division by 3
+    rounded = finite & far
+    assert (np.abs(got - wanted)[rounded] <= power[rounded] * 2.0**-17).all()
+
+
 def test_layouts_that_cannot_be_say_why():
     x, t = Case(2, 64).arrays()
     with pytest.raises(ValueError, match="choose from"):
