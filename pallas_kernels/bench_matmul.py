@@ -1,8 +1,8 @@
 """Products of packed weights against BF16: ``python -m pallas_kernels.bench --matmul``.
 
 For each shape and M: the time of ``jnp.dot`` in bfloat16, of the product with packed weights, and
-of the whole W4A4 layer (transform, quantize, multiply) as the dispatch chooses, and once more with
-``precision="default"`` where that is another, in one run. The floor is the packed weight and the
+of the whole W4A4 layer (transform, quantize, multiply) as the dispatch chooses, in one run. Products
+take bfloat16 activations and weights laid out for them, layers of MXFP4 those of FP8. The floor is the packed weight and the
 activations at the rate of a reduction of 1 GiB. Errors are against float64 products of the
 dequantized operands, over a sample of columns.
 """

@@ -183,7 +183,7 @@ def from_interchange(codes, scales, fmt, operand: str = "bfloat16"):
     stored, alive, unit = _stored_scales(c, codes, scales, fmt)
     n, k = codes.shape
     damaged = (stored == NAN[operand]) & (c.kind == "mxfp4")
-    filler = jnp.repeat(damaged, fmt.group_size, axis=-1) * (7 if operand == "float8" else 0)
+    filler = jnp.repeat(jnp.where(damaged, 7 if operand == "float8" else 0, 0), fmt.group_size, -1)
     alive = jnp.repeat(alive, fmt.group_size, axis=-1)
     codes = jnp.where(alive, codes, filler.astype(codes.dtype))
     pad_n, pad_k = -n % ROWS, -k % COLUMNS

@@ -81,7 +81,8 @@ def to_float8(codes, scales, columns: int):
     nibbles = _nibbles(codes, byte)
     code = nibbles & 7
     normal = lax.bitcast_convert_type(((code >> 1) + 126) << 23 | (code & 1) << 22, jnp.float32)
-    magnitude = jnp.where(code < 2, 0.5 * code, normal)  # no table: kernels close over no arrays
+    # No table: kernels close over no arrays.
+    magnitude = jnp.where(code < 2, 0.5 * code.astype(jnp.float32), normal)
     values = jnp.where(nibbles & 8 > 0, -magnitude, magnitude) * scale
     values = values.reshape(rows, width).astype(jnp.float8_e5m2)
     values = jnp.pad(values, ((0, 0), (0, -width % COLUMNS)))

@@ -48,6 +48,7 @@ def test_folded_exponents_round_what_lies_far_below_and_keep_nan():
     assert np.isnan(got[2]).all()
 
 
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("columns", [128, 512])
 def test_fp8_values_times_their_powers_are_the_values(columns):
     """In the order of lanes, to 28 octaves below the largest of the columns that share a power."""
