@@ -1,11 +1,21 @@
-"""How much host memory quantizing a folder takes: a process of its own, for the high-water mark.
+"""How much host memory quantizing a folder takes: a process of its own, for the high-water marks.
 
 python memory_run.py make FOLDER LAYERS WIDTH    writes a random bfloat16 Llama
-python memory_run.py run FOLDER OUT [SOLVER]     quantizes it, prints MiB as JSON
+python memory_run.py run FOLDER OUT [SOLVER]     quantizes it; prints a line of JSON, sizes in MiB
+python memory_run.py trace FOLDER OUT [SOLVER]   the same, and what numpy and Python allocate
+
+16 layers of width 2048 are 2 GiB, 128 MiB each. A run has three marks of the process's resident
+memory: ``started``, once the backend has computed something; ``warm``, once a model of one small
+layer went the same way, so that what jax, its compiler and the device's runtime take is there; and
+``peak``, the most while the folder was quantized. ``ratio`` is peak - warm over the largest layer
+and the hidden states kept. ``anon`` is the part of the peak that is no mapped file, sampled.
 """
 
 import json
 import sys
+import tempfile
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -33,6 +43,9 @@ def make(folder, layers, width):
         num_attention_heads=width // 64,
     )
     random = np.random.default_rng(0)
+    # Random numbers are what takes time: tensors are pieces of one stock of them.
+    stock = random.standard_normal(20 * width**2, np.float32) * np.float32(0.02)
+    stock = stock.astype(jnp.bfloat16)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     files, where = {}, {}
@@ -40,15 +53,16 @@ def make(folder, layers, width):
         part = name.split(".")[2] if ".layers." in name else "rest"
         files.setdefault(f"model-{part}.safetensors", {})[name] = shape
     for file, shapes in files.items():
-        save_file({n: weight(random, n, s) for n, s in shapes.items()}, folder / file)
+        save_file({n: weight(random, stock, n, s) for n, s in shapes.items()}, folder / file)
         where |= dict.fromkeys(shapes, file)
     index = json.dumps({"weight_map": where})
     (folder / "model.safetensors.index.json").write_text(index)
 
 
-def weight(random, name, shape):
-    value = random.standard_normal(shape, np.float32) * 0.02
-    return (value + 1 if "norm" in name else value).astype(jnp.bfloat16)
+def weight(random, stock, name, shape):
+    start = random.integers(len(stock) - np.prod(shape) + 1)
+    value = stock[start : start + np.prod(shape)].reshape(shape)
+    return (value + np.asarray(1, value.dtype)) if "norm" in name else value
 
 
 def status(key):
@@ -56,27 +70,84 @@ def status(key):
     return int(text.split(f"{key}:")[1].split()[0]) / 1024
 
 
-def run(folder, out, solver="rtn"):
+class Peaks:
+    """The most resident memory inside a with statement: the kernel's mark, or samples of it."""
+
+    def __enter__(self):
+        self.sampled = {"VmRSS": 0.0, "RssAnon": 0.0}
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew
+            self.marked = True
+        except OSError:
+            self.marked = False
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.done.wait(0.005):
+            self._sample()
+
+    def _sample(self):
+        for key, before in self.sampled.items():
+            self.sampled[key] = max(before, status(key))
+
+    def __exit__(self, *error):
+        self._sample()
+        self.done.set()
+        self.thread.join()
+
+    @property
+    def total(self):
+        return max(self.sampled["VmRSS"], status("VmHWM") if self.marked else 0.0)
+
+
+def batches_of(vocab):
+    random = np.random.default_rng(1)
+    return [random.integers(vocab, size=(BATCH, LENGTH), dtype=np.int32) for _ in range(2)]
+
+
+def quantize(folder, out, solver):
+    recipe = wush.Recipe(transform="wush", solver=solver)
+    quantize_folder(folder, out, batches_of(256), recipe, dtype=jnp.bfloat16)
+
+
+def run(folder, out, solver="rtn", trace=False):
     tensors = FolderTensors(folder)
     sizes = {n: tensors[n].nbytes for n in tensors}
-    layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
-    random = np.random.default_rng(1)
-    batches = [random.integers(256, size=(BATCH, LENGTH), dtype=np.int32) for _ in range(2)]
+    layer = sum(size for name, size in sizes.items() if ".layers.0." in name) / MIB
+    hidden = 2 * BATCH * LENGTH * tensors.config.hidden_size * 2 / MIB
     jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
-    base = status("VmRSS")
-    recipe = wush.Recipe(transform="wush", solver=solver)
-    tracemalloc.start()  # what the host allocates: neither devices nor the runtime
-    quantize_folder(folder, out, batches, recipe, dtype=jnp.bfloat16)
+    started = status("VmRSS")
+    with tempfile.TemporaryDirectory() as small:
+        make(Path(small) / "model", 1, 256)
+        quantize(Path(small) / "model", Path(small) / "out", solver)
+    warm = status("VmRSS")
+    if trace:
+        tracemalloc.start()  # what the host allocates: neither devices nor the runtime
+    start = time.perf_counter()
+    with Peaks() as peaks:
+        quantize(folder, out, solver)
     found = {
         "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "solver": solver,
         "model": sum(sizes.values()) / MIB,
-        "layer": layer / MIB,
-        "hidden": 2 * BATCH * LENGTH * tensors.config.hidden_size * 2 / MIB,
-        "base": base,
-        "peak": status("VmHWM"),
-        "host": tracemalloc.get_traced_memory()[1] / MIB,
+        "layer": layer,
+        "hidden": hidden,
+        "largest_tensor": max(sizes.values()) / MIB,
+        "started": started,
+        "warm": warm,
+        "peak": peaks.total,
+        "anon": peaks.sampled["RssAnon"],
+        "grown": peaks.total - warm,
+        "ratio": (peaks.total - warm) / (layer + hidden),
+        "seconds": time.perf_counter() - start,
     }
-    print(json.dumps({key: v if isinstance(v, str) else round(v, 1) for key, v in found.items()}))
+    if trace:
+        found["host"] = tracemalloc.get_traced_memory()[1] / MIB
+    print(json.dumps({k: v if isinstance(v, str) else round(v, 2) for k, v in found.items()}))
 
 
 if __name__ == "__main__":
@@ -84,4 +155,4 @@ if __name__ == "__main__":
     if what == "make":
         make(Path(folder), int(rest[0]), int(rest[1]))
     else:
-        run(Path(folder), *rest)
+        run(Path(folder), *rest, trace=what == "trace")

@@ -6,6 +6,7 @@ import struct
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import ONE_ORDER
 from flax import nnx
 from test_hugging_face import write
 from weights import random_model
@@ -16,7 +17,7 @@ from wush_jax.models import LlamaConfig, load_pretrained, to_tensors
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 
-BATCH, LENGTH = 8, 32
+BATCH, LENGTH = 8, 64
 FLAGS = ["--format", "MXFP4", "--transform", "wush", "--solver", "gptq", "--dtype", "float32"]
 TOKENS = np.random.default_rng(0).integers(256, size=(2 * BATCH, LENGTH))
 
@@ -145,27 +146,23 @@ def test_logits_survive_saving_bit_for_bit(source, checkpoint, tmp_path):
 
 
 @pytest.mark.usefixtures("eight_devices")
-def test_eight_devices_give_the_same_file_to_rounding(source, tmp_path):
-    """Eight partial sums of moments in place of one, which differ in the last bit.
+@pytest.mark.skipif(not ONE_ORDER, reason="a GPU's library may sum another number of products anew")
+@pytest.mark.parametrize("calibration", ["one-shot", "sequential"])
+def test_eight_devices_write_the_same_bytes(source, tmp_path, calibration):
+    """Eight parts of each batch, on one device or on eight: what a part gives is the same.
 
-    Where two singular values of a block are as good as equal, that bit decides on the directions
-    of its transform: another file, as good. Layer after layer all that follows would differ too,
-    so this calibrates in one shot.
+    Texts of 32 tokens would be too short at width 64: XLA's CPU compiler then takes other loops for
+    the norms of one text than for those of eight.
     """
-    flags = [*FLAGS, "--calibration", "one-shot"]
+    flags = [*FLAGS, "--calibration", calibration]
     one = quantize(source, tmp_path / "one", *flags)
     spread = quantize(source, tmp_path / "eight", *flags, "--data-parallel")
-    one_layers, spread_layers = (layers_of(wush.load(folder)) for folder in (one, spread))
-    equal = [
-        np.mean(np.asarray(one_layers[path].codes[...]) == np.asarray(module.codes[...]))
-        for path, module in spread_layers.items()
-    ]
-    same = np.array(equal) > 0.99
-    assert same.mean() > 0.7, equal
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in spread.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (spread / name).read_bytes(), name
     losses = [
         {r["path"]: r["loss"] for r in json.loads((f.parent / "report.json").read_text())["layers"]}
         for f in (one, spread)
     ]
-    paths = np.array([".".join(map(str, path)) for path in spread_layers])
-    found, expected = ([values[path] for path in paths[same]] for values in losses)
-    np.testing.assert_allclose(found, expected, rtol=0.01)  # of the codes that a last bit flips
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # means over tokens, in another order

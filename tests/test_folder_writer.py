@@ -39,7 +39,7 @@ def value(folder):
 class Slow:
     """A tensor that calls somebody while it is written."""
 
-    dtype, nbytes = np.dtype(np.int64), 32
+    shape, dtype, nbytes = (4,), np.dtype(np.int64), 32
 
     def __init__(self, call):
         self.call = call
@@ -102,7 +102,7 @@ def replace(source, target):
     if str(target).endswith(".old"):
         die()
 if step == "shards":
-    folder_writer.save_file = die
+    folder_writer.write_tensors = die
 else:
     os.replace = replace
 folder_writer.write_folder(
@@ -131,7 +131,7 @@ def test_a_killed_writer_is_cleared_away(step, folder):
         with pytest.raises(ValueError, match=r"the one that was to be replaced is .*\.model\.old"):
             TensorFolder(folder)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(folder_writer, "save_file", full_disk)
+            patch.setattr(folder_writer, "write_tensors", full_disk)
             with pytest.raises(OSError, match="No space"):
                 write_folder(folder, {"x": np.zeros(4)}, CONFIG)
         assert value(folder) == [0, 1, 2, 3]
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(call, tmp_path, monkeypatch):
     write()
     before = listing(tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(folder_writer, "save_file", full_disk)
+        patch.setattr(folder_writer, "write_tensors", full_disk)
         with pytest.raises(OSError, match="No space left on device; what was there is unchanged"):
             write()
     assert listing(tmp_path / "model") == before

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import ONE_ORDER
 from jax.sharding import NamedSharding, PartitionSpec
 
 import wush_jax as wush
@@ -100,6 +101,39 @@ def test_sharded_tokens(block):
     state = update(spread)
     assert state.mean.sharding.is_fully_replicated
     check(state.finalize(), x, block)
+
+
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("size", "block"), [(K, None), (K, D), (1024, None), (1024, 32)])
+def test_moments_do_not_depend_on_the_number_of_devices(size, block, dtype):
+    """To the last bit on CPUs. A GPU's library may sum products of another number in another order.
+
+    1024 channels are enough for the moment to be computed some rows at a time.
+    """
+    x = jnp.asarray(tokens(8, 15, size), dtype)
+    moment = jax.jit(wush.second_moment, static_argnums=1)
+    alone = moment(x, block)
+    # products of 15 terms in float32: each within 15 roundings of magnitudes below 30
+    np.testing.assert_allclose(alone, exact(x.astype(jnp.float32), block), atol=30 * 2**-24)
+    for count in (2, 4, 8):
+        devices = np.array(jax.devices()[:count])
+        mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spread = moment(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), block)
+        if ONE_ORDER:
+            np.testing.assert_array_equal(spread, alone)
+        np.testing.assert_allclose(spread, alone, atol=30 * 2**-24)
+
+
+@BLOCKS
+def test_moments_batch(block):
+    """Also where a jitted function is batched, outside the context in which it was traced."""
+    x = tokens(3, 2, 8, K)
+    moment = jax.jit(functools.partial(wush.second_moment, block=block))
+    found = jax.vmap(moment)(x)
+    assert found.dtype == jnp.float32
+    for one, rows in zip(found, x, strict=True):
+        check(one, rows, block)
 
 
 @pytest.mark.parametrize(

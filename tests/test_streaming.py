@@ -140,7 +140,7 @@ def test_host_memory_is_that_of_a_layer(tmp_path):
     figures = []
     for width in (256, 1024):
         folder, out = tmp_path / f"{width}", tmp_path / f"{width}-out"
-        for arguments in (["make", folder, "3", width], ["run", folder, out]):
+        for arguments in (["make", folder, "3", width], ["trace", folder, out]):
             done = subprocess.run(
                 [sys.executable, memory_run.__file__, *map(str, arguments)],
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},  # a GPU's memory is this process's

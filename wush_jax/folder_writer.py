@@ -12,12 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from wush_jax.folder_lock import sole_writer
+from wush_jax.tensor_file import write_tensors
 from wush_jax.tensor_folder import (
-    CHECKSUMS,
     COMPANIONS,
     CONFIG,
     DTYPES,
@@ -25,7 +23,6 @@ from wush_jax.tensor_folder import (
     OWN_FILE,
     SINGLE,
     check_inside,
-    checksum,
     read_json,
     some,
 )
@@ -46,7 +43,7 @@ def write_folder(
     Args:
       path: the folder; may exist if it is empty or holds nothing but an earlier checkpoint of the
         same ``quant_method``, which is replaced.
-      tensors: by name; brought to the host one shard at a time.
+      tensors: by name; brought to the host one at a time.
       config: JSON content of ``config.json``.
       shard_bytes: the largest size of a file, unless one tensor alone is larger.
       framework: the "format" in the metadata of the files, on which some readers insist; None
@@ -89,7 +86,7 @@ def write_folder(
             except BaseException:
                 shutil.rmtree(fresh, ignore_errors=True)
                 raise
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         message = (
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there is "
             "unchanged: make room or choose a folder that you may write"
@@ -143,11 +140,8 @@ def _write_shards(
     if len(shards) == 1:
         files = [SINGLE]
     for file, names in zip(files, shards, strict=True):
-        # In C order and of rank 0 where it is: neither save_file nor ascontiguousarray see to both.
-        arrays = {name: np.asarray(tensors[name], order="C") for name in names}
-        sums = {name: checksum(values) for name, values in arrays.items()}
-        metadata = {CHECKSUMS: json.dumps(sums)} if framework is None else {"format": framework}
-        save_file(arrays, folder / file, metadata=metadata)
+        metadata = None if framework is None else {"format": framework}
+        write_tensors(folder / file, {name: tensors[name] for name in names}, metadata)
         shutil.copymode(folder / CONFIG, folder / file)
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}

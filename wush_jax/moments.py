@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from wush_jax import linalg
 from wush_jax.sample import Sample
 from wush_jax.transforms import check_finite
+
+# Into how many parts rows are split before they are summed: the most devices that give the same
+# bits as one.
+PARTS = 8
+# Fewer rows of a moment are not worth a product of their own.
+PANEL = 128
 
 
 def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
@@ -116,18 +124,38 @@ def _rows(x: jax.Array) -> jax.Array:
 
 
 def _gram(rows: jax.Array, block: int | None) -> jax.Array:
-    """``sum_t x_t x_t^T`` of (T, K) in float32, full or diagonal blocks."""
+    """``sum_t x_t x_t^T`` of (T, K) in float32, full or diagonal blocks.
+
+    The same bits whether the rows lie on one device or in equal shares on 2, 4 or 8: products are
+    of an eighth of the rows wherever that divides, and float64 adds eight float32 numbers without
+    rounding, in any order, unless they differ by 2^26 and more.
+    """
     k = rows.shape[-1]
     # bfloat16 products are exact in the float32 accumulator; anything wider needs HIGHEST.
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
-    options: dict[str, Any] = {
-        "precision": linalg.HIGHEST,
-        "preferred_element_type": jnp.float32,
-    }
+    parts = rows.reshape(math.gcd(len(rows), PARTS), -1, k)
     if block is None:
-        return jnp.einsum("ti,tj->ij", rows, rows, **options)
+        # Some rows of a large result at a time: those of all parts take no more memory than it.
+        high = k // math.gcd(k, PARTS) if k >= PARTS * PANEL else k
+
+        def some(start: jax.Array) -> jax.Array:
+            columns = lax.dynamic_slice_in_dim(parts, start, high, axis=-1)
+            return _sum_parts("pti,ptj->pij", columns, parts)
+
+        return lax.map(some, jnp.arange(0, k, high, dtype=jnp.int32)).reshape(k, k)
     if block < 1 or k % block:
         raise ValueError(f"block={block} does not divide K={k} of x {rows.shape}")
-    blocks = rows.reshape(-1, k // block, block)
-    return jnp.einsum("tbi,tbj->bij", blocks, blocks, **options)
+    blocks = parts.reshape(*parts.shape[:2], k // block, block)
+    return _sum_parts("ptbi,ptbj->pbij", blocks, blocks)
+
+
+def _sum_parts(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the float32 products of parts, summed over the parts in float64, as float32."""
+    options: dict[str, Any] = {"precision": linalg.HIGHEST, "preferred_element_type": jnp.float32}
+    return _exact_sum(jnp.einsum(equation, a, b, **options))
+
+
+@linalg.float64_construction
+def _exact_sum(parts: jax.Array) -> jax.Array:
+    return jnp.sum(parts, axis=0)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from wush_jax.folder_lock import sole_writer
+from wush_jax.tensor_file import write_tensors
 
 RUN_FILE = "run.json"
 
@@ -103,8 +104,8 @@ class RunState:
         # One entry: the file would have several in any order, and runs would differ in bytes.
         text = {"stage": json.dumps({"crc32": _checksum(leaves), "note": note})}
         try:
-            self._write(self._file(stage), lambda path: save_file(leaves, path, metadata=text))
-        except (OSError, SafetensorError) as error:
+            self._write(self._file(stage), lambda path: write_tensors(path, leaves, text))
+        except OSError as error:
             raise OSError(
                 f"stage {stage} could not be written to {self.folder} ({error}); stages before it "
                 "are kept: make room and run again with resume=True"
@@ -173,7 +174,7 @@ def _difference(old: Any, new: Any) -> str:
 def _checksum(leaves: Mapping[str, np.ndarray]) -> str:
     total = 0
     for name in sorted(leaves):
-        total = zlib.crc32(leaves[name].tobytes(), total)
+        total = zlib.crc32(np.asarray(leaves[name], order="C").reshape(-1).view(np.uint8), total)
     return f"{total:08x}"
 
 

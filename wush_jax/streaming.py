@@ -191,7 +191,8 @@ class _Stream:
         self.state, self.run = state, run
         self.records: dict[str, LayerRecord] = {}
         self.written: dict[str, Any] = {}  # of `Later`
-        self._finished = lru_cache(maxsize=1)(self._read)
+        # A file of the result may hold the end of one stage and the start of the next.
+        self._finished = lru_cache(maxsize=2)(self._read)
 
     def quantize(self, planned: ModelPlan, batches: list[np.ndarray]) -> list[LayerReport]:
         """Quantize stage after stage; afterwards `written` has all tensors."""

@@ -307,11 +307,6 @@ def _checksums(file: Path, metadata: Any, names: set[str]) -> dict[str, int]:
     return sums
 
 
-def checksum(values: np.ndarray) -> int:
-    """Return the CRC-32 of an array's bytes, in C order."""
-    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-
-
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

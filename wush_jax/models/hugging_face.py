@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -126,7 +127,9 @@ def fill(
                 f"tensors[{name!r}] has shape {value.shape} where the config implies "
                 f"{variable.shape} (input first); check the sizes in config."
             )
-        filled.append((path, variable.replace(place(name, value, variable.dtype, sharding))))
+        # One at a time: what is on its way to a device is on the host as well.
+        placed = jax.block_until_ready(place(name, value, variable.dtype, sharding))
+        filled.append((path, variable.replace(placed)))
     nnx.update(module, nnx.from_flat_state(filled))
     return module
 
