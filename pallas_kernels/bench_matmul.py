@@ -1,10 +1,10 @@
 """Products of packed weights against BF16: ``python -m pallas_kernels.bench --matmul``.
 
 For each shape and M: the time of ``jnp.dot`` in bfloat16, of the product with packed weights, and
-of the whole W4A4 layer (transform, quantize, multiply) as the dispatch chooses, in one run. Products
-take bfloat16 activations and weights laid out for them, layers of MXFP4 those of FP8. The floor is the packed weight and the
-activations at the rate of a reduction of 1 GiB. Errors are against float64 products of the
-dequantized operands, over a sample of columns.
+of the whole W4A4 layer (transform, quantize, multiply) as the dispatch chooses, in one run.
+Products take bfloat16 activations, and weights laid out for them; layers of MXFP4 multiply in FP8.
+The floor is the packed weight and the activations at the rate of a reduction of 1 GiB. Errors are
+against float64 products of the dequantized operands, over a sample of columns.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
     for fmt, (k, n) in ((f, s) for f in formats for s in shapes):
         weight = random_weight(fmt, k, n)
         laid_out = fragments.lay_out(weight)
+        of_layer = fragments.lay_out(weight, "float8") if xla_fp8.holds(fmt) else laid_out
         dense = reference.dequantize(weight).astype(jnp.bfloat16)
         inputs = {m: operands(fmt, k, n, m) for m in tokens}
 
@@ -90,28 +91,18 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
         def layer(x, t, w, fmt=fmt):
             return matmul.transform_quantize_matmul(x, t, (w,), fmt)[0]
 
-        def short(x, t, w, fmt=fmt):
-            if not (matmul.short(len(x), fmt, (w,)) and xla_fp8.fast("default", x.shape[1])):
-                raise NotImplementedError("the layer has no short sums")
-            return matmul.transform_quantize_matmul(x, t, (w,), fmt, precision="default")[0]
-
         calls = [
             call
             for x, t in inputs.values()
-            for call in (
-                *((_dot, x, dense), (product, x, laid_out), (layer, x, t, laid_out)),
-                (short, x, t, laid_out),
-            )
+            for call in ((_dot, x, dense), (product, x, laid_out), (layer, x, t, of_layer))
         ]
         timed = iter(prepare_all(calls))
         for m, (x, _) in inputs.items():
             base, ours, whole = (device_time(next(timed)) for _ in range(3))
-            less = next(timed)
             floor = (laid_out.nbytes + 2 * m * (k + n)) / rate
             row = {
                 **{"format": fmt.name, "k": k, "n": n, "tokens": m, "bf16_us": base * 1e6},
                 **{"product_us": ours * 1e6, "layer_us": whole * 1e6},
-                "short_us": None if isinstance(less, Exception) else device_time(less) * 1e6,
                 **{"share_of_floor": floor / ours, "bits": laid_out.nbytes * 8 / (k * n)},
                 "error": error(
                     lambda x, w: matmul.launch(x, w, device=device, out_dtype=jnp.float32),
@@ -124,12 +115,11 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
 
 
 def _line(row) -> str:
-    base, less = row["bf16_us"], row["short_us"]
-    short = f"  short sums {less:8.2f} us {base / less:5.2f}x" if less else ""
+    base = row["bf16_us"]
     return (
         f"{row['format']:6s} {row['k']:6d} {row['n']:6d} M={row['tokens']:5d}  bf16 {base:8.2f} us"
         f"  product {row['product_us']:8.2f} us {base / row['product_us']:5.2f}x"
-        f"  layer {row['layer_us']:8.2f} us {base / row['layer_us']:5.2f}x{short}"
+        f"  layer {row['layer_us']:8.2f} us {base / row['layer_us']:5.2f}x"
         f"  {row['share_of_floor']:4.0%} of floor  error {row['error']:.1e}"
     )
 

@@ -97,7 +97,7 @@ def partial(c: fragments.Carrier, tokens: int):
         arg_types=(plgpu.RefType(), X, plgpu.Layout.WGMMA), return_type=_array(tokens)
     )
     def multiply(_, record, x, sums):
-        return _registers(sums, _multiply(*expand.load(c, record), x, _values(sums), tokens))
+        return _registers(sums, _multiply(c, record, x, _values(sums), tokens))
 
     return multiply
 
@@ -162,7 +162,7 @@ def few(c: fragments.Carrier, tokens: int, records: int):
         zeros = [const(0.0)] * (tokens // 2)
         parts = []
         for record, x in zip(of_weights, xs, strict=True):
-            parts += _multiply(*expand.load(c, record), x, zeros, tokens)
+            parts += _multiply(c, record, x, zeros, tokens)
         parts = _behind_wait(parts, 0)
         values = _values(sums)
         for i, power in enumerate(powers):
@@ -173,8 +173,9 @@ def few(c: fragments.Carrier, tokens: int, records: int):
     return multiply
 
 
-def _multiply(words, scales, x, sums, tokens):
+def _multiply(c, record, x, sums, tokens):
     """Emit the products of a record, a group of 32 columns each."""
+    words, scales = expand.load(c, record)
     i64 = ir.IntegerType.get_signless(64)
     start = arith.andi(arith.shrui(address(x), const(4)), const(0x3FFF))
     base = arith.ori(arith.extui(i64, start), _long(SWIZZLED))
@@ -249,5 +250,4 @@ def _registers(like, values):
 
 
 def _long(value):
-    i64 = ir.IntegerType.get_signless(64)
-    return arith.constant(i64, ir.IntegerAttr.get(i64, value))
+    return utils.c(value, ir.IntegerType.get_signless(64))

@@ -174,8 +174,9 @@ def float8_plan(tokens: int, tiles: int, steps: int) -> Split | Tiling:
         plan = few(tokens, tiles, steps)
         rows = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
         records = 2 if 4 * plan.ways <= steps else 1
-        shape = {"records": records, "stages": 8 // records, "resident": False}
-        return dataclasses.replace(plan, tokens=rows, **shape)
+        return Split(
+            rows, ways=plan.ways, clusters=plan.clusters, stages=8 // records, records=records
+        )
 
     def microseconds(tiling):
         """Fitted to times of an H100: products and expansion overlap in part."""

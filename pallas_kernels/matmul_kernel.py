@@ -193,7 +193,7 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
 
 def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=None, **exchanged):
     if powers_s is not None:
-        powers_g, *operands = operands
+        powers_g, operands = operands[0], operands[1:]
     count = len(geo.starts) - 1
     weights, units, scales = (operands[i * count : (i + 1) * count] for i in range(3))
     divisor, out_g = operands[3 * count :]

@@ -97,7 +97,7 @@ def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfl
 
 def _body(c, tiling, tiles, steps, x_g, *operands, full, empty, powers_s=None, **tile_s):
     if powers_s is not None:
-        powers_g, *operands = operands
+        powers_g, operands = operands[0], operands[1:]
     w_g, unit_g, scale_g, divisor_g, out_g = operands
     x_s, w_s, out_s = (tile_s[name] for name in ("x_s", "w_s", "out_s"))
     n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
@@ -196,26 +196,27 @@ def _float8_sums(c, tokens, ready, free, powers_s, span, first, count):
         zero = jnp.zeros((fragments.ROWS, tokens), jnp.float32)
         return plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
 
+    def finish(running, sums, part, powers):
+        return weighted(sums, float8.settled(tokens, running)(part), powers)
+
     def add(start, steps, sums):
-        part, whole = zeros(), None
+        part = zeros()
+        before: list[Any] = []  # a part that is complete, and its powers
         for i in range(steps):
             slot, record, x = ready(start + i)
             part = multiply(record, x, part)
+            if before:
+                sums = finish(float8.GROUPS, sums, *before)
+            elif i:
+                float8.wait(float8.GROUPS)
             if i:  # the step before is done
-                if whole is None:
-                    float8.wait(float8.GROUPS)
-                else:
-                    sums = finish(sums, *whole, float8.GROUPS)
                 free(start + i - 1)
-            whole = None
+            before = []
             if (i + 1) % span == 0 or i == steps - 1:
-                whole, part = (part, powers_s.at[slot]), zeros()
-        sums = finish(sums, *whole, 0)
+                before, part = [part, powers_s.at[slot]], zeros()
+        sums = finish(0, sums, *before)
         free(start + steps - 1)
         return sums
-
-    def finish(sums, part, powers, running):
-        return weighted(sums, float8.settled(tokens, running)(part), powers)
 
     whole, left = divmod(count, PROMOTED)
     sums = lax.fori_loop(

@@ -157,7 +157,7 @@ class QuantizedDense(nnx.Module):
         self.global_scale = Packed(weight.global_scale)
         self.codes, self.scales = _held(weight, "codes"), _held(weight, "scales")
         self.records, self.unit = _held(weight, "records"), _held(weight, "unit")
-        self.operand = weight.operand if isinstance(weight, Fragments) else None
+        self.operand = getattr(weight, "operand", "")  # what records expand to
 
     @property
     def packed(self) -> PackedWeight:
