@@ -67,14 +67,20 @@ class SiteCost:
 
     @property
     def solver_flops(self) -> int:
-        """To quantize: GPTQ's factor, target and feedback, and sweeps of coordinate descent."""
+        """To quantize: GPTQ's factor, target and feedback, sweeps of descent, refits."""
         if self.recipe.solver != "gptq":
             return 2 * self.recipe.block * sum(self.weights) * self.kernels
+        rounds = self.recipe.refit
+        # A round of refit aims twice, and measures the loss on the kept rows before and after.
+        aims = 1 + 2 * rounds
         factor = self.size**3 // 3 * (1 if self.recipe.share_transform else len(self.weights))
         best = 0 if self.recipe.input_error == "ignore" else 4
         slopes = 4 * self.rows if self.recipe.input_error == "sample" else 0
-        per_weight = self.size * (1 + best + 2 * self.recipe.descent) + slopes
-        return (factor + per_weight * sum(self.weights)) * self.kernels
+        # Two sweeps: the error times the Hessian, and products of d x d.
+        refits = rounds * 2 * (2 * self.size + 6 * self.recipe.block)
+        sweeps = 2 * self.recipe.descent * (1 + rounds)
+        per_weight = self.size * (1 + best * aims + sweeps) + refits + slopes * (aims + 2 * rounds)
+        return (factor * aims + per_weight * sum(self.weights)) * self.kernels
 
     @property
     def _moment_width(self) -> int:
