@@ -67,12 +67,11 @@ def test_costs_count_what_runs():
     assert costs[0].moment_bytes == 4 * 128 * 32
     assert SiteCost(wush.BEST, 128, sizes, 3, 10).moment_bytes == 3 * 4 * 128 * (128 + 10)
     assert total_costs(costs)["input_passes"] == 5
-    # A round: two factors a layer, two targets, four sweeps of descent, two of refit.
+    # Two rounds: three more factors and targets, two descents and two fits of two sweeps.
     none, two = (SiteCost(wush.BEST.replace(refit=r), 128, sizes) for r in (0, 2))
-    round_cost = 2 * 2 * (128**3 // 3) + (2 * 4 * 128 + 4 * 2 * 128) * sum(sizes)
-    fit = 2 * (2 * 128 + 6 * 32) * sum(sizes)
-    assert two.solver_flops - none.solver_flops == 2 * (round_cost + fit)
-    # Two products of 10 rows with each weight; 10 rows as kept, exact and quantized.
+    aims = 3 * (2 * (128**3 // 3) + 4 * 128 * sum(sizes))
+    sweeps = 2 * (4 * 2 * 128 + 2 * (2 * 128 + 6 * 32)) * sum(sizes)
+    assert two.solver_flops - none.solver_flops == aims + sweeps
     plain = wush.BEST.replace(refit=0)
     bare, sampled = (SiteCost(plain, 128, sizes, rows=rows) for rows in (0, 10))
     assert sampled.solver_flops - bare.solver_flops == 2 * 2 * 10 * sum(sizes)

@@ -72,59 +72,64 @@ def refit_rounds(
             "refit need one for each, (K/d, d, d)"
         )
     tried = jnp.asarray(hessians.dampings(damping), jnp.float32)
-    now = aim(transform)
-    best = quantized, transform
+    best = _arrive(quantized, transform, weight, aim(transform), tried, descent=0)
     for _ in range(rounds):
-        moved = _move(*best, weight, now, tried)
-        then = aim(moved)
-        settled = _settle(best[0], moved, weight, then, tried, descent)
-        better = _better(best, now, (settled, moved), then, weight)
-        best, now = jax.tree.map(partial(jnp.where, better), ((settled, moved), then), (best, now))
-    return best
+        moved = _move(best, damping)
+        found = _arrive(best.quantized, moved, weight, aim(moved), tried, descent=descent)
+        better = (found.loss < best.loss) | jnp.isnan(best.loss)
+        best = jax.tree.map(partial(jnp.where, better), found, best)
+    return best.quantized, best.transform
+
+
+class _State(NamedTuple):
+    """Codes and transform; what they aim at (N, K), under which damped Hessian; their loss.
+
+    The loss is on the pairs, NaN where there are none.
+    """
+
+    quantized: QuantizedArray
+    transform: BlockTransform
+    target: jax.Array
+    hessian: jax.Array
+    loss: jax.Array
 
 
 @jax.jit
-def _move(quantized, transform, weight, aim: Aim, tried) -> BlockTransform:
-    target, damped = _target(transform.block_size, weight, aim, tried)
-    return refit(transform, dequantize(quantized), target, damped, tried[0])
+def _move(state: _State, damping) -> BlockTransform:
+    values = dequantize(state.quantized)
+    return refit(state.transform, values, state.target, state.hessian, damping)
 
 
 @partial(jax.jit, static_argnames="descent")
-def _settle(quantized, transform, weight, aim: Aim, tried, descent: int) -> QuantizedArray:
-    if not descent:
-        return quantized
-    fmt, (n, k) = quantized.format, weight.shape
-    target, damped = _target(transform.block_size, weight, aim, tried)
+def _arrive(quantized, transform, weight, aim: Aim, tried, *, descent: int) -> _State:
+    """Aim anew under a transform, move the codes there, and measure."""
+    d = transform.block_size
+    _, _, target, shift, _ = hessians.factor(aim.hessian, weight, aim.cross, d, tried)
+    damped = aim.hessian + jnp.diag(shift)
+    if aim.pairs is not None:
+        target = hessians.with_unit_slope(target, weight, *aim.pairs)
+    if descent:
+        quantized = _descend(quantized, transform, target, damped, descent)
+    loss = jnp.float32(jnp.nan)
+    if aim.pairs is not None:
+        # sum_s ||W_eff x_q,s - W x_s||^2
+        exact, inputs = aim.pairs
+        t_x = transform.activation.astype(jnp.float32)
+        effective = apply_transform(dequantize(quantized), t_x.mT)
+        error = linalg.matmul(inputs, effective.T) - linalg.matmul(exact, weight.T)
+        loss = jnp.sum(error * error)
+    return _State(quantized, transform, target, damped, loss)
+
+
+def _descend(quantized, transform, target, damped, sweeps: int) -> QuantizedArray:
+    fmt, (n, k) = quantized.format, target.shape
     t_x, t_w = (t.astype(jnp.float32) for t in (transform.activation, transform.weight))
     moved = apply_transform(apply_transform(damped, t_x).T, t_x)
     codes = fmt.unpack(quantized.codes).reshape(n, k).T
     scale = fmt.load_scales(quantized.scales).reshape(n, -1).T
     wanted = apply_transform(target, t_w).T
-    lower = descend(codes, scale, wanted, moved, fmt, quantized.global_scale, descent)
+    lower = descend(codes, scale, wanted, moved, fmt, quantized.global_scale, sweeps)
     return replace(quantized, codes=fmt.pack(lower.T).reshape(quantized.codes.shape))
-
-
-@jax.jit
-def _better(best, now: Aim, moved, then: Aim, weight) -> jax.Array:
-    """Whether the loss on the pairs, ``sum_s ||W_eff x_q,s - W x_s||^2``, has fallen."""
-    losses = []
-    for (quantized, transform), aim in ((moved, then), (best, now)):
-        if aim.pairs is None:
-            return jnp.bool_(True)
-        exact, inputs = aim.pairs
-        t_x = transform.activation.astype(jnp.float32)
-        effective = apply_transform(dequantize(quantized), t_x.mT)
-        error = linalg.matmul(inputs, effective.T) - linalg.matmul(exact, weight.T)
-        losses.append(jnp.sum(error * error))
-    return losses[0] < losses[1]
-
-
-def _target(d: int, weight, aim: Aim, tried):
-    """The weights that are best under the damped Hessian, with slope one; and that Hessian."""
-    _, _, best, shift, _ = hessians.factor(aim.hessian, weight, aim.cross, d, tried)
-    if aim.pairs is not None:
-        best = hessians.with_unit_slope(best, weight, *aim.pairs)
-    return best, aim.hessian + jnp.diag(shift)
 
 
 def refit(
@@ -132,7 +137,7 @@ def refit(
     values: jax.Array,
     target: jax.Array,
     hessian: jax.Array,
-    damping: jax.Array,
+    damping: jax.Array | float,
 ) -> BlockTransform:
     """Move each block's T_X to where the rounded weights come closest to their target.
 
