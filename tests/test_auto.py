@@ -105,3 +105,4 @@ def test_full_recipes_come_back(found):
     for _, recipe in rules:
         assert (recipe.solver, recipe.descent) == ("gptq", wush.BEST.descent)
         assert recipe.block_gain == (recipe.transform == "wush")
+        assert recipe.refit == (wush.BEST.refit if recipe.transform == "wush" else 0)

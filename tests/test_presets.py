@@ -27,7 +27,8 @@ def test_paper_is_the_papers_setting(fmt):
     assert not recipe.share_transform
     assert recipe.damping == 1e-2
     assert recipe.input_format is fmt
-    assert (recipe.scale_search, recipe.input_error, recipe.descent) == ("rule", "ignore", 0)
+    assert (recipe.scale_search, recipe.input_error) == ("rule", "ignore")
+    assert (recipe.descent, recipe.refit) == (0, 0)
 
 
 @each_format
@@ -66,8 +67,13 @@ def test_costs_count_what_runs():
     assert costs[0].moment_bytes == 4 * 128 * 32
     assert SiteCost(wush.BEST, 128, sizes, 3, 10).moment_bytes == 3 * 4 * 128 * (128 + 10)
     assert total_costs(costs)["input_passes"] == 5
-    # Two products of 10 rows with each weight; 10 rows as kept, exact and quantized.
-    bare, sampled = (SiteCost(wush.BEST, 128, sizes, rows=rows) for rows in (0, 10))
+    # Two rounds: three more factors and targets, two descents and two fits of two sweeps.
+    none, two = (SiteCost(wush.BEST.replace(refit=r), 128, sizes) for r in (0, 2))
+    aims = 3 * (2 * (128**3 // 3) + 4 * 128 * sum(sizes))
+    sweeps = 2 * (4 * 2 * 128 + 2 * (2 * 128 + 6 * 32)) * sum(sizes)
+    assert two.solver_flops - none.solver_flops == aims + sweeps
+    plain = wush.BEST.replace(refit=0)
+    bare, sampled = (SiteCost(plain, 128, sizes, rows=rows) for rows in (0, 10))
     assert sampled.solver_flops - bare.solver_flops == 2 * 2 * 10 * sum(sizes)
     assert sampled.solver_bytes - bare.solver_bytes == 4 * 128 * 10 * 3
 

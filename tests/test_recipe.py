@@ -44,6 +44,12 @@ def test_defaults_follow_the_format():
         ({"format": wush.NVFP4, "activation_format": wush.MXFP4}, "group_size=32 of MXFP4"),
         ({"descent": 3}, "descent=3 revisits GPTQ's codes; use solver='gptq'"),
         ({"solver": "gptq", "descent": -1}, "descent=-1 must be a number of sweeps"),
+        ({"refit": 2}, "refit=2 fits transforms to GPTQ's codes; solver='gptq'"),
+        ({"solver": "gptq", "refit": -1}, "refit=-1 must be a number of rounds, 0 for none"),
+        (
+            {"solver": "gptq", "refit": 2, "transform": "hadamard"},
+            "refit=2 needs a transform for each block; transform='hadamard' is one for all",
+        ),
         ({"input_error": "model"}, "input_error='model' is GPTQ's; use solver='gptq'"),
         ({"input_error": "exact"}, "input_error='exact' is unknown; choose one of ignore, model"),
         (

@@ -126,7 +126,7 @@ def _candidates(site: Site, recipe: Recipe, transforms, blocks) -> list[SitePlan
     g = recipe.format.group_size
     if blocks is None:
         blocks = [g * 2**i for i in range(8) if g * 2**i <= max(g, LARGEST_BLOCK)]
-    trial = recipe.replace(solver="rtn", input_error="ignore", descent=0)
+    trial = recipe.replace(solver="rtn", input_error="ignore", descent=0, refit=0)
     found = []
     for name in transforms:
         # The identity has no blocks: any d is the same.
@@ -145,7 +145,10 @@ def _candidates(site: Site, recipe: Recipe, transforms, blocks) -> list[SitePlan
 
 def _final(recipe: Recipe, trial: Recipe) -> Recipe:
     return recipe.replace(
-        transform=trial.transform, block_size=trial.block_size, block_gain=trial.block_gain
+        transform=trial.transform,
+        block_size=trial.block_size,
+        block_gain=trial.block_gain,
+        refit=0 if trial.transform in DATA_FREE else recipe.refit,
     )
 
 

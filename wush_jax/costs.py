@@ -60,21 +60,29 @@ class SiteCost:
         """Moments and float32 weights of one kernel while it is being quantized."""
         # GPTQ holds the Hessian, its factor and their float64 copies beside the weights twice.
         copies = 5 if self.recipe.solver == "gptq" else 1
+        # Rounds of refit keep what they come from beside where they go.
+        copies, kept = (8, 4) if self.recipe.refit else (copies, 2)
         # The rows that outputs get their slopes from, exact and quantized.
         rows = self.rows * (3 if self.recipe.input_error == "sample" else 1)
         moments = 4 * self.size * (self._moment_width * copies + rows)
-        return moments + 2 * 4 * sum(self.weights)
+        return moments + kept * 4 * sum(self.weights)
 
     @property
     def solver_flops(self) -> int:
-        """To quantize: GPTQ's factor, target and feedback, and sweeps of coordinate descent."""
+        """To quantize: GPTQ's factor, target and feedback, sweeps of descent, refits."""
         if self.recipe.solver != "gptq":
             return 2 * self.recipe.block * sum(self.weights) * self.kernels
+        rounds = self.recipe.refit
+        # Rounds of refit aim anew, once more before the first, and measure the loss on kept rows.
+        again = 1 + rounds if rounds else 0
         factor = self.size**3 // 3 * (1 if self.recipe.share_transform else len(self.weights))
         best = 0 if self.recipe.input_error == "ignore" else 4
-        slopes = 4 * self.rows if self.recipe.input_error == "sample" else 0
-        per_weight = self.size * (1 + best + 2 * self.recipe.descent) + slopes
-        return (factor + per_weight * sum(self.weights)) * self.kernels
+        slopes = self.rows if self.recipe.input_error == "sample" else 0
+        per_weight = self.size * (1 + best * (1 + again) + 2 * self.recipe.descent * (1 + rounds))
+        per_weight += slopes * (4 + 6 * again)
+        # Two sweeps a round: the error times the Hessian, and products of d x d.
+        per_weight += rounds * 2 * (2 * self.size + 6 * self.recipe.block)
+        return (factor * (1 + again) + per_weight * sum(self.weights)) * self.kernels
 
     @property
     def _moment_width(self) -> int:

@@ -9,7 +9,8 @@ from wush_jax.recipe import Recipe
 PAPER = Recipe(solver="gptq", share_transform=False)
 
 #: The same bits, transforms of the same size, the same passes; only offline work and scale rules
-#: differ. Outputs keep slope one, so that KL falls with the layer losses. What each part brings:
+#: differ. Outputs keep slope one, so that KL falls with the layer losses; the transforms are fitted
+#: again to the codes. What each part brings:
 #: docs/quality.md. With ``share_transform=True`` layers of one site need one transform+quantize
 #: pass, at some loss.
 BEST = Recipe(
@@ -20,6 +21,7 @@ BEST = Recipe(
     interleave=False,
     input_error="sample",
     descent=4,
+    refit=3,
     block_gain=True,
 )
 

@@ -45,6 +45,8 @@ class Recipe:
         measured on a sample of calibration rows. The weights make up for it (`wush_jax.noise`);
         with "sample" each output keeps slope one against the original.
       descent: sweeps of coordinate descent over the codes after GPTQ.
+      refit: rounds of fitting each block's transform to GPTQ's codes, and the codes by ``descent``
+        to what that leaves (`wush_jax.refit`); free at run time.
       block_gain: multiply each block's transform by the gain 2^(j/8) with the least activation
         error on a sample of calibration rows; free at run time.
       activation_order: GPTQ treats the blocks with the most input power first.
@@ -69,6 +71,7 @@ class Recipe:
     interleave: bool = True
     input_error: str = "ignore"
     descent: int = 0
+    refit: int = 0
     block_gain: bool = False
     activation_order: bool = False
     solver_dtype: Literal["float32", "float64"] = "float32"
@@ -109,13 +112,19 @@ class Recipe:
             raise ValueError(f"descent={self.descent!r} must be a number of sweeps, 0 for none")
         if self.descent and not gptq:
             raise ValueError(f"descent={self.descent} revisits GPTQ's codes; use solver='gptq'")
+        if not isinstance(self.refit, int) or self.refit < 0:
+            raise ValueError(f"refit={self.refit!r} must be a number of rounds, 0 for none")
+        if self.refit and not gptq:
+            raise ValueError(f"refit={self.refit} fits transforms to GPTQ's codes; solver='gptq'")
         if self.input_error != "ignore" and not gptq:
             raise ValueError(f"input_error={self.input_error!r} is GPTQ's; use solver='gptq'")
-        if self.block_gain and self.transform in DATA_FREE:
-            raise ValueError(
-                f"block_gain=True needs a transform for each block; transform={self.transform!r} "
-                "is one for all: use 'wush' or the like"
-            )
+        for name in ("block_gain", "refit"):
+            value = getattr(self, name)
+            if value and self.transform in DATA_FREE:
+                raise ValueError(
+                    f"{name}={value} needs a transform for each block; transform="
+                    f"{self.transform!r} is one for all: use 'wush' or the like"
+                )
         for name in ("input_error", "block_gain"):
             if getattr(self, name) in ("ignore", False):
                 continue

@@ -19,6 +19,7 @@ from wush_jax import linalg, noise, scale_search, transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
 from wush_jax.gptq import gptq
 from wush_jax.recipe import DATA_FREE, Recipe
+from wush_jax.refit import Aim, refit_rounds
 from wush_jax.rtn import rtn
 from wush_jax.sample import Sample
 from wush_jax.site_transform import TransformRule, build_transform
@@ -191,7 +192,7 @@ def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
         transforms.check_finite(f"transformed {name}", quantized.scales.astype(jnp.float32))
         return quantized, transform
     hessian, cross, pairs = _quantized_moments(known, transform, recipe)
-    return gptq(
+    quantized, used = gptq(
         weight,
         hessian,
         transform,
@@ -205,6 +206,17 @@ def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
         activation_order=recipe.activation_order,
         dtype=recipe.solver_dtype,
         name=name,
+    )
+    if not recipe.refit:
+        return quantized, used
+    return refit_rounds(
+        quantized,
+        used,
+        weight.astype(jnp.float32),
+        lambda moved: Aim(*_quantized_moments(known, moved, recipe)),
+        rounds=recipe.refit,
+        damping=recipe.damping,
+        descent=recipe.descent,
     )
 
 
