@@ -32,10 +32,13 @@ def problem(seed, n=80, k=128, tokens=1024, condition=1.5):
     return jnp.float32(w), jnp.float32(x.T @ x / tokens)
 
 
+dequantize = jax.jit(wush.dequantize)
+
+
 def original_space(q, transform):
     """The quantized weight in original coordinates, float64."""
     t = np.asarray(transform.activation.astype(jnp.float32), np.float64)
-    values = np.asarray(wush.dequantize(q), np.float64)
+    values = np.asarray(dequantize(q), np.float64)
     n, k = values.shape
     d = t.shape[-1]
     t = np.broadcast_to(t, (k // d, d, d))
@@ -260,9 +263,9 @@ def test_dead_channels_and_zero_weights_stay_finite(fmt, damping):
     h = h.at[dead].set(0.0).at[:, dead].set(0.0)
     w = w.at[0].set(0.0).at[:, 7].set(0.0).at[:, 96:].set(0.0)
     q, transform = solve(w, h, fmt, damping=damping)
-    chex.assert_tree_all_finite((wush.dequantize(q), transform))
+    chex.assert_tree_all_finite((dequantize(q), transform))
     if fmt is not wush.INT4:  # whose mid-rise grid has no zero
-        np.testing.assert_array_equal(wush.dequantize(q)[0], 0.0)
+        np.testing.assert_array_equal(dequantize(q)[0], 0.0)
 
 
 def test_nothing_known_and_nothing_to_do():
@@ -271,7 +274,7 @@ def test_nothing_known_and_nothing_to_do():
     q = plain(w, jnp.zeros_like(h))
     chex.assert_trees_all_equal(q, quick_rtn(w, wush.identity_transform(32), wush.MXFP4))
     q, transform = solve(jnp.zeros_like(w), jnp.zeros_like(h))
-    chex.assert_tree_all_finite((wush.dequantize(q), transform))
+    chex.assert_tree_all_finite((dequantize(q), transform))
 
 
 def test_derived_global_scale_follows_any_magnitude():

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("float32_matmuls")
 RTN = wush.Recipe(solver="rtn")
 X = jnp.asarray(np.asarray(normal(0, (2, 24, 64))) * np.arange(1, 65) / 32, jnp.float32)
 run = nnx.jit(lambda model, x: model(x))
+dequantize = jax.jit(wush.dequantize)
 
 
 class Layer(nn.Module):
@@ -153,7 +154,7 @@ def test_the_quantized_weight_is_what_is_applied(result, variables):
         twin = quantized
         for part in (*scopes, name):
             twin = getattr(twin, part)
-        kernel = layer.contraction.kernel(wush.dequantize(twin.packed.weight))
+        kernel = layer.contraction.kernel(dequantize(twin.packed.weight))
         scope[name] = {**scope[name], "kernel": kernel}
     expected = jax.jit(Encoder().apply)({"params": params}, X)
     # float32 matmuls in another order

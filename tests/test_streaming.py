@@ -119,7 +119,7 @@ def test_mistakes_are_named_before_any_work(source, tmp_path):
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path):
     """One layer's weights and moments are on the devices; on the way to the next layer, none."""
-    config = dataclasses.replace(CONFIG, num_hidden_layers=8)
+    config = dataclasses.replace(CONFIG, num_hidden_layers=4)
     source = write(tmp_path, config, to_tensors(random_model(config)), 2)
     layer = sum(t.nbytes for n, t in to_tensors(random_model(config)).items() if ".layers.0." in n)
     gc.collect()
