@@ -242,3 +242,25 @@ def test_loading_lays_out_what_is_served(hopper, tmp_path):
     assert without == [96]
     kept = wush.load(tmp_path / "model", implementation="reference")
     assert all(layer.records is None for layer in layers(kept))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "smallest", "operand"),
+    [
+        (wush.MXFP4, 1.0, "float8"),
+        (wush.MXFP4, 2.0**-40, "bfloat16"),  # more octaves than FP8 has
+        (None, 1.0, "bfloat16"),
+        (wush.NVFP4, 1.0, "bfloat16"),
+    ],
+)
+def test_records_expand_to_what_holds_both_operands(inputs, smallest, operand):
+    dense = dense_layers(nnx.Linear(64, 48, rngs=nnx.Rngs(0)))[0][""]
+    weight = jnp.asarray(dense.weight).at[3].multiply(smallest)
+    recipe = wush.Recipe(transform="identity", activation_format=inputs)
+    packed = wush.quantize_weight(weight, None, recipe)
+    model = nnx.List([QuantizedDense(dense, packed)])
+    assert len(pack_for_kernels(model, force=True)) == 1
+    assert model[0].operand == operand
+    np.testing.assert_array_equal(
+        wush.dequantize(model[0].packed.weight), wush.dequantize(packed.weight)
+    )
