@@ -195,7 +195,7 @@ def is_jaxpr(x):
 
 
 # The jitted functions under `linalg.float64_construction`.
-CONSTRUCTIONS = {"_construct", "_gain", "_loss", "inverse_transpose"}
+CONSTRUCTIONS = {"_construct", "_exact_sum", "_gain", "_loss", "inverse_transpose"}
 
 
 @pytest.mark.parametrize("x64", [False, True])

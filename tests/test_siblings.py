@@ -22,18 +22,18 @@ pytestmark = pytest.mark.usefixtures("float32_matmuls")
 WIDTHS = (128, 64, 70)
 
 
-def layers(**kinds):
+def layers(width=64, **kinds):
     return nnx.List(
-        [nnx.Linear(64, n, use_bias=n != 64, rngs=nnx.Rngs(n), **kinds) for n in WIDTHS]
+        [nnx.Linear(width, n, use_bias=n != 64, rngs=nnx.Rngs(n), **kinds) for n in WIDTHS]
     )
 
 
-def quantized(recipe=None, *, share=True, **kinds):
+def quantized(recipe=None, *, share=True, width=64, **kinds):
     """Three layers of one site, or of three."""
-    model = layers(**kinds)
+    model = layers(width, **kinds)
     dense, _ = dense_layers(model)
     recipe = recipe or wush.Recipe(solver="rtn", transform="wush")
-    moments = jnp.diag(jnp.repeat(jnp.array([2.0, 1.0]), 32))
+    moments = jnp.diag(jnp.repeat(jnp.array([2.0, 1.0]), width // 2))
     weights = [d.weight for d in dense.values()]
     sites = [weights] if share else [[w] for w in weights]
     packed = [p for site in sites for p in quantize_site(site, moments, recipe)]
@@ -86,9 +86,12 @@ def test_weights_of_another_width_are_refused():
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11")
 @pytest.mark.parametrize(("share", "kernels"), [(True, 2), (False, 4)])
 def test_one_site_is_two_kernels(monkeypatch, share, kernels):
-    """Three sites are three products, and their quantizer, thrice the same, is lowered once."""
+    """Three sites are three products, and their quantizer, thrice the same, is lowered once.
+
+    Of more than one step of 128 columns: the joint product splits K.
+    """
     monkeypatch.setattr(mosaic_gpu, "require_hopper", lambda: "NVIDIA H200")
-    model = quantized(share=share, dtype=jnp.bfloat16)
+    model = quantized(share=share, width=256, dtype=jnp.bfloat16)
     pack_for_kernels(model, force=True)
     for layer in model:
         layer.implementation = "mosaic_gpu"
@@ -97,7 +100,7 @@ def test_one_site_is_two_kernels(monkeypatch, share, kernels):
     def run(state, x):
         return call_together(nnx.merge(graph, state), x)
 
-    lowered = jax.jit(run).trace(state, X).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(run).trace(state, jnp.ones((5, 256))).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
 
 

@@ -157,5 +157,6 @@ def _sum_parts(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @linalg.float64_construction
+@jax.jit
 def _exact_sum(parts: jax.Array) -> jax.Array:
     return jnp.sum(parts, axis=0)
