@@ -87,7 +87,7 @@ def launch_all(
         if _in_float8(x.format, weights):
             _check_result(x.shape, out_dtype)
             codes, scales = (a.reshape(-1, a.shape[-1]) for a in (x.codes, x.scales))
-            columns = 128 if len(codes) <= tile_tables.FEW_TOKENS else 128 * PROMOTED
+            columns = repack.COLUMNS * tile_tables.sharing(len(codes))
             left = repack.to_float8(repack.to_lanes(codes), scales, columns)
             products = multiply_float8(left, global_scale, weights, out_dtype, plan)
             return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)

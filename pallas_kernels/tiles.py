@@ -113,6 +113,15 @@ class Tiling:
         return self.stages * step + self.warpgroups * self.tokens * 64 * out_itemsize
 
 
+def sharing(tokens: int) -> int:
+    """Steps of 128 columns that share a power of two of FP8 activations.
+
+    >>> sharing(64), sharing(65)
+    (1, 4)
+    """
+    return 1 if tokens <= FEW_TOKENS else PROMOTED
+
+
 def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, device: str) -> Tiles:
     """Return the tiles of a call: the table's entry if it fits, else the rule's.
 
@@ -140,7 +149,7 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
         tiles = Tiles(warpgroups=1, stages=1) if rows <= 128 else Tiles()
     if layout == "float8":
         few = rows <= FEW_TOKENS
-        tiles = Tiles(1 if few else 4, 1 if few else tiles.stages, beside=1 if few else 4)
+        tiles = Tiles(1 if few else 4, 1 if few else tiles.stages, beside=sharing(rows))
         return shrink(tiles, block, fmt.group_size, shared, layout)
     gathered = 16 * fmt.group_size // tiles.columns
     line = rows if layout == "kernel" else width // fmt.group_size
