@@ -61,8 +61,11 @@ def apply_rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> j
 class LayerCache:
     """Keys (rotated) and values that one layer has computed.
 
+    Heads come before positions: products over a cache then read it as it lies, where any other
+    order would be transposed, whole, for every token.
+
     Attributes:
-        keys: (batch, length, kv heads, head_dim).
+        keys: (batch, kv heads, length, head_dim).
         values: of the same shape.
     """
 
@@ -71,13 +74,31 @@ class LayerCache:
 
     def padded(self, length: int) -> "LayerCache":
         """Return the cache with room for ``length`` positions."""
-        room = [(0, 0), (0, length - self.keys.shape[1]), (0, 0), (0, 0)]
+        room = [(0, 0), (0, 0), (0, length - self.keys.shape[2]), (0, 0)]
         return LayerCache(jnp.pad(self.keys, room), jnp.pad(self.values, room))
 
     def write(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> "LayerCache":
-        """Return the cache with one more position in every row: (batch, 1, ...) at (batch,)."""
-        at = (jnp.arange(len(positions)), positions)
-        return LayerCache(self.keys.at[at].set(key[:, 0]), self.values.at[at].set(value[:, 0]))
+        """Return the cache with (batch, kv heads, head_dim) at one position (batch,) a row."""
+        rows = jnp.arange(len(positions))
+        keys = self.keys.at[rows, :, positions].set(key)
+        return LayerCache(keys, self.values.at[rows, :, positions].set(value))
+
+    def attend(self, query: jax.Array, seen: jax.Array) -> jax.Array:
+        """Return softmax(query . keys / sqrt(head_dim)) . values, the softmax in float32.
+
+        Args:
+            query: (batch, heads, head_dim); heads that share keys lie side by side.
+            seen: (batch, length), which positions count.
+
+        Returns:
+            An array like ``query``.
+        """
+        batch, shared, _, head_dim = self.keys.shape
+        groups = query.reshape(batch, shared, -1, head_dim)
+        logits = jnp.einsum("bkgd,bkld->bkgl", groups, self.keys, preferred_element_type=jnp.float32)
+        logits = jnp.where(seen[:, None, None], logits / math.sqrt(head_dim), -jnp.inf)
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.values.dtype)
+        return jnp.einsum("bkgl,bkld->bkgd", weights, self.values).reshape(query.shape)
 
 
 class Attention(nnx.Module):
@@ -112,7 +133,8 @@ class Attention(nnx.Module):
             local_window_size=None if self.window is None else (self.window - 1, 0),
             implementation=self.implementation,
         )
-        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), LayerCache(key, value)
+        cache = LayerCache(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
 
     def decode(
         self, x: jax.Array, cache: LayerCache, positions: jax.Array
@@ -124,16 +146,13 @@ class Attention(nnx.Module):
             cache: of the positions before, with room for one more.
             positions: (batch,) int32, where each row goes on.
         """
-        query, key, value = self._heads(x, positions[:, None])
+        query, key, value = (heads[:, 0] for heads in self._heads(x, positions[:, None]))
         cache = cache.write(key, value, positions)
-        mixed = jax.nn.dot_product_attention(
-            query,
-            cache.keys,
-            cache.values,
-            mask=self._window_mask(cache, positions),
-            key_value_seq_lengths=positions + 1,
-            implementation=self.implementation,
-        )
+        at = jnp.arange(cache.keys.shape[2])
+        seen = at <= positions[:, None]
+        if self.window is not None:
+            seen &= at > positions[:, None] - self.window
+        mixed = cache.attend(query, seen)
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
 
     def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -146,10 +165,3 @@ class Attention(nnx.Module):
         frequencies = rope_frequencies(self.config)
         query, key = (apply_rope(heads, positions, frequencies) for heads in (query, key))
         return query, key, value
-
-    def _window_mask(self, cache: LayerCache, positions: jax.Array) -> jax.Array | None:
-        """Return which cached positions the window reaches, (batch, 1, 1, length)."""
-        if self.window is None or self.window >= cache.keys.shape[1]:
-            return None
-        seen = jnp.arange(cache.keys.shape[1]) > positions[:, None] - self.window
-        return seen[:, None, None, :]

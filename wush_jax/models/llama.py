@@ -86,7 +86,7 @@ class Llama(nnx.Module):
         rngs: random streams of the initial weights.
         dtype: type of activations and products. Logits are always float32.
         param_dtype: type in which weights are kept.
-        attention_implementation: passed on to ``jax.nn.dot_product_attention``.
+        attention_implementation: of whole texts, passed on to ``jax.nn.dot_product_attention``.
 
     >>> config = LlamaConfig(vocab_size=11, hidden_size=16, intermediate_size=32,
     ...                      num_hidden_layers=2, num_attention_heads=2)
