@@ -7,8 +7,9 @@ Each of its warpgroups runs its own pipeline over tiles of 64 rows:
 
 A buffer is refilled as soon as wgmma has read it, so the next load overlaps the arithmetic of this
 tile. Rows and columns beyond the array read as zeros and are not written: TMA clips, so no size
-needs a padded copy (but for M above 8 that is no multiple of 8). The same source runs under GPU
-interpretation on CPU, where `epilogue.plain` stands in for the register part.
+needs a padded copy (but for M above 8 that is no multiple of 8); `tiles.choose` keeps away from the
+case that it does not clip. The same source runs under GPU interpretation on CPU, where
+`epilogue.plain` stands in for the register part.
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfl
     m, rows = x.shape[0], weight.shape[0]
     if m % 8:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
-    wide = rows + -rows % fragments.ROWS  # and N by 64 columns
+    # And N by 64 columns; two tiles at least: Mosaic leaves out the index of an axis of one, where
+    # the second warpgroup's would not be clipped.
+    wide = max(rows + -rows % fragments.ROWS, 2 * fragments.ROWS)
     dtype = jnp.dtype(jnp.float32 if tiling.cuts > 1 else out_dtype)
     while tiling.shared_memory(c.lines, x.dtype.itemsize, dtype.itemsize) > SHARED_MEMORY:
         fewer = (

@@ -140,6 +140,8 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
     >>> from wush_jax import MXFP4
     >>> choose(16, 4096, MXFP4, 32, False, "interchange", "none").warpgroups
     1
+    >>> [choose(100, k, MXFP4, 32, False, "float8", "none").beside for k in (128, 256)]
+    [1, 4]
     """
     for entry in table(device, "transform_quantize"):
         if rows <= (entry["rows"] or rows) and entry["scale"] in (None, fmt.scale_dtype):
@@ -147,15 +149,19 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
             break
     else:
         tiles = Tiles(warpgroups=1, stages=1) if rows <= 128 else Tiles()
+    # Mosaic leaves out the index of an axis that one tile covers: what should have been clipped
+    # there would be written over that tile. So nothing reaches beyond it.
+    one = width <= tiles.columns
     if layout == "float8":
         few = rows <= FEW_TOKENS
-        tiles = Tiles(1 if few else 4, 1 if few else tiles.stages, beside=sharing(rows))
+        beside = 1 if one else sharing(rows)
+        tiles = Tiles(1 if few else 4, 1 if few else tiles.stages, beside=beside)
         return shrink(tiles, block, fmt.group_size, shared, layout)
     gathered = 16 * fmt.group_size // tiles.columns
     line = rows if layout == "kernel" else width // fmt.group_size
     whole = fmt.scale_dtype != "bfloat16" and gathered > 1 and line % 16 == 0
     direct = dataclasses.replace(tiles, steps=1)
-    if tiles.steps > 1 and whole:
+    if tiles.steps > 1 and whole and not one:
         tiles = dataclasses.replace(tiles, steps=gathered)
         # Wide slabs are few: where they fill the last round badly, narrow ones are faster.
         if _balance(rows, width, tiles) < 0.93 * _balance(rows, width, direct):

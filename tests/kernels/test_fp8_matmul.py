@@ -194,8 +194,11 @@ def test_several_weights_are_each_by_itself(m):
         check(y, exact(q), weight, "gaussian")
 
 
+WHOLE = [(4096, 6144, 32), (192, 70, 64), (1024, 200, 128), (64, 40, 32), (128, 64, 128)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("k", "n", "block"), [(4096, 6144, 32), (192, 70, 64), (1024, 200, 128)])
+@pytest.mark.parametrize(("k", "n", "block"), WHOLE)
 @pytest.mark.parametrize("m", [1, 16, 40, 200])
 def test_whole_layer(m, k, n, block):
     """Codes of the quantizer's kernel times the weights, exactly but for sums."""

@@ -194,15 +194,19 @@ def test_several_weights_are_each_by_itself(m, fmt):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_results_in_every_dtype(dtype):
-    laid, _ = weight_of("gaussian", 160, 70, wush.MXFP4)
-    x = values("gaussian", (5, 160), 2).astype(jnp.bfloat16)
-    y = pallas_kernels.quantized_matmul(x, laid, out_dtype=dtype, implementation="mosaic_gpu")
-    assert y.dtype == dtype
+@pytest.mark.parametrize("m", [5, 100])
+@pytest.mark.parametrize("n", [40, 70])  # one tile of weights: nothing is written beside it
+def test_results_in_every_dtype(dtype, m, n):
+    laid, _ = weight_of("gaussian", 160, n, wush.MXFP4)
+    x = values("gaussian", (m, 160), 2).astype(jnp.bfloat16)
     wanted = run_matmul(x, laid).astype(dtype)  # the same sums, rounded once
-    np.testing.assert_array_equal(y, wanted)
-    default = pallas_kernels.quantized_matmul(x[None], laid, implementation="mosaic_gpu")
-    assert (default.shape, default.dtype) == ((1, 5, 70), jnp.bfloat16)
+    run = functools.partial(pallas_kernels.quantized_matmul, implementation="mosaic_gpu")
+    for _ in range(20):
+        y = jax.jit(functools.partial(run, out_dtype=dtype))(x, laid)
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y, wanted)
+    default = run(x[None], laid)
+    assert (default.shape, default.dtype) == ((1, m, n), jnp.bfloat16)
 
 
 @pytest.mark.gpu

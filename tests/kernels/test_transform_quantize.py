@@ -12,7 +12,7 @@ import pallas_kernels
 import wush_jax as wush
 from pallas_kernels import mosaic_gpu, repack, xla
 from pallas_kernels.cases import Case
-from pallas_kernels.tiles import FEW_TOKENS, Tiles
+from pallas_kernels.tiles import FEW_TOKENS, Tiles, choose
 from wush_jax import formats
 
 NEEDS_MOSAIC = pytest.mark.skipif(
@@ -182,6 +182,39 @@ def test_fp8_activations_on_gpu_are_those_of_the_codes(case, data):
     assert (values.shape, powers.shape) == (wanted.shape, same_powers.shape)
     np.testing.assert_array_equal(*(np.asarray(v, np.float32) for v in (values, wanted)))
     np.testing.assert_array_equal(powers[:, : len(x)], same_powers[:, : len(x)])
+
+
+@NEEDS_MOSAIC
+def test_no_tile_lies_beside_a_single_one():
+    """Mosaic leaves out the index of an axis of one tile: beyond it nothing would be clipped."""
+    for layout in ("interchange", "kernel", "float8"):
+        for device in ("NVIDIA H200", "none"):
+            tiles = choose(4096, 128, wush.MXFP4, 32, True, layout, device)
+            assert (tiles.beside, tiles.steps) == (1, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("rows", [80, 353])
+@pytest.mark.parametrize("layout", ["interchange", "kernel", "values", "float8"])
+def test_a_single_tile_of_columns_on_gpu(layout, rows, width):
+    """Again and again: what was written beside it once came before, once after it."""
+    x, t = Case(rows, width, shared=True).arrays()
+    run = jax.jit(functools.partial(launch, fmt=wush.MXFP4), static_argnames="layout")
+    found, *_ = got = run(x, t, layout=layout)
+    if layout == "float8":
+        wanted, _ = repack.to_float8(*run(x, t, layout="lanes"), 128)
+        np.testing.assert_array_equal(*(np.float32(v) for v in (found, wanted)))
+    elif layout == "values":
+        wanted = xla.exact_parts(*run(x, t, layout="interchange"), wush.MXFP4)[0]
+        np.testing.assert_array_equal(*(np.float32(v) for v in (found, wanted)))
+    else:
+        definition = comparison.definition(x, t, wush.MXFP4, layout)
+        share = max(comparison.SHARE, 2 / x.size)
+        comparison.same(got, definition, wush.MXFP4, layout, share)
+    for _ in range(50):
+        again = run(x, t, layout=layout)[0]
+        np.testing.assert_array_equal(np.float32(again), np.float32(found))
 
 
 ON_GPU = [
