@@ -153,9 +153,8 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
     # there would be written over that tile. So nothing reaches beyond it.
     one = width <= tiles.columns
     if layout == "float8":
-        few = rows <= FEW_TOKENS
         beside = 1 if one else sharing(rows)
-        tiles = Tiles(1 if few else 4, 1 if few else tiles.stages, beside=beside)
+        tiles = Tiles(beside, 1 if beside == 1 else tiles.stages, beside=beside)
         return shrink(tiles, block, fmt.group_size, shared, layout)
     gathered = 16 * fmt.group_size // tiles.columns
     line = rows if layout == "kernel" else width // fmt.group_size
