@@ -69,7 +69,7 @@ def quantize(source, out, recipe, count, dtype):
 @pytest.mark.parametrize(
     ("recipe", "dtype"),
     [
-        pytest.param(RTN, jnp.float32, id="rtn"),
+        pytest.param(RTN, jnp.float32, id="rtn", marks=pytest.mark.slow),  # as test_end_to_end.py
         pytest.param(RTN, jnp.bfloat16, id="rtn-bfloat16", marks=[pytest.mark.slow, BFLOAT16]),
         pytest.param(GPTQ, jnp.bfloat16, id="gptq", marks=[pytest.mark.slow, BFLOAT16]),
         pytest.param(wush.BEST, jnp.float32, id="best", marks=pytest.mark.slow),

@@ -178,7 +178,7 @@ def test_a_round_that_does_harm_is_undone():
 def test_a_recipe_with_it(share):
     w, x = layer()
     moment, sample = wush.second_moment(x), Sample.of(x)
-    losses, weights = [], [w, w[:16]]
+    losses, weights = [], [w[:24], w[24:]]
     for rounds in (0, 3):
         recipe = wush.BEST.replace(refit=rounds, share_transform=share)
         packed = quantize_site(weights, moment, recipe, sample=sample)

@@ -95,9 +95,10 @@ class LayerCache:
         """
         batch, shared, _, head_dim = self.keys.shape
         groups = query.reshape(batch, shared, -1, head_dim)
-        wide = {"preferred_element_type": jnp.float32}
-        logits = jnp.einsum("bkgd,bkld->bkgl", groups, self.keys, **wide) / math.sqrt(head_dim)
-        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+        logits = jnp.einsum(
+            "bkgd,bkld->bkgl", groups, self.keys, preferred_element_type=jnp.float32
+        )
+        logits = jnp.where(seen[:, None, None], logits / math.sqrt(head_dim), -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.values.dtype)
         return jnp.einsum("bkgl,bkld->bkgd", weights, self.values).reshape(query.shape)
 
