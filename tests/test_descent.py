@@ -13,7 +13,7 @@ import wush_jax as wush
 from wush_jax.descent import descend
 from wush_jax.gptq import gptq
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 
 G, N = 32, 6
 RNG = np.random.default_rng(0)

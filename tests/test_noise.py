@@ -12,7 +12,7 @@ from wush_jax.gptq import gptq
 from wush_jax.sample import Sample
 from wush_jax.site import effective_weight
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 
 N, K, D = 40, 64, 32
 RNG = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from wush_jax.costs import SiteCost, total_costs
 from wush_jax.recipe import tuned
 from wush_jax.sample import Sample
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 
 FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)

@@ -16,7 +16,7 @@ from wush_jax.sample import Sample
 from wush_jax.site import quantize_site
 from wush_jax.transforms import BlockTransform, inverse_transpose
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 
 D, BLOCKS, N = 4, 3, 10
 K = D * BLOCKS
