@@ -5,12 +5,15 @@ python memory_run.py run FOLDER OUT [SOLVER]     quantizes it; prints a line of 
 python memory_run.py trace FOLDER OUT [SOLVER]   the same, and what numpy and Python allocate
 
 16 layers of width 2048 are 2 GiB, 128 MiB each. A run has three marks of the process's resident
-memory: ``started``, once the backend has computed something; ``warm``, once a model of one small
-layer went the same way, so that what jax, its compiler and the device's runtime take is there; and
-``peak``, the most while the folder was quantized. ``ratio`` is peak - warm over the largest layer
-and the hidden states kept. ``anon`` is the part of the peak that is no mapped file, sampled.
+memory: ``started``, once the backend has computed something; ``warm``, once a model of one layer of
+that width went the same way and was let go, so that programs for these sizes, and what jax, its
+compiler and the device's runtime take, are there; and ``peak``, the most while the folder was
+quantized. ``ratio`` is peak - warm over the largest layer and the hidden states kept. ``anon`` is
+the part of the peak that is no mapped file, sampled.
 """
 
+import ctypes
+import gc
 import json
 import sys
 import tempfile
@@ -70,6 +73,13 @@ def status(key):
     return int(text.split(f"{key}:")[1].split()[0]) / 1024
 
 
+def return_freed():
+    """Give what was freed back to the system, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class Peaks:
     """The most resident memory inside a with statement: the kernel's mark, or samples of it."""
 
@@ -121,8 +131,10 @@ def run(folder, out, solver="rtn", trace=False):
     jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
     started = status("VmRSS")
     with tempfile.TemporaryDirectory() as small:
-        make(Path(small) / "model", 1, 256)
+        make(Path(small) / "model", 1, tensors.config.hidden_size)
         quantize(Path(small) / "model", Path(small) / "out", solver)
+    gc.collect()
+    return_freed()
     warm = status("VmRSS")
     if trace:
         tracemalloc.start()  # what the host allocates: neither devices nor the runtime

@@ -44,9 +44,9 @@ class Slow:
     def __init__(self, call):
         self.call = call
 
-    def __array__(self, dtype=None, copy=None):
+    def __getitem__(self, rows):
         self.call()
-        return np.full(4, 7)
+        return np.full(4, 7)[rows]
 
 
 def test_a_second_writer_is_refused(folder):

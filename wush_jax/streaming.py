@@ -50,7 +50,7 @@ EMBEDDING = tensor_name(("embed_tokens", "embedding"))
 
 @dataclass(frozen=True)
 class Later:
-    """A tensor that is read when `numpy` asks for it.
+    """A tensor that is read when `numpy` asks for it, or for some of its rows.
 
     Attributes:
       shape: of the tensor.
@@ -69,6 +69,9 @@ class Later:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), self.dtype)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.asarray(self.read()[rows], self.dtype)
 
 
 def quantize_folder(
@@ -289,9 +292,7 @@ class _Stream:
     def _plain(self, name: str) -> Later:
         """Return a tensor that stays as it is, but for its type."""
         dtype = np.dtype(self.model.embed_tokens.param_dtype)
-        return Later(
-            self.tensors[name].shape, dtype, lambda: self.tensors[name].astype(dtype, copy=False)
-        )
+        return Later(self.tensors[name].shape, dtype, lambda: self.tensors[name])
 
     @property
     def largest(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ import numpy as np
 from wush_jax.tensor_folder import CHECKSUMS, DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PART = 2**24  # bytes that are written at once
 
 
 def write_tensors(
@@ -28,7 +29,7 @@ def write_tensors(
     Args:
       path: of the file.
       tensors: by name, of any type with ``shape``, ``dtype`` and ``nbytes`` that `numpy.asarray`
-        takes; each is asked for when its turn comes.
+        takes and that gives its rows by slices; each is asked for when its turn comes.
       metadata: of the file; None for checksums, which `TensorFolder` verifies.
 
     Raises:
@@ -72,9 +73,23 @@ def _header(entries: Mapping[str, Any], metadata: Mapping[str, str], room: int =
 
 def _write(file: BinaryIO, tensor: Any) -> int:
     """Write a tensor's bytes, in C order; return their CRC-32."""
-    if isinstance(tensor, jax.Array) and jax.default_backend() != "cpu":
-        tensor = jnp.copy(tensor)  # an array keeps what it once gave the host as long as it lives
-    # Of rank 0 where it is: ascontiguousarray does not see to that.
-    data = np.asarray(tensor, order="C").reshape(-1).view(np.uint8).data
-    file.write(data)
-    return zlib.crc32(data)
+    checksum = 0
+    for part in _parts(tensor):
+        # Of rank 0 where it is: ascontiguousarray does not see to that.
+        data = np.asarray(part, order="C").reshape(-1).view(np.uint8).data
+        file.write(data)
+        checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+def _parts(tensor: Any) -> Iterator[Any]:
+    """Yield some rows after the others, so that of a mapped file few pages are in memory."""
+    if isinstance(tensor, jax.Array):
+        # An array keeps what it once gave the host as long as it lives.
+        yield tensor if jax.default_backend() == "cpu" else jnp.copy(tensor)
+    elif not tensor.shape:
+        yield tensor
+    else:
+        rows = max(1, PART * tensor.shape[0] // max(1, tensor.nbytes))
+        for start in range(0, tensor.shape[0], rows):
+            yield tensor[start : start + rows]
