@@ -5,7 +5,7 @@ python memory_run.py run FOLDER OUT [SOLVER]     quantizes it; prints a line of 
 python memory_run.py trace FOLDER OUT [SOLVER]   the same, and what numpy and Python allocate
 
 16 layers of width 2048 are 2 GiB, 128 MiB each. A run has three marks of the process's resident
-memory: ``started``, once the backend has computed something; ``warm``, once a model of one layer of
+memory: ``started``, once the backend has computed something; ``warm``, once a model of two layers of
 that width went the same way and was let go, so that programs for these sizes, and what jax, its
 compiler and the device's runtime take, are there; and ``peak``, the most while the folder was
 quantized. ``ratio`` is peak - warm over the largest layer and the hidden states kept. ``anon`` is
@@ -131,7 +131,7 @@ def run(folder, out, solver="rtn", trace=False):
     jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
     started = status("VmRSS")
     with tempfile.TemporaryDirectory() as small:
-        make(Path(small) / "model", 1, tensors.config.hidden_size)
+        make(Path(small) / "model", 2, tensors.config.hidden_size)
         quantize(Path(small) / "model", Path(small) / "out", solver)
     gc.collect()
     return_freed()
