@@ -5,8 +5,8 @@ python memory_run.py run FOLDER OUT [SOLVER]     quantizes it; prints a line of 
 python memory_run.py trace FOLDER OUT [SOLVER]   the same, and what numpy and Python allocate
 
 16 layers of width 2048 are 2 GiB, 128 MiB each. A run has three marks of the process's resident
-memory: ``started``, once the backend has computed something; ``warm``, once a model of two layers of
-that width went the same way and was let go, so that programs for these sizes, and what jax, its
+memory: ``started``, once the backend has computed something; ``warm``, once a model of two layers
+of that width went the same way and was let go, so that programs for these sizes, and what jax, its
 compiler and the device's runtime take, are there; and ``peak``, the most while the folder was
 quantized. ``ratio`` is peak - warm over the largest layer and the hidden states kept. ``anon`` is
 the part of the peak that is no mapped file, sampled.

@@ -1,6 +1,9 @@
 """The command and its demonstration: what it writes, and how it refuses."""
 
+import gc
 import json
+import signal
+import sys
 
 import pytest
 from tiny import BYTES
@@ -8,7 +11,7 @@ from weights import random_model
 
 import wush_jax as wush
 from wush_jax import cli
-from wush_jax.commands import demo
+from wush_jax.commands import demo, terminal
 from wush_jax.demo import token_batches
 
 
@@ -94,6 +97,26 @@ def test_an_interruption_is_no_traceback(monkeypatch, tmp_path, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_an_interruption_that_python_drops_is_noted(monkeypatch):
+    """Ctrl-C inside a callback of the garbage collector: Python ignores what is raised there."""
+
+    def interrupt(phase, info):
+        gc.callbacks.remove(interrupt)
+        signal.raise_signal(signal.SIGINT)
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: dropped.append(found.exc_type))
+    before = signal.getsignal(signal.SIGINT)
+    with terminal.progress() as update:
+        update(0, 2, "work")
+        gc.callbacks.append(interrupt)
+        gc.collect()
+        assert dropped == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            update(1, 2, "work")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -106,6 +129,8 @@ def test_flags_of_a_file_come_first(name, text, tmp_path, capsys):
     argv = ["demo", "--out", "here", "--config", str(tmp_path / name)]
     expected = ["demo", "--quick", "--out", "there", "--calibration-tokens", "0", "--out", "here"]
     assert cli.with_config_file(argv) == expected
+    joined = ["demo", "--out", "here", f"--config={tmp_path / name}"]
+    assert cli.with_config_file(joined) == expected
     assert cli.main(argv) == 2
     assert "calibration_tokens=0" in capsys.readouterr().err
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("float32_matmuls")
 TEXT = " ".join(f"the quick brown fox, number {i}," for i in range(40)).encode()
 CONFIG = dataclasses.replace(BYTES, max_position_embeddings=32)
 FLAGS = ["--samples", "4", "--batch", "2", "--dtype", "float32"]
+ONE_SHOT = ["--calibration", "one-shot"]
 RECIPE = ["--format", "NVFP4", "--transform", "wush", "--solver", "rtn", "--damping", "0.02"]
 
 
@@ -190,11 +191,24 @@ def test_bench_without_a_gpu_is_refused(capsys):
         (["plan", "SOURCE", "--skip", "("], "regular expression"),
         (["evaluate", "OUT", "--text", "TEXT"], "not a folder"),
         (["inspect", "OUT"], "not a folder"),
-        (["evaluate", "SOURCE", "--text", "TEXT", "--length", "0"], "length"),
+        (["evaluate", "SOURCE", "--text", "TEXT", "--length", "0"], "--length 0"),
+        (["evaluate", "SOURCE", "--text", "TEXT", "--batch", "-1"], "--batch -1"),
+        (["evaluate", "SOURCE", "--text", "TEXT", "--reference", "HERE"], "OUT/checkpoint"),
+        (["evaluate", "SOURCE", "--tokens", "TEXT"], "no .npy file"),
+        (["quantize", "SOURCE", "--out", "TEXT", "--text", "TEXT"], "is a file"),
+        (
+            ["quantize", "SOURCE", "--out", "OUT", "--text", "TEXT", *ONE_SHOT, "--resume"],
+            "one shot",
+        ),
+        (["quantize", "SOURCE", "--out", "TAKEN", "--text", "TEXT", *ONE_SHOT], "other files"),
     ],
 )
 def test_bad_input_ends_with_two_and_a_message(command, message, source, tmp_path, capsys):
+    (tmp_path / "taken" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "taken" / "checkpoint" / "letter.txt").touch()
     names = {
+        "HERE": str(tmp_path),
+        "TAKEN": str(tmp_path / "taken"),
         "SOURCE": str(source),
         "OUT": str(tmp_path / "out"),
         "TEXT": str(source / "text.txt"),

@@ -34,9 +34,6 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False,
 )
 TOKENS = np.random.default_rng(0).integers(256, size=(2, 8, 64), dtype=np.int32)
-BFLOAT16 = pytest.mark.skipif(
-    jax.version.__version_info__ < (0, 12), reason="XLA then sums one text's attention otherwise"
-)
 RTN, GPTQ = (wush.Recipe(solver=solver) for solver in ("rtn", "gptq"))
 
 
@@ -70,8 +67,8 @@ def quantize(source, out, recipe, count, dtype):
     ("recipe", "dtype"),
     [
         pytest.param(RTN, jnp.float32, id="rtn", marks=pytest.mark.slow),  # as test_end_to_end.py
-        pytest.param(RTN, jnp.bfloat16, id="rtn-bfloat16", marks=[pytest.mark.slow, BFLOAT16]),
-        pytest.param(GPTQ, jnp.bfloat16, id="gptq", marks=[pytest.mark.slow, BFLOAT16]),
+        pytest.param(RTN, jnp.bfloat16, id="rtn-bfloat16", marks=pytest.mark.slow),
+        pytest.param(GPTQ, jnp.bfloat16, id="gptq", marks=pytest.mark.slow),
         pytest.param(wush.BEST, jnp.float32, id="best", marks=pytest.mark.slow),
     ],
 )
@@ -85,7 +82,7 @@ def test_spread_batches_write_the_same_bytes(source, tmp_path, recipe, dtype):
 
 @pytest.mark.slow
 def test_spread_weights_give_as_good_a_model(source, tmp_path):
-    """The first layer is the same; the next ones see sums of eight parts, other in the last bit.
+    """The first attention is the same; the rest sees sums of eight parts, other in the last bit.
 
     That bit decides on the signs of transforms (two entries of a row as good as equal), and signs
     on codes: another file, as good, with its predicted gains and losses within a few per cent.
@@ -97,7 +94,7 @@ def test_spread_weights_give_as_good_a_model(source, tmp_path):
     ]
     one, spread = (wush.load(tmp_path / name) for name in ("1", "8"))
     first = [codes(model) for model in (one, spread)]
-    for path in (p for p in first[0] if p.startswith("layers.0.")):
+    for path in (p for p in first[0] if p.startswith("layers.0.self_attn.")):
         np.testing.assert_array_equal(first[0][path], first[1][path])
     for found, expected in zip(reports[1].layers, reports[0].layers, strict=True):
         assert found.predicted_gain == pytest.approx(expected.predicted_gain, rel=0.05)

@@ -152,14 +152,12 @@ def test_logits_survive_saving_bit_for_bit(source, checkpoint, tmp_path):
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.skipif(not ONE_ORDER, reason="a GPU's library may sum another number of products anew")
 @pytest.mark.parametrize("calibration", ["one-shot", "sequential"])
-def test_eight_devices_write_the_same_bytes(source, tmp_path, calibration, request):
+def test_eight_devices_write_the_same_bytes(source, tmp_path, calibration):
     """Eight parts of each batch, on one device or on eight: what a part gives is the same.
 
     Texts of 32 tokens would be too short at width 64: XLA's CPU compiler then takes other loops for
     the norms of one text than for those of eight.
     """
-    if "wide" in request.node.name and jax.__version_info__ < (0, 12):
-        pytest.skip("GPTQ of this width on eight simulated devices hung twice under jax 0.10.2")
     flags = [*FLAGS, "--calibration", calibration]
     one = quantize(source, tmp_path / "one", *flags)
     spread = quantize(source, tmp_path / "eight", *flags, "--data-parallel")

@@ -59,6 +59,10 @@ class Site:
         return self.layers[0]
 
 
+# XLA may leave out roundings to bfloat16 inside of what it fuses; more devices, other fusions.
+ROUNDED = {"xla_allow_excess_precision": False}
+
+
 class Seen(nnx.Variable):
     """What a probe keeps of the inputs it has seen: any pytree."""
 
@@ -244,7 +248,7 @@ def collect_moments(
 
 
 # The graph is no static argument: those are hashed, and configs in a model need not be hashable.
-@partial(jax.jit, static_argnums=(1, 2, 3))
+@partial(jax.jit, static_argnums=(1, 2, 3), compiler_options=ROUNDED)
 def _add_batch(graph, sites, call, dense_types, state, totals, batch):
     model = nnx.merge(graph, state)
     layers, _ = dense_layers(model, dense_types)

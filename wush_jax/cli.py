@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wush: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("wush: interrupted; a quantization goes on with --resume", file=sys.stderr)
+        print(
+            "wush: interrupted; layer after layer, quantizing goes on by --resume", file=sys.stderr
+        )
         return INTERRUPTED
     return 0
 
@@ -62,6 +64,7 @@ def with_config_file(argv: list[str]) -> list[str]:
     Raises:
       ValueError: no file, or one that is no table of flags.
     """
+    argv = [part for word in argv for part in _parts(word)]
     if "--config" not in argv:
         return argv
     at = argv.index("--config")
@@ -72,10 +75,16 @@ def with_config_file(argv: list[str]) -> list[str]:
     return rest[:first] + as_flags(_read_table(Path(argv[at + 1]))) + rest[first:]
 
 
+def _parts(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--config=") else [word]
+
+
 def _read_table(file: Path) -> Mapping[str, Any]:
     try:
         text = file.read_text("utf8")
         table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"--config {file} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"--config {file} is neither TOML nor JSON ({error})") from error
     if not isinstance(table, dict):

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from wush_jax.calibrate import (
+    ROUNDED,
     Call,
     Progress,
     Site,
@@ -198,7 +199,7 @@ class LayerRun:
         return packed, rows
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
+@partial(jax.jit, static_argnums=(2, 3, 4), compiler_options=ROUNDED)
 def _forward(graph, state, call, dtype, sharding, chunk):
     hidden = call(nnx.merge(graph, state), chunk).astype(dtype)
     return hidden if sharding is None else jax.lax.with_sharding_constraint(hidden, sharding)

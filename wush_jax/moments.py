@@ -120,6 +120,10 @@ class Moments:
 def _rows(x: jax.Array) -> jax.Array:
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"x has shape {x.shape}; it must be (..., K) with at least one row")
+    if x.dtype in (jnp.bfloat16, jnp.float16):
+        # Rounded as the layer reads it, which compilers may leave out on the way to float32.
+        bits = jnp.finfo(x.dtype)
+        x = lax.reduce_precision(x.astype(jnp.float32), bits.nexp, bits.nmant).astype(x.dtype)
     return x.reshape(-1, x.shape[-1])
 
 

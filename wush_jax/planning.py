@@ -38,6 +38,7 @@ from wush_jax.nnx import (
     replace_modules,
 )
 from wush_jax.recipe import Recipe, RuleBook, Rules
+from wush_jax.replicas import on_one_device
 from wush_jax.report import LayerReport, Report
 from wush_jax.sample import Sample
 from wush_jax.site import PackedWeight, quantize_site
@@ -203,7 +204,7 @@ def quantize_planned(
         if numerics.not_finite(weight):
             raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
     try:
-        packed = quantize_batched(weights, moments, item.recipe, names=names)
+        packed = on_one_device(quantize_batched, weights, moments, recipe=item.recipe, names=names)
     except ValueError as error:
         raise ValueError(f"layers {', '.join(names)}: {error}") from error
     # One site at a time: temporaries of several would not fit a device.

@@ -120,7 +120,7 @@ class TensorFolder:
             raise ValueError(
                 f"path={str(path)!r} is not a folder; give the folder of a checkpoint{hint}"
             )
-        self.config: dict[str, Any] = read_json(self.path / CONFIG)
+        self.config: dict[str, Any] = read_config(self.path)
         self.entries: dict[str, Entry] = {}
         for file, names in _tensor_files(self.path).items():
             found = _read_header(file)
@@ -181,6 +181,16 @@ class TensorFolder:
                 f"{', '.join(files[:4])}: surplus tensors {some(self._unread)} that the config "
                 "and the model do not have; give the model that was saved"
             )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a model folder; ValueError if it is none."""
+    if not (folder / CONFIG).exists():
+        raise ValueError(
+            f"{str(folder)!r} is no model folder: it has no {CONFIG}; what `wush quantize` writes "
+            "is OUT/checkpoint"
+        )
+    return read_json(folder / CONFIG)
 
 
 def read_json(file: Path) -> dict[str, Any]:

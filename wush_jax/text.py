@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wush_jax.tensor_folder import CONFIG, read_json
+from wush_jax.tensor_folder import read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Tokenizer:
             reads it is missing.
         """
         folder = Path(folder)
-        config = read_json(folder / CONFIG)
+        config = read_config(folder)
         file, generation = folder / "tokenizer.json", folder / "generation_config.json"
         if generation.is_file():
             config = {**config, **read_json(generation)}

@@ -19,7 +19,7 @@ from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluate import cross_entropy, kl_divergence
 from wush_jax.models import generate as generate_tokens
 from wush_jax.models.hugging_face import load_pretrained
-from wush_jax.tensor_folder import CONFIG, read_json
+from wush_jax.tensor_folder import read_config
 from wush_jax.text import Tokenizer
 
 Model = tyro.conf.Positional[Path]
@@ -31,7 +31,7 @@ def open_model(folder: Path, dtype: str) -> nnx.Module:
 
     A quantized model keeps the type of activations that it was saved with.
     """
-    if "quantization_config" in read_json(folder / CONFIG):
+    if "quantization_config" in read_config(folder):
         return checkpoint.load(folder)
     return load_pretrained(folder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
 
@@ -54,8 +54,10 @@ def evaluate(
       out: JSON file for the figures.
     """
     batches = source.batches(model)
+    if reference is not None:
+        read_config(reference)
     measured = open_model(model, dtype)
-    with progress() as update:
+    with progress(len(batches)) as update:
         loss = cross_entropy(measured, batches, progress=update)
         figures = {
             "model": str(model),

@@ -94,23 +94,32 @@ class Text:
         """Return int32 (batch, length) arrays for the model in a folder.
 
         Raises:
-          ValueError: not one of text and tokens, a text too short, no tokenizer.
+          ValueError: not one of text and tokens, no such file, a text too short, no tokenizer.
         """
+        for name in ("length", "samples", "batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
         config = TensorFolder(folder).config
         length = min(self.length, config.get("max_position_embeddings") or self.length)
         tokens = self._tokens(folder)
-        batch = max(1, min(self.batch, len(tokens) // max(length, 1), self.samples or self.batch))
+        batch = max(1, min(self.batch, len(tokens) // length, self.samples or self.batch))
         limit = None if self.samples is None else self.samples // batch
         return list(token_batches(tokens, batch=batch, length=length, limit=limit))
 
     def _tokens(self, folder: Path) -> np.ndarray:
         if (self.text is None) == (self.tokens is None):
             raise ValueError("give one of --text FILE and --tokens FILE.npy")
+        for name, file in (("text", self.text), ("tokens", self.tokens)):
+            if file is not None and not file.is_file():
+                raise ValueError(f"--{name} {file} is no file")
         if self.text is not None:
             text = self.text.read_text("utf8")
             return np.asarray(Tokenizer.read(folder).encode(text), np.int32)
         assert self.tokens is not None
-        tokens = np.load(self.tokens, allow_pickle=False)
+        try:
+            tokens = np.load(self.tokens, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"--tokens {self.tokens} is no .npy file of integers") from error
         if not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"tokens={str(self.tokens)!r} holds {tokens.dtype}, expected integers")
         return tokens.reshape(-1)

@@ -15,10 +15,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from wush_jax import checkpoint
 from wush_jax.commands.options import Preset, RecipeFlags, Text, rules_of
 from wush_jax.commands.terminal import console, progress
-from wush_jax.folder_writer import copy_companions
+from wush_jax.folder_writer import check_replaceable, copy_companions
 from wush_jax.model import quantize_model
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, load_pretrained
 from wush_jax.planning import plan as plan_model
+from wush_jax.quantization_config import records_to_json
 from wush_jax.recipe import Rules
 from wush_jax.report import Report
 from wush_jax.sequential import Sequential
@@ -83,17 +84,14 @@ def quantize(
     if dry_run:
         _show(_planned(model, rules))
         return
+    sequential, state = calibration == "sequential", out / "layers"
+    _check_place(out, state, sequential, resume)
     batches = source.batches(model)
     rows, everywhere = _spread(batches) if data_parallel else (None, None)
-    state = out / "layers"
-    if state.exists() and not resume:
-        raise ValueError(
-            f"{state} holds a run that did not end: add --resume to continue it, or remove it"
-        )
     out.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
     with progress() as update:
-        if calibration == "sequential":
+        if sequential:
             settings = Sequential(
                 granularity=granularity, state_dir=state, resume=resume, sharding=rows
             )
@@ -116,6 +114,20 @@ def quantize(
     report.plot(out / "plot.png")
     shutil.rmtree(state, ignore_errors=True)
     _show(report)
+
+
+def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None:
+    """Refuse, before anything is read, a place that cannot be written or holds another run."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    if resume and not sequential:
+        raise ValueError("--resume is for --calibration sequential: one shot keeps no layers")
+    if state.exists() and not resume:
+        raise ValueError(
+            f"{state} holds a run that is at work or did not end: add --resume (and no "
+            "--calibration one-shot) to continue it, or choose another --out"
+        )
+    check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
 
 
 def _planned(model: Path, rules: Rules) -> Report:

@@ -1,9 +1,12 @@
-"""What goes to the terminal: tables, progress."""
+"""What goes to the terminal: tables, progress; and what comes from it: an interruption."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import (
@@ -37,12 +40,40 @@ def progress_bar(console: Console) -> Progress:
 
 
 @contextmanager
-def progress() -> Iterator[Callback]:
-    """Show a bar, beside the results, for what the library reports: done, total, what."""
-    with progress_bar(Console(stderr=True)) as bar:
-        task = bar.add_task("start", total=None)
+def progress(total: int | None = None) -> Iterator[Callback]:
+    """Show a bar, beside the results, for what the library reports: done, total, what.
 
-        def update(done: int, total: int | None, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
+    Args:
+      total: of what does not tell its own.
+
+    Raises:
+      KeyboardInterrupt: on an interruption, at the latest with the next report.
+    """
+    with _noted_interruption() as pressed, progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("start", total=total)
+
+        def update(done: int, of: int | None, what: str) -> None:
+            if pressed.is_set():
+                raise KeyboardInterrupt
+            bar.update(task, completed=done, total=of or total, description=what)
 
         yield update
+
+
+@contextmanager
+def _noted_interruption() -> Iterator[threading.Event]:
+    """Note a Ctrl-C: Python drops its exception where it falls into a callback of the collector."""
+    pressed = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
