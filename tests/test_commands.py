@@ -19,7 +19,7 @@ from wush_jax.demo import token_batches
 from wush_jax.models import generate, load_pretrained, to_tensors
 from wush_jax.streaming import quantize_folder
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
 
 TEXT = " ".join(f"the quick brown fox, number {i}," for i in range(40)).encode()
 CONFIG = dataclasses.replace(BYTES, max_position_embeddings=32)

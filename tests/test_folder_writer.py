@@ -19,6 +19,8 @@ from wush_jax.folder_lock import sole_writer
 from wush_jax.folder_writer import write_folder
 from wush_jax.tensor_folder import TensorFolder
 
+pytestmark = pytest.mark.files
+
 CONFIG = {"quantization_config": {"quant_method": "wush"}}
 
 

@@ -14,6 +14,8 @@ from wush_jax import interchange
 from wush_jax.formats import NVFP4
 from wush_jax.site import effective_weight
 
+pytestmark = pytest.mark.files
+
 weight_of = jax.jit(effective_weight)
 
 

@@ -19,6 +19,8 @@ from wush_jax import interchange
 from wush_jax.formats import NVFP4
 from wush_jax.tensor_folder import TensorFolder
 
+pytestmark = pytest.mark.files
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NASTY = [
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**400, -(2**63), 0.5, 1e308, 1e-320),

@@ -25,6 +25,8 @@ from wush_jax.layouts.layout import Content
 from wush_jax.packed_layout import record_of
 from wush_jax.site import effective_weight
 
+pytestmark = pytest.mark.files
+
 X = np.random.default_rng(5).standard_normal((6, 64)).astype("f4")
 BOTH = {
     "A mxfp4 blocks": ("fp_quant", {"fmt": MXFP4}),

@@ -5,6 +5,8 @@ from checkpoint_tools import change_config, llama, pair, refuse
 
 import wush_jax as wush
 
+pytestmark = pytest.mark.files
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from wush_jax.report import LayerReport, Report
 
+pytestmark = pytest.mark.files
+
 PLAIN = {"format": "MXFP4/MXFP4", "transform": "wush", "solver": "rtn", "block": 32}
 PLANNED = [
     LayerReport("q", "q", (64, 128), bytes_before=32768, bytes_after=8000, **PLAIN),

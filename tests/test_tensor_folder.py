@@ -16,6 +16,8 @@ from flax import nnx
 import wush_jax as wush
 from wush_jax.nnx import Packed
 
+pytestmark = pytest.mark.files
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -167,7 +169,7 @@ DAMAGES = {
     ),
     "another transform": (flip("gate.transform"), "'up.transform' differs from that of 'gate'"),
     "another scale": (flip("up.weight_global_scale"), "'up.weight_global_scale' is 0.33.* says"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json is not readable"),
+    "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
     "config a pipe": (
         lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
         "config.json is not readable",
