@@ -11,7 +11,11 @@ import wush_jax as wush
 from wush_jax.auto import Choice, spend
 from wush_jax.calibrate import Site
 
-pytestmark = [pytest.mark.usefixtures("strict", "float32_matmuls"), pytest.mark.once]
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.usefixtures("strict", "float32_matmuls"),
+    pytest.mark.once,
+]
 
 FAST = wush.Recipe()
 

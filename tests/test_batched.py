@@ -14,7 +14,7 @@ from wush_jax.contraction import Contraction
 from wush_jax.nnx import QuantizedDense, dense_layers
 from wush_jax.site import quantize_site
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
 RTN = wush.Recipe(solver="rtn")
 GPTQ = wush.Recipe(solver="gptq")

@@ -28,6 +28,8 @@ from wush_jax.models import Llama, LlamaConfig
 from wush_jax.nnx import Packed, QuantizedDense, dense_layers
 from wush_jax.packed_layout import activation_scale_scale
 
+pytestmark = pytest.mark.files
+
 TOKENS = np.random.default_rng(0).integers(16, size=(2, 5))
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 

@@ -14,6 +14,8 @@ from wush_jax import cli
 from wush_jax.commands import demo, terminal
 from wush_jax.demo import token_batches
 
+pytestmark = pytest.mark.files
+
 
 @pytest.fixture
 def tiny(monkeypatch):

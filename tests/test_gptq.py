@@ -19,6 +19,8 @@ from wush_jax.rtn import rtn
 from wush_jax.scale_search import OFFSETS
 from wush_jax.site import TransformRule, build_transform, quantize_site
 
+pytestmark = pytest.mark.once
+
 FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
 WUSH = TransformRule("wush", "bfloat16")
 

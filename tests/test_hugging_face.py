@@ -16,7 +16,7 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax.models import load_pretrained, tensor_parallel, to_tensors
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
 
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=True)
 

@@ -13,7 +13,7 @@ from wush_jax import scale_search
 from wush_jax.formats import INT4_ABSMAX
 from wush_jax.rtn import rtn
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("strict")]
 
 FORMATS = {
     "MXFP4": wush.MXFP4,

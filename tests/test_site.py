@@ -11,7 +11,7 @@ from wush_jax.recipe import TRANSFORMS
 from wush_jax.site import build_transform, effective_weight, quantize_site
 from wush_jax.site_transform import site_weight_moment
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("strict")]
 
 N, K, D = 24, 64, 32
 RNG = np.random.default_rng(0)

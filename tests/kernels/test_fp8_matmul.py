@@ -10,7 +10,7 @@ from matmul_tools import exact, values, weight_of
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, matmul, mosaic_gpu, tiled_kernel
+from pallas_kernels import fragments, matmul, mosaic_gpu
 from pallas_kernels.tiles import FEW_TOKENS, Split, Tiling
 
 NEEDS_MOSAIC = pytest.mark.skipif(
@@ -68,27 +68,6 @@ def test_several_weights_share_the_activations(m, count):
 
 @NEEDS_MOSAIC
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("precision", ["default", None])
-def test_who_asks_gets_short_sums(monkeypatch, precision):
-    """With many tokens, up to K = 4096."""
-    asked = []
-    real = tiled_kernel.matmul
-    monkeypatch.setattr(
-        tiled_kernel, "matmul", lambda *a, **k: asked.append(a[3].short) or real(*a, **k)
-    )
-    run = functools.partial(
-        pallas_kernels.transform_quantize_matmul,
-        fmt=wush.MXFP4,
-        precision=precision,
-        implementation="mosaic_gpu",
-    )
-    for m, k in ((100, 4096), (40, 4096), (100, 4224)):
-        assert kernels(run, *shapes(m, k, 128))[1] == (m, 128)
-    assert asked == [precision == "default", False, False]
-
-
-@NEEDS_MOSAIC
-@pytest.mark.usefixtures("hopper")
 def test_quantized_activations_are_one_kernel():
     weight = shapes(1, 160, 70)[2]
     x = jax.eval_shape(lambda: wush.quantize(jnp.zeros((5, 160)), wush.MXFP4))
@@ -128,8 +107,6 @@ def test_every_call_has_a_plan(tiles, steps):
     """Of few tokens K is split; sums of two steps of more than 64 tokens would not fit."""
     for tokens in (1, 16, 32, 33, 64, 65, 128, 1024, 4096):
         plan = matmul.float8_plan(tokens, tiles, steps)
-        short = matmul.float8_plan(tokens, tiles, steps, short=True)
-        assert getattr(short, "short", False) == (tokens > FEW_TOKENS)
         assert isinstance(plan, Split) == (tokens <= 32 and steps > 1)
         if isinstance(plan, Split):
             assert plan.tokens >= tokens
@@ -200,26 +177,6 @@ def test_every_width_of_tiles(plan):
     laid, weight = weight_of("gaussian", 1152, 200, wush.MXFP4, "float8")
     run = functools.partial(matmul.launch, device="NVIDIA H200", plan=plan)
     check(jax.jit(run)(q, laid), exact(q), weight, "gaussian")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["gaussian", "outliers", "one sign", "octaves"])
-@pytest.mark.parametrize(("m", "k", "n"), [(512, 4096, 512), (65, 640, 70), (200, 1152, 200)])
-def test_short_sums(m, k, n, kind):
-    """128 instructions of 32 columns cut up to 2^-12 off the sum each: 2^-5 of K = 4096."""
-    q, left = left_of(kind, m, k)
-    like = {"outliers": "gaussian", "octaves": "one sign"}.get(kind, kind)
-    laid, weight = weight_of(like, k, n, wush.MXFP4, "float8")
-    run = functools.partial(matmul.launch, device="NVIDIA H200", out_dtype=jnp.float32)
-    plans = [Tiling(256, short=True), Tiling(64, short=True)]
-    plans += [Tiling(128, cuts=2, short=True)] if k >= 1024 else []
-    for options in ({"precision": "default"}, *({"plan": plan} for plan in plans)):
-        y = jax.jit(functools.partial(run, **options))(q, laid)
-        error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
-        assert (error <= 2.0**-5 * (np.abs(left) @ np.abs(weight).T)).all()
-        if kind == "gaussian":
-            assert np.linalg.norm(error) <= 2.0**-16 * np.linalg.norm(left @ weight.T)
-            assert not y[0].any()
 
 
 @pytest.mark.gpu
