@@ -12,7 +12,6 @@ from wush_jax.auto import Choice, spend
 from wush_jax.calibrate import Site
 
 pytestmark = [
-    pytest.mark.once,
     pytest.mark.usefixtures("strict", "float32_matmuls"),
     pytest.mark.once,
 ]
