@@ -11,10 +11,7 @@ import wush_jax as wush
 from wush_jax.auto import Choice, spend
 from wush_jax.calibrate import Site
 
-pytestmark = [
-    pytest.mark.usefixtures("strict", "float32_matmuls"),
-    pytest.mark.once,
-]
+pytestmark = [pytest.mark.usefixtures("strict", "float32_matmuls"), pytest.mark.once]
 
 FAST = wush.Recipe()
 

@@ -48,9 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wush: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(
-            "wush: interrupted; layer after layer, quantizing goes on by --resume", file=sys.stderr
-        )
+        print("wush: interrupted; --resume continues a layer-after-layer run", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -55,7 +55,7 @@ def progress(total: int | None = None) -> Iterator[Callback]:
         def update(done: int, of: int | None, what: str) -> None:
             if pressed.is_set():
                 raise KeyboardInterrupt
-            bar.update(task, completed=done, total=of or total, description=what)
+            bar.update(task, completed=done, total=total if of is None else of, description=what)
 
         yield update
 
