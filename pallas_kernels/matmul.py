@@ -51,15 +51,20 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
         return launch_all(x, weights, device=device, out_dtype=out_dtype)
     if global_scale is None:
         global_scale = fmt.global_scale
-    quantize = functools.partial(mosaic_gpu.launch, global_scale=global_scale, device=device)
+    # The records are there before the quantizer starts, so that the product fetches them meanwhile.
+    records = [weight.records for weight in weights]
+    quantize = functools.partial(
+        mosaic_gpu.launch, global_scale=global_scale, device=device, after=records
+    )
     if _in_float8(fmt, weights):
         left = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8")
-        products = multiply_float8(left, global_scale, weights, out_dtype)
+        products = multiply_float8(left, global_scale, weights, out_dtype, ahead=True)
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
     exact = fmt.element.name == "e2m1"
     codes, scales = quantize(x, transform, fmt, layout="values" if exact else "interchange")
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
-    return launch_all(parts, weights, device=device, out_dtype=out_dtype, global_scale=global_scale)
+    options = {"out_dtype": out_dtype, "global_scale": global_scale, "ahead": True}
+    return launch_all(parts, weights, device=device, **options)
 
 
 def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):
@@ -75,10 +80,12 @@ def launch_all(
     out_dtype=None,
     global_scale=1.0,
     plan: Split | Tiling | None = None,
+    ahead: bool = False,
 ) -> tuple:
     """Multiply with several weights (N, K) of one K: one kernel where it is bound by reading them.
 
-    x may be a tuple of bfloat16 summands, which ``global_scale`` divides.
+    x may be a tuple of bfloat16 summands, which ``global_scale`` divides. ``ahead``: see `_body` of
+    the kernels.
     """
     fragments.check(weights)
     if hasattr(x, "codes"):
@@ -105,7 +112,7 @@ def launch_all(
     if k % 64:  # TMA's view of a swizzled tile splits K by 64 columns
         rows = jnp.pad(rows, ((0, 0), (0, -k % 64)))
     wide = dtype if len(x) == 1 else jnp.dtype(jnp.float32)
-    products = _products(rows, weights, global_scale, wide, device, plan)
+    products = _products(rows, weights, global_scale, wide, device, plan, ahead)
     if len(x) > 1:
         products = [y.reshape(len(x), m, -1).sum(0).astype(dtype) for y in products]
     return tuple(y.reshape(*lead, y.shape[-1]) for y in products)
@@ -130,7 +137,13 @@ def _in_float8(fmt, weights) -> bool:
 
 
 def multiply_float8(
-    left, global_scale, weights, out_dtype, plan: Split | Tiling | None = None
+    left,
+    global_scale,
+    weights,
+    out_dtype,
+    plan: Split | Tiling | None = None,
+    *,
+    ahead: bool = False,
 ) -> list:
     """Multiply E5M2 activations (M, K) by weights (N, K) laid out for them.
 
@@ -145,6 +158,7 @@ def multiply_float8(
       weights: `Fragments`.
       out_dtype: of the results.
       plan: how to divide the work; a `Split` for few tokens, else a `Tiling`.
+      ahead: fetch weights while the kernel before this one runs: it started after they were there.
     """
     from pallas_kernels import matmul_kernel, tiled_kernel
 
@@ -152,13 +166,13 @@ def multiply_float8(
     _check_result(values.shape, out_dtype)
     values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % 128)))  # TMA's view splits K by 128
     how = plan or float8_plan(len(values), *_sizes(weights))
-    options = {"powers": powers, "out_dtype": out_dtype}
+    options = {"powers": powers, "out_dtype": out_dtype, "ahead": ahead}
     if isinstance(how, Split) and _joint(weights):
         y = matmul_kernel.matmul(values, weights, global_scale, how, **options)
         return _split(y, weights)
     if len(weights) > 1:
-        each = (multiply_float8(left, global_scale, (w,), out_dtype, plan) for w in weights)
-        return [y for products in each for y in products]
+        one = functools.partial(multiply_float8, left, global_scale, ahead=ahead)
+        return [one((w,), out_dtype, plan)[0] for w in weights]
     return [tiled_kernel.matmul(values, weights[0], global_scale, how, **options)]
 
 
@@ -209,17 +223,19 @@ def _split(y, weights) -> list:
     return jnp.split(y, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1)
 
 
-def _products(rows, weights, divisor, dtype, device, plan):
+def _products(rows, weights, divisor, dtype, device, plan, ahead):
     """Multiply rows (M, K): in one kernel, or one for each weight."""
     from pallas_kernels import matmul_kernel, tiled_kernel
 
     kind = fragments.carrier(weights[0].format).kind
     how = plan or choose(rows.shape[0], *_sizes(weights), kind, device)
     if len(weights) > 1 and not (_joint(weights) and isinstance(how, Split)):
-        return [y for w in weights for y in _products(rows, (w,), divisor, dtype, device, plan)]
+        each = (_products(rows, (w,), divisor, dtype, device, plan, ahead) for w in weights)
+        return [y for products in each for y in products]
+    options = {"out_dtype": dtype, "ahead": ahead}
     if isinstance(how, Split):
-        return _split(matmul_kernel.matmul(rows, weights, divisor, how, out_dtype=dtype), weights)
-    return [tiled_kernel.matmul(rows, weights[0], divisor, how, out_dtype=dtype)]
+        return _split(matmul_kernel.matmul(rows, weights, divisor, how, **options), weights)
+    return [tiled_kernel.matmul(rows, weights[0], divisor, how, **options)]
 
 
 def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split | Tiling:

@@ -123,8 +123,8 @@ class Geometry:
 
 
 # Compiled functions by themselves: models whose layers are alike lower each kernel once.
-@functools.partial(jax.jit, static_argnames=("split", "out_dtype"))
-def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.float32):
+@functools.partial(jax.jit, static_argnames=("split", "out_dtype", "ahead"))
+def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.float32, ahead=False):
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
@@ -136,6 +136,8 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
       split: how to divide the work.
       powers: float32 (K/128, POWERS), a factor of each 128 columns of a token, for FP8.
       out_dtype: of the result.
+      ahead: the records were there before the kernel before this one started: they are fetched
+        while it runs.
 
     Returns:
       (M, N), the products with several weights side by side.
@@ -173,7 +175,7 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
     if split.resident:
         scratch["x_ready"] = plgpu.Barrier(num_arrivals=geo.x_steps)
     run = plgpu.kernel(
-        functools.partial(_body, c, geo),
+        functools.partial(_body, c, geo, ahead),
         out_type=jax.ShapeDtypeStruct((tokens, sum(w.shape[0] for w in weights)), out_dtype),
         grid=(split.clusters,),
         grid_names=("cluster",),
@@ -191,7 +193,9 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
     return run(*left, *(w.records for w in weights), *scalars(itertools.chain(*factors)))
 
 
-def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=None, **exchanged):
+def _body(
+    c, geo, ahead, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=None, **exchanged
+):
     if powers_s is not None:
         powers_g, operands = operands[0], operands[1:]
     count = len(geo.starts) - 1
@@ -214,9 +218,12 @@ def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=Non
         columns = x_g.at[rows, pl.ds(at, fragments.COLUMNS)]
         plgpu.copy_gmem_to_smem(columns, x_s.at[slot], barrier)
 
-    def fetch(i):
+    def step_of(i):
+        return ((piece * split.ways + way) * per + lax.rem(i, per)) * split.records
+
+    def fetch_records(i):
         tile = first + (i // per) * stride
-        step = ((piece * split.ways + way) * per + lax.rem(i, per)) * split.records
+        step = step_of(i)
         slot = wg * split.stages + lax.rem(i, split.stages)
         for w_g, (start, end) in zip(weights, itertools.pairwise(geo.starts), strict=True):
 
@@ -225,6 +232,10 @@ def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=Non
                 plgpu.copy_gmem_to_smem(records, ring_s.at[slot], ready.at[slot])
 
             copy() if len(weights) == 1 else pl.when((tile >= start) & (tile < end))(copy)
+
+    def fetch_left(i):
+        step = step_of(i)
+        slot = wg * split.stages + lax.rem(i, split.stages)
         for r in range(0 if split.resident else split.records):
             fetch_x(step + r, slot * split.records + r, ready.at[slot])
         if powers_s is not None:
@@ -232,10 +243,20 @@ def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=Non
                 powers_g.at[pl.ds(step, split.records)], powers_s.at[slot], ready.at[slot]
             )
 
-    def warm_up(i, _):
-        pl.when(i < last)(lambda: fetch(i))
+    def warm_up(fetch):
+        def one(i, _):
+            pl.when(i < last)(lambda: fetch(i))
 
-    lax.fori_loop(0, split.stages, warm_up, None)
+        lax.fori_loop(0, split.stages, one, None)
+
+    # This kernel may have been launched before the end of the one before it.
+    if not ahead:
+        plgpu.griddepcontrol_wait()
+    warm_up(fetch_records)
+    exchange = ClusterSum(geo, out_g, lambda tile: factor(tile), wg, piece, **exchanged)
+    if ahead:
+        plgpu.griddepcontrol_wait()
+    warm_up(fetch_left)
     if split.resident:  # each group fetches its share of what all read
 
         def fetch_share(i, _):
@@ -251,8 +272,6 @@ def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=Non
         for end, other in zip(geo.starts[-2:0:-1], factors[-2::-1], strict=True):
             of_tile = jnp.where(tile < end, other, of_tile)
         return of_tile
-
-    exchange = ClusterSum(geo, out_g, factor, wg, piece, **exchanged)
 
     if split.resident:
         plgpu.barrier_wait(x_ready)
@@ -285,7 +304,12 @@ def _body(c, geo, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=Non
             plgpu.barrier_wait(ready.at[slot])
             x_slot = way * geo.range + s * split.records if split.resident else slot * split.records
             sums = multiply(slot, x_slot, sums)
-            pl.when(i + split.stages < last)(lambda: fetch(i + split.stages))
+
+            @pl.when(i + split.stages < last)
+            def _():
+                fetch_records(i + split.stages)
+                fetch_left(i + split.stages)
+
             return sums
 
         zero = jnp.zeros((fragments.ROWS, split.tokens), jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax
@@ -70,8 +71,11 @@ def launch(
     tiles=None,
     unit="wgmma",
     interpret=False,
+    after=(),
 ):
     """As `transform_quantize`, for a named device, with given tiles, or interpreted on CPU.
+
+    Arrays ``after`` are computed before it starts: a kernel behind it may read them while it runs.
 
     ``unit="mma"`` uses warp-level matrix instructions in place of Hopper's wgmma: with it the
     kernel compiles for Blackwell (sm_100a), where it was never run.
@@ -103,7 +107,7 @@ def launch(
     statics = (fmt, layout, tiles, unit, interpret)
     run = functools.partial(_sharded, statics)
     g = jnp.asarray(global_scale, jnp.float32).reshape(())
-    codes, scales = _batched(run, layout)(x.reshape(rows, width), transform, g)
+    codes, scales = _batched(run, layout)(x.reshape(rows, width), transform, g, *after)
     if x.ndim == 2:
         return codes, scales
     return codes.reshape(*x.shape[:-1], -1), scales.reshape(*x.shape[:-1], -1)
@@ -114,12 +118,12 @@ def _batched(run, layout):
     call = custom_vmap(run)
 
     @call.def_vmap
-    def rule(size, mapped, x, transform, g):
-        if layout not in repack.TRANSPOSED and tuple(mapped) == (True, False, False):
-            codes, scales = call(x.reshape(-1, x.shape[-1]), transform, g)
+    def rule(size, mapped, x, *others):
+        if layout not in repack.TRANSPOSED and mapped[0] and not any(mapped[1:]):
+            codes, scales = call(x.reshape(-1, x.shape[-1]), *others)
             lead = x.shape[:-1]
             return (codes.reshape(*lead, -1), scales.reshape(*lead, -1)), (True, True)
-        operands = (x, transform, g)
+        operands = (x, *others)
 
         def one(i):
             return call(*(o[i] if m else o for o, m in zip(operands, mapped, strict=True)))
@@ -129,13 +133,13 @@ def _batched(run, layout):
     return call
 
 
-def _sharded(statics, x, transform, g):
+def _sharded(statics, x, transform, g, *after):
     """The kernel on each shard of the rows; the other axes are gathered first."""
-    return _partitioned(x, transform, g, statics)
+    return _partitioned(statics, x, transform, g, *after)
 
 
-@functools.partial(custom_partitioning, static_argnums=(3,))
-def _partitioned(x, transform, g, statics):
+@functools.partial(custom_partitioning, static_argnums=(0,))
+def _partitioned(statics, x, transform, g, *after):
     from pallas_kernels import quantize_kernel
 
     fmt, layout, tiles, unit, interpret = statics
@@ -146,6 +150,7 @@ def _partitioned(x, transform, g, statics):
         tiles=tiles,
         unit=unit,
         interpret=interpret,
+        after=after,
     )
 
 
@@ -156,7 +161,7 @@ def _row_shardings(statics, mesh, arguments):
     scales = (None, rows) if statics[1] == "kernel" else (rows, None)
     named = functools.partial(NamedSharding, mesh)
     outputs = named(PartitionSpec(rows, None)), named(PartitionSpec(*scales))
-    inputs = named(PartitionSpec(rows, None)), named(PartitionSpec()), named(PartitionSpec())
+    inputs = named(PartitionSpec(rows, None)), *[named(PartitionSpec())] * (len(arguments) - 1)
     return inputs, outputs
 
 
@@ -166,14 +171,16 @@ def _infer(statics, mesh, arguments, result):
 
 def _partition(statics, mesh, arguments, result):
     inputs, outputs = _row_shardings(statics, mesh, arguments)
-    return mesh, lambda x, t, g: _partitioned.fun(x, t, g, statics), outputs, inputs
+    return mesh, functools.partial(_partitioned.fun, statics), outputs, inputs
 
 
 def _rule(statics, mesh, arguments, result):
     block = "b i j" if len(arguments[1].shape) == 3 else "i j"
     scales = {"kernel": "q m", "float8": "q r"}.get(statics[1], "m q")
     codes = "s p" if statics[1] == "float8" else "m p"
-    return f"m k, {block}, -> {codes}, {scales}"
+    places = itertools.count()
+    after = (" ".join(f"w{next(places)}" for _ in a.shape) for a in arguments[3:])
+    return f"{', '.join(['m k', block, '', *after])} -> {codes}, {scales}"
 
 
 _partitioned.def_partition(

@@ -107,7 +107,7 @@ class Geometry:
 
 @functools.partial(jax.jit, static_argnames=("fmt", "layout", "tiles", "unit", "interpret"))
 def transform_quantize(
-    x, transform, fmt, *, global_scale, layout, tiles, unit="wgmma", interpret=False
+    x, transform, fmt, *, global_scale, layout, tiles, unit="wgmma", interpret=False, after=()
 ):
     """Transform, scale, round and pack in one kernel.
 
@@ -130,6 +130,7 @@ def transform_quantize(
       tiles: sizes, see `pallas_kernels.tiles`.
       unit: "wgmma" for Hopper; "mma" for Blackwell, compiled for sm_100a but never run there.
       interpret: run under GPU interpretation, on CPU.
+      after: arrays that must be there before the kernel starts; it does not read them.
 
     Returns:
       Codes uint8 (M, K/2) and scales in the format's scale type.
@@ -148,7 +149,8 @@ def transform_quantize(
     d, shared = transform.shape[-1], transform.ndim == 2
     geometry = Geometry(x.shape[0], k, d, fmt.group_size, shared, layout, tiles, unit)
     codes, scales = _kernel(geometry, fmt, x.dtype, interpret)(
-        x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)
+        *(x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)),
+        *after,
     )
     if layout == "float8":
         return lax.bitcast_convert_type(codes[:m], jnp.float8_e5m2), scales
@@ -178,7 +180,7 @@ def check_supported(x, transform, fmt) -> None:
 
 
 def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
-    """The kernel as a function of x (M, K), transforms (B, d, d) and g (1,)."""
+    """The kernel as a function of x (M, K), transforms (B, d, d), g (1,) and what it waits for."""
     tiles, d, n = geo.tiles, geo.block, geo.tiles.warpgroups
     word = jnp.float32 if geo.layout == "float8" else SCALE_WORDS[fmt.scale_dtype][0]
     codes_shape, scales_shape = geo.outputs
@@ -224,8 +226,14 @@ def _interpreter():
     return InterpretGPUParams()
 
 
-def _body(geo, fmt, interpret, x_g, t_g, g_g, codes_g, scales_g, *, t_s, t_ready, together, **own):
+def _body(geo, fmt, interpret, x_g, t_g, g_g, *others, t_s, t_ready, together, **own):
     """One CTA: its share of all (slab, row tile) pairs, slab by slab."""
+    codes_g, scales_g = others[-2:]
+    if not interpret:
+        # This kernel may have been launched before the end of the one before. The next may be, too,
+        # but not earlier: when it starts, all that this one waited for is in memory.
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
     slabs, row_tiles = geo.pairs
     total = slabs * row_tiles
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")

@@ -32,8 +32,8 @@ from pallas_kernels.tiles import PROMOTED, SHARED_MEMORY, Tiling
 FETCH_REGISTERS = 40
 
 
-@functools.partial(jax.jit, static_argnames=("tiling", "out_dtype"))
-def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfloat16):
+@functools.partial(jax.jit, static_argnames=("tiling", "out_dtype", "ahead"))
+def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfloat16, ahead=False):
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
@@ -45,6 +45,8 @@ def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfl
       powers: float32 (K/128 or K / (128 PROMOTED), at least M): a factor of so many columns of a
         token, for FP8.
       out_dtype: of the result.
+      ahead: the records were there before the kernel before this one started: they are fetched
+        while it runs.
 
     Returns:
       (M, N).
@@ -82,7 +84,7 @@ def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfl
     if powers is not None:
         scratch["powers_s"] = plgpu.SMEM((tiling.stages, tiling.tokens), jnp.float32)
     run = plgpu.kernel(
-        functools.partial(_body, c, tiling, tiles, steps),
+        functools.partial(_body, c, tiling, ahead, tiles, steps),
         out_type=jax.ShapeDtypeStruct((tiling.cuts, x.shape[0], wide), dtype),
         grid=(tiling.ctas,),
         grid_names=("cta",),
@@ -97,7 +99,7 @@ def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfl
     return y[:m, :rows]
 
 
-def _body(c, tiling, tiles, steps, x_g, *operands, full, empty, powers_s=None, **tile_s):
+def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=None, **tile_s):
     if powers_s is not None:
         powers_g, operands = operands[0], operands[1:]
     w_g, unit_g, scale_g, divisor_g, out_g = operands
@@ -119,27 +121,42 @@ def _body(c, tiling, tiles, steps, x_g, *operands, full, empty, powers_s=None, *
         at = cta + task * ctas
         return at // (m_tiles * cuts), lax.rem(at // cuts, m_tiles), lax.rem(at, cuts)
 
-    def fetch(i, _):
-        slot = lax.rem(i, tiling.stages)
+    def source(i):
+        """Slot, row group, token tile and step of K."""
         group, m_tile, cut = place(i // per)
-        step = cut * per + lax.rem(i, per)
+        return lax.rem(i, tiling.stages), group, m_tile, cut * per + lax.rem(i, per)
 
+    def fetch_records(i, _):
+        slot, group, _, step = source(i)
         pl.when(i >= tiling.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+        plgpu.copy_gmem_to_smem(w_g.at[pl.ds(group * n, n), step], w_s.at[slot], full.at[slot])
+
+    def fetch_left(i, _):
+        slot, _, m_tile, step = source(i)
         rows, columns = _range(m_tile, tokens), _range(step, fragments.COLUMNS)
         plgpu.copy_gmem_to_smem(x_g.at[rows, columns], x_s.at[slot], full.at[slot])
-        plgpu.copy_gmem_to_smem(w_g.at[pl.ds(group * n, n), step], w_s.at[slot], full.at[slot])
         if powers_s is not None:
             at = powers_g.at[step // span, rows]
             plgpu.copy_gmem_to_smem(at, powers_s.at[slot], full.at[slot])
 
+    def fetch(i, _):
+        fetch_records(i, None)
+        fetch_left(i, None)
+
+    # This kernel may have been launched before the end of the one before it.
     @pl.when(wg == n)
     def fetching():
         plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
-        lax.fori_loop(0, total, fetch, None)
+        first = jnp.minimum(total, tiling.stages) if ahead else 0
+        lax.fori_loop(0, first, fetch_records, None)
+        plgpu.griddepcontrol_wait()
+        lax.fori_loop(0, first, fetch_left, None)
+        lax.fori_loop(first, total, fetch, None)
 
     @pl.when(wg < n)
     def computing():
         plgpu.set_max_registers(_registers(n), action="increase")
+        plgpu.griddepcontrol_wait()
         factor = unit_g[0] / scale_g[0] / divisor_g[0]
 
         def ready(step):

@@ -142,7 +142,8 @@ def test_row_shards_stay_where_they_are(monkeypatch):
     quantize_kernel = pytest.importorskip("pallas_kernels.quantize_kernel")
     seen = []
 
-    def stand_in(x, t, fmt, *, global_scale, layout, tiles, unit, interpret):
+    def stand_in(x, t, fmt, *, global_scale, layout, tiles, unit, interpret, after):
+        assert [a.shape for a in after] == [(3, 5)]
         seen.append(x.shape)
         return pallas_kernels.reference.transform_quantize(x, t, fmt, global_scale=global_scale)
 
@@ -151,7 +152,8 @@ def test_row_shards_stay_where_they_are(monkeypatch):
     x, t = Case(8, 128).arrays()
     spec = jax.sharding.PartitionSpec("m", "k")
     sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-    codes, scales = jax.jit(lambda x, t: launch(x, t, wush.MXFP4))(sharded, t)
+    later = jnp.zeros((3, 5), jnp.uint32)
+    codes, scales = jax.jit(lambda x, t: launch(x, t, wush.MXFP4, after=[later]))(sharded, t)
     assert seen[-1] == (4, 128)
     assert codes.sharding.spec[0] == scales.sharding.spec[0] == "m"
     comparison.same((codes, scales), comparison.definition(x, t, wush.MXFP4), wush.MXFP4)

@@ -13,6 +13,9 @@ from flax import nnx
 from wush_jax.models.llama import Llama
 
 
+CHUNK = 16  # tokens from one look at whether all rows have ended to the next
+
+
 @dataclass(frozen=True)
 class Generated:
     """What :func:`generate` returns.
@@ -81,7 +84,8 @@ def generate(
     """Continue prompts: one pass over them, then one token after another over a cache.
 
     Everything runs in one compiled program, again used for prompts of the same shape. Quantized
-    models and weights sharded over a mesh work alike.
+    models and weights sharded over a mesh work alike. With stop tokens, whether all rows have ended
+    is looked up every `CHUNK` tokens.
 
     Args:
         model: a :class:`Llama`, quantized or not.
@@ -130,6 +134,9 @@ def _generate(graph, limit, stops, state, prompts, lengths, key, temperature, to
     logits, cache = model.prefill(prompts, lengths, prompts.shape[1] + limit)
     batch = len(lengths)
     tokens, count = jnp.zeros((batch, limit), jnp.int32), jnp.zeros(batch, jnp.int32)
+    # A loop of known length is launched ahead of the device. One that ends by what it computes
+    # makes the device wait for the host, each time round.
+    chunk = CHUNK if stops else limit - 1
 
     def choose(step, logits, tokens, count, ended):
         chosen = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
@@ -141,16 +148,23 @@ def _generate(graph, limit, stops, state, prompts, lengths, key, temperature, to
         step, *_, ended = carry
         return (step < limit) & ~jnp.all(ended)
 
-    def advance(carry):
+    def advance(_, carry):
         step, chosen, cache, tokens, count, ended = carry
         logits, cache = model.decode(chosen, cache)
         chosen, tokens, count, ended = choose(step, logits, tokens, count, ended)
         return step + 1, chosen, cache, tokens, count, ended
 
+    def advance_chunk(carry):
+        return jax.lax.fori_loop(0, chunk, advance, carry)
+
     chosen, tokens, count, ended = choose(0, logits, tokens, count, jnp.zeros(batch, bool))
     carry = (1, chosen, cache, tokens, count, ended)
-    _, _, _, tokens, count, _ = jax.lax.while_loop(unfinished, advance, carry)
-    return tokens, count
+    if stops:
+        carry = jax.lax.while_loop(unfinished, advance_chunk, carry)
+    else:
+        carry = advance_chunk(carry)
+    _, _, _, tokens, count, _ = carry
+    return tokens, jnp.minimum(count, limit)  # the last chunk may go on: tokens beyond are lost
 
 
 def _padded(prompts: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
