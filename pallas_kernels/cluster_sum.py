@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import fragments
-from pallas_kernels.inlined import SCALAR, address, lane_value, spread
+from pallas_kernels.inlined import SCALAR, address, cluster_sync, lane_value, spread
 from pallas_kernels.quad import Quad, asm, const, i32, run
 
 PAD = 2  # words behind a row of sums: neighbouring rows are in different banks, pairs aligned
@@ -175,10 +175,4 @@ class ClusterSum:
 
     def leave(self):
         """Nobody may end while its copies are on their way: they read its memory."""
-
-        @plgpu.inline_mgpu()
-        def wait(_):
-            run("barrier.cluster.arrive.relaxed.aligned;")
-            run("barrier.cluster.wait.acquire.aligned;")
-
-        wait()
+        cluster_sync()

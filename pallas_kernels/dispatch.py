@@ -133,6 +133,7 @@ def transform_quantize_matmul(
     *,
     global_scale=None,
     out_dtype=None,
+    gated: bool = False,
     precision=None,
     implementation: Implementation = None,
 ):
@@ -149,14 +150,17 @@ def transform_quantize_matmul(
         ``packed.input_format`` and ``packed.input_global_scale``.
       global_scale: of the activations; None takes the format's own.
       out_dtype: of the result; default x's dtype.
+      gated: return ``silu(first) * second`` of the products with two weights: one kernel does both
+        for many tokens.
       precision: as for `quantized_matmul`.
       implementation: as for `transform_quantize`.
 
     Returns:
-      (..., M, N), or a tuple of them.
+      (..., M, N), or for a tuple of weights that are not gated a tuple of them.
 
     Raises:
-      ValueError: shapes that do not fit, no weight, or an unknown implementation.
+      ValueError: shapes that do not fit, no weight, not two that are gated, or an unknown
+        implementation.
       NotImplementedError: no permitted implementation can serve the call.
     """
     several: tuple = packed if isinstance(packed, tuple) else (packed,)
@@ -170,10 +174,14 @@ def transform_quantize_matmul(
     _check_operands(x, transform, 1 if fmt is None else fmt.group_size)
     for weight in weights:
         _check_inner(x.shape, weight.shape)
+    if gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
+        raise ValueError(
+            f"gated takes two weights of one shape, not {[tuple(w.shape) for w in weights]}"
+        )
     products = _first_able(
         "transform_quantize_matmul",
         {
-            "mosaic_gpu": matmul.transform_quantize_matmul,
+            "mosaic_gpu": functools.partial(matmul.transform_quantize_matmul, gated=gated),
             "xla": _one_by_one(xla.transform_quantize_matmul),
             "reference": _one_by_one(reference.transform_quantize_matmul),
             "xla_fp8": _one_by_one(_short(xla_fp8.transform_quantize_matmul, precision)),
@@ -181,6 +189,8 @@ def transform_quantize_matmul(
         _candidates() if implementation is None else implementation,
         lambda run: run(x, transform, weights, fmt, global_scale=global_scale, out_dtype=out_dtype),
     )
+    if gated:
+        return products[0] if len(products) == 1 else reference.swiglu(*products)
     return products if isinstance(packed, tuple) else products[0]
 
 

@@ -70,7 +70,8 @@ def plain(c: fragments.Carrier, record):
     return lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e5m2)
 
 
-def _array(tokens: int):
+def array_of(tokens: int):
+    """The type of float32 sums (64, tokens)."""
     shape = (fragments.ROWS, tokens)
     return plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA)
 
@@ -94,10 +95,10 @@ def partial(c: fragments.Carrier, tokens: int):
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), X, plgpu.Layout.WGMMA), return_type=_array(tokens)
+        arg_types=(plgpu.RefType(), X, plgpu.Layout.WGMMA), return_type=array_of(tokens)
     )
     def multiply(_, record, x, sums):
-        return _registers(sums, _multiply(c, record, x, _values(sums), tokens))
+        return registers_of(sums, _multiply(c, record, x, values_of(sums), tokens))
 
     return multiply
 
@@ -115,9 +116,9 @@ def wait(groups: int):
 def settled(tokens: int, groups: int = 0):
     """Return ``settle(sums) -> sums``, behind `wait`: what uses them stays behind it."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_array(tokens))
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=array_of(tokens))
     def settle(_, sums):
-        return _registers(sums, _behind_wait(_values(sums), groups))
+        return registers_of(sums, _behind_wait(values_of(sums), groups))
 
     return settle
 
@@ -127,10 +128,10 @@ def weighted(tokens: int):
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=_array(tokens),
+        return_type=array_of(tokens),
     )
     def add(_, sums, part, powers):
-        return _registers(sums, _add(_values(sums), _values(part), powers))
+        return registers_of(sums, _add(values_of(sums), values_of(part), powers))
 
     return add
 
@@ -156,7 +157,7 @@ def few(c: fragments.Carrier, tokens: int, records: int):
             *((plgpu.RefType(),) * records, (X,) * records, (plgpu.RefType(),) * records),
             plgpu.Layout.WGMMA,
         ),
-        return_type=_array(tokens),
+        return_type=array_of(tokens),
     )
     def multiply(_, of_weights, xs, powers, sums):
         zeros = [const(0.0)] * (tokens // 2)
@@ -164,11 +165,11 @@ def few(c: fragments.Carrier, tokens: int, records: int):
         for record, x in zip(of_weights, xs, strict=True):
             parts += _multiply(c, record, x, zeros, tokens)
         parts = _behind_wait(parts, 0)
-        values = _values(sums)
+        values = values_of(sums)
         for i, power in enumerate(powers):
             values = _add(values, parts[i * tokens // 2 :][: tokens // 2], power)
         utils.warpgroup_barrier()
-        return _registers(sums, values)
+        return registers_of(sums, values)
 
     return multiply
 
@@ -236,13 +237,14 @@ def _places(array):
     return [(0, j, 0, 0, half, 0, 0, 0, 0) for j in range(tokens // 8) for half in (0, 1)]
 
 
-def _values(array):
+def values_of(array):
     """A thread's values of an array in wgmma's layout, in the order of its registers."""
     places = _places(array)
     return [llvm.extractelement(array.registers[p], const(e)) for p in places for e in (0, 1)]
 
 
-def _registers(like, values):
+def registers_of(like, values):
+    """An array in the layout of another, of a thread's values as `values_of` gives them."""
     out = np.empty(like.registers.shape, dtype=object)
     for i, place in enumerate(_places(like)):
         out[place] = expand.vector(*values[2 * i :][:2])

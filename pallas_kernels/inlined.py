@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from pallas_kernels.quad import i32
+from pallas_kernels.quad import i32, run
 
 ROWS = 64  # of a warpgroup's instruction
 SCALAR = plgpu.Layout.WGMMA.reduce(1)
@@ -42,6 +42,17 @@ def generic_address(ref) -> ir.Value:
     """Where a reference to any memory starts, 64 bits."""
     generic = llvm.addrspacecast(llvm.PointerType.get(), utils.memref_ptr(ref))
     return llvm.ptrtoint(ir.IntegerType.get_signless(64), generic)
+
+
+def cluster_sync():
+    """Let all threads of a cluster wait for each other."""
+
+    @plgpu.inline_mgpu()
+    def sync(_):
+        run("barrier.cluster.arrive.relaxed.aligned;")
+        run("barrier.cluster.wait.acquire.aligned;")
+
+    sync()
 
 
 def swizzled(swizzle: int, itemsize: int) -> tuple:

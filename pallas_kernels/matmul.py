@@ -9,7 +9,7 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels import fragments, mosaic_gpu, repack, xla, xla_fp8
+from pallas_kernels import fragments, mosaic_gpu, reference, repack, xla, xla_fp8
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.tiles import PROMOTED, Split, Tiling
 
@@ -35,12 +35,15 @@ def quantized_matmul(x, weight, *, out_dtype=None):
     return launch(x, weight, device=device, out_dtype=out_dtype)
 
 
-def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, out_dtype=None):
+def transform_quantize_matmul(
+    x, transform, weights, fmt, *, global_scale=None, out_dtype=None, gated=False
+):
     """Transform, quantize and multiply: two kernels, between them quantized values.
 
     They are FP8 numbers for weights laid out for them, otherwise bfloat16.
 
-    Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights.
+    Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights. Two that
+    are gated give one result, `reference.swiglu` of their products.
     """
     device = mosaic_gpu.require_hopper()
     fragments.check(weights)
@@ -48,7 +51,7 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
     if fmt is None:
         if transform is not None:
             raise NotImplementedError("a transform without quantization has no kernel")
-        return launch_all(x, weights, device=device, out_dtype=out_dtype)
+        return launch_all(x, weights, device=device, out_dtype=out_dtype, gated=gated)
     if global_scale is None:
         global_scale = fmt.global_scale
     # The records are there before the quantizer starts, so that the product fetches them meanwhile.
@@ -56,14 +59,15 @@ def transform_quantize_matmul(x, transform, weights, fmt, *, global_scale=None, 
     quantize = functools.partial(
         mosaic_gpu.launch, global_scale=global_scale, device=device, after=records
     )
+    options = {"ahead": True, "gated": gated}
     if _in_float8(fmt, weights):
         left = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8")
-        products = multiply_float8(left, global_scale, weights, out_dtype, ahead=True)
+        products = multiply_float8(left, global_scale, weights, out_dtype, **options)
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
     exact = fmt.element.name == "e2m1"
     codes, scales = quantize(x, transform, fmt, layout="values" if exact else "interchange")
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
-    options = {"out_dtype": out_dtype, "global_scale": global_scale, "ahead": True}
+    options |= {"out_dtype": out_dtype, "global_scale": global_scale}
     return launch_all(parts, weights, device=device, **options)
 
 
@@ -81,11 +85,12 @@ def launch_all(
     global_scale=1.0,
     plan: Split | Tiling | None = None,
     ahead: bool = False,
+    gated: bool = False,
 ) -> tuple:
     """Multiply with several weights (N, K) of one K: one kernel where it is bound by reading them.
 
-    x may be a tuple of bfloat16 summands, which ``global_scale`` divides. ``ahead``: see `_body` of
-    the kernels.
+    x may be a tuple of bfloat16 summands, which ``global_scale`` divides. ``ahead`` and ``gated``:
+    as for `multiply_float8`.
     """
     fragments.check(weights)
     if hasattr(x, "codes"):
@@ -112,9 +117,11 @@ def launch_all(
     if k % 64:  # TMA's view of a swizzled tile splits K by 64 columns
         rows = jnp.pad(rows, ((0, 0), (0, -k % 64)))
     wide = dtype if len(x) == 1 else jnp.dtype(jnp.float32)
-    products = _products(rows, weights, global_scale, wide, device, plan, ahead)
+    one = gated and len(x) == 1
+    products = _products(rows, weights, global_scale, wide, device, plan, ahead, one)
     if len(x) > 1:
         products = [y.reshape(len(x), m, -1).sum(0).astype(dtype) for y in products]
+        products = [reference.swiglu(*products)] if gated else products
     return tuple(y.reshape(*lead, y.shape[-1]) for y in products)
 
 
@@ -144,6 +151,7 @@ def multiply_float8(
     plan: Split | Tiling | None = None,
     *,
     ahead: bool = False,
+    gated: bool = False,
 ) -> list:
     """Multiply E5M2 activations (M, K) by weights (N, K) laid out for them.
 
@@ -159,6 +167,7 @@ def multiply_float8(
       out_dtype: of the results.
       plan: how to divide the work; a `Split` for few tokens, else a `Tiling`.
       ahead: fetch weights while the kernel before this one runs: it started after they were there.
+      gated: return `reference.swiglu` of two weights' products, by one kernel for many tokens.
     """
     from pallas_kernels import matmul_kernel, tiled_kernel
 
@@ -168,12 +177,15 @@ def multiply_float8(
     how = plan or float8_plan(len(values), *_sizes(weights))
     options = {"powers": powers, "out_dtype": out_dtype, "ahead": ahead}
     if isinstance(how, Split) and _joint(weights):
-        y = matmul_kernel.matmul(values, weights, global_scale, how, **options)
-        return _split(y, weights)
-    if len(weights) > 1:
-        one = functools.partial(multiply_float8, left, global_scale, ahead=ahead)
-        return [one((w,), out_dtype, plan)[0] for w in weights]
-    return [tiled_kernel.matmul(values, weights[0], global_scale, how, **options)]
+        products = _split(
+            matmul_kernel.matmul(values, weights, global_scale, how, **options), weights
+        )
+        return [reference.swiglu(*products)] if gated else products
+    if len(weights) == 1 or (gated and _gated_kernel(how, weights)):
+        return [tiled_kernel.matmul(values, weights, global_scale, how, **options)]
+    one = functools.partial(multiply_float8, left, global_scale, ahead=ahead)
+    products = [one((w,), out_dtype, plan)[0] for w in weights]
+    return [reference.swiglu(*products)] if gated else products
 
 
 def float8_plan(tokens: int, tiles: int, steps: int) -> Split | Tiling:
@@ -200,9 +212,9 @@ def float8_plan(tokens: int, tiles: int, steps: int) -> Split | Tiling:
         parts = 0 if tiling.cuts == 1 else 2.5 + tiling.cuts * tokens * tiles * 64 * 8 / 2.7e6
         return cycles / 1755 + parts
 
-    # Sums, and sums of sums, of at most 160 tokens fit into registers.
+    # Sums, and sums of sums, of at most 184 tokens fit into registers.
     # With a power for each step those of two steps, of at most 64.
-    widths = (64,) if tokens <= tile_tables.FEW_TOKENS else (64, 96, 128, 160)
+    widths = (64,) if tokens <= tile_tables.FEW_TOKENS else range(64, 185, 8)
     ways = itertools.product(widths, (1, 2, 4))
     fits = (Tiling(width, cuts=cuts) for width, cuts in ways if steps >= 2 * PROMOTED * cuts)
     return min([*fits, Tiling(64)], key=microseconds)
@@ -223,19 +235,27 @@ def _split(y, weights) -> list:
     return jnp.split(y, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1)
 
 
-def _products(rows, weights, divisor, dtype, device, plan, ahead):
+def _gated_kernel(how: Split | Tiling, weights) -> bool:
+    """Whether one kernel multiplies two weights and combines them."""
+    alike = len({(w.shape, w.format, w.operand) for w in weights}) == 1
+    return alike and isinstance(how, Tiling) and how.cuts == 1 and how.warpgroups % 2 == 0
+
+
+def _products(rows, weights, divisor, dtype, device, plan, ahead, gated):
     """Multiply rows (M, K): in one kernel, or one for each weight."""
     from pallas_kernels import matmul_kernel, tiled_kernel
 
     kind = fragments.carrier(weights[0].format).kind
     how = plan or choose(rows.shape[0], *_sizes(weights), kind, device)
-    if len(weights) > 1 and not (_joint(weights) and isinstance(how, Split)):
-        each = (_products(rows, (w,), divisor, dtype, device, plan, ahead) for w in weights)
-        return [y for products in each for y in products]
     options = {"out_dtype": dtype, "ahead": ahead}
-    if isinstance(how, Split):
-        return _split(matmul_kernel.matmul(rows, weights, divisor, how, **options), weights)
-    return [tiled_kernel.matmul(rows, weights[0], divisor, how, **options)]
+    if isinstance(how, Split) and _joint(weights):
+        products = _split(matmul_kernel.matmul(rows, weights, divisor, how, **options), weights)
+    elif len(weights) == 1 or (gated and _gated_kernel(how, weights)):
+        return [tiled_kernel.matmul(rows, weights, divisor, how, **options)]
+    else:
+        each = (_products(rows, (w,), divisor, dtype, device, plan, ahead, False) for w in weights)
+        products = [y for products in each for y in products]
+    return [reference.swiglu(*products)] if gated else products
 
 
 def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split | Tiling:

@@ -253,7 +253,9 @@ def _body(
     if not ahead:
         plgpu.griddepcontrol_wait()
     warm_up(fetch_records)
-    exchange = ClusterSum(geo, out_g, lambda tile: factor(tile), wg, piece, **exchanged)
+    exchange = ClusterSum(
+        geo, out_g, lambda tile: _of_tile(geo.starts, factors, tile), wg, piece, **exchanged
+    )
     if ahead:
         plgpu.griddepcontrol_wait()
     warm_up(fetch_left)
@@ -266,13 +268,6 @@ def _body(
         share = (geo.range - group + split.groups - 1) // split.groups
         lax.fori_loop(0, share, fetch_share, None)
     factors = [u[0] / s[0] / divisor[0] for u, s in zip(units, scales, strict=True)]
-
-    def factor(tile):
-        of_tile = factors[-1]
-        for end, other in zip(geo.starts[-2:0:-1], factors[-2::-1], strict=True):
-            of_tile = jnp.where(tile < end, other, of_tile)
-        return of_tile
-
     if split.resident:
         plgpu.barrier_wait(x_ready)
 
@@ -318,3 +313,11 @@ def _body(
     lax.fori_loop(0, mine, one_tile, None)
     pl.when(mine > 0)(lambda: exchange.finish(mine - 1, first + (mine - 1) * stride))
     exchange.leave()
+
+
+def _of_tile(starts, values, tile):
+    """The value of the weight that a tile belongs to."""
+    found = values[-1]
+    for end, other in zip(starts[-2:0:-1], values[-2::-1], strict=True):
+        found = jnp.where(tile < end, other, found)
+    return found

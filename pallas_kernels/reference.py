@@ -96,6 +96,14 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     return quantized_matmul(y, weight, out_dtype=out_dtype or x.dtype)
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Return ``silu(gate) * up``, ``silu(g) = g / (1 + exp(-g))``: what gated layers pass on.
+
+    Source: Shazeer, GLU Variants Improve Transformer (2020).
+    """
+    return jax.nn.silu(gate) * up
+
+
 def dequantize(q) -> jax.Array:
     """Return the float32 values of an object with codes, scales, global scale and format.
 

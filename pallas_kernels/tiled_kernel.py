@@ -11,6 +11,9 @@ activations of a tile:
 Sums of FP8 products leave the tensor core's short accumulator every few steps, where the power of
 two of their columns multiplies them. The fetching warpgroup runs ahead over the ends of tiles.
 Where tiles are too few for all multiprocessors K is cut and the parts are added afterwards.
+
+Of two weights, a gated layer's, each has half of the warpgroups: those of the second hand their
+products to those of the first, which store ``silu(first) * second``.
 """
 
 from __future__ import annotations
@@ -25,21 +28,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import expand, float8, fragments
-from pallas_kernels.inlined import scalars, swizzled
+from pallas_kernels import expand, float8, fragments, gated
+from pallas_kernels.inlined import cluster_sync, scalars, swizzled
 from pallas_kernels.tiles import PROMOTED, SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
 
 
 @functools.partial(jax.jit, static_argnames=("tiling", "out_dtype", "ahead"))
-def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfloat16, ahead=False):
-    """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
+def matmul(
+    x, weights, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfloat16, ahead=False
+):
+    """Return ``unit / global_scale / divisor * x @ expand(records)^T``; of two weights see there.
 
     Args:
       x: bfloat16 (M, K), K a multiple of 64; or float8_e5m2, K a multiple of 128, columns as
         `repack.to_lanes`, for a weight laid out for it.
-      weight: `fragments.Fragments` (N, K).
+      weights: one `fragments.Fragments` (N, K); or two, alike, for ``silu(first) * second`` of
+        their products, with a tiling without cuts.
       divisor: float32 scalar.
       tiling: how to divide the work.
       powers: float32 (K/128 or K / (128 PROMOTED), at least M): a factor of so many columns of a
@@ -51,64 +57,83 @@ def matmul(x, weight, divisor, tiling: Tiling, *, powers=None, out_dtype=jnp.bfl
     Returns:
       (M, N).
     """
-    c, records = fragments.carrier(weight.format, weight.operand), weight.records
-    m, rows = x.shape[0], weight.shape[0]
+    c, m = fragments.carrier(weights[0].format, weights[0].operand), x.shape[0]
+    (rows, _), (tiles, steps) = weights[0].shape, weights[0].records.shape[:2]
     if m % 8:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     # And N by 64 columns; two tiles at least: Mosaic leaves out the index of an axis of one, where
     # the second warpgroup's would not be clipped.
     wide = max(rows + -rows % fragments.ROWS, 2 * fragments.ROWS)
     dtype = jnp.dtype(jnp.float32 if tiling.cuts > 1 else out_dtype)
-    while tiling.shared_memory(c.lines, x.dtype.itemsize, dtype.itemsize) > SHARED_MEMORY:
-        fewer = (
-            {"stages": tiling.stages - 1} if tiling.stages > 2 else {"tokens": tiling.tokens // 2}
-        )
-        tiling = dataclasses.replace(tiling, **fewer)
-    tiles, steps = records.shape[:2]
-    n = tiling.warpgroups
-    tasks = -(-tiles // n) * -(-m // tiling.tokens) * tiling.cuts
-    tiling = dataclasses.replace(tiling, ctas=min(tiling.ctas, tasks))
+    tiling = _fitted(tiling, c.lines, x.dtype.itemsize, dtype.itemsize)
+    n, count, cluster = tiling.warpgroups, len(weights), tiling.cluster
+    tasks = -(-tiles // (n // count * cluster)) * -(-m // tiling.tokens) * tiling.cuts
+    tiling = dataclasses.replace(tiling, ctas=min(tiling.ctas // cluster, tasks) * cluster)
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM(
-            (tiling.stages, tiling.tokens, fragments.COLUMNS),
-            x.dtype,
+            *((tiling.stages, tiling.tokens, fragments.COLUMNS), x.dtype),
             transforms=swizzled(128, x.dtype.itemsize),
         ),
         w_s=plgpu.SMEM((tiling.stages, n, c.lines, 64), jnp.uint32),
         out_s=plgpu.SMEM(
-            (n, tiling.tokens, fragments.ROWS), dtype, transforms=swizzled(128, dtype.itemsize)
+            *((n // count, tiling.tokens, fragments.ROWS), dtype),
+            transforms=swizzled(128, dtype.itemsize),
         ),
-        full=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=2 + (powers is not None)),
+        full=plgpu.Barrier(
+            num_barriers=tiling.stages, num_arrivals=1 + count + (powers is not None)
+        ),
         empty=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=n),
     )
-    if powers is not None:
-        scratch["powers_s"] = plgpu.SMEM((tiling.stages, tiling.tokens), jnp.float32)
+    if cluster > 1:  # a stage is empty when nobody reads what one of them fetches for all
+        scratch["empty"] = plgpu.ClusterBarrier(
+            collective_axes=("rank",), num_barriers=tiling.stages, num_arrivals=n
+        )
+    if powers is not None:  # TMA writes to multiples of 128 bytes
+        line = tiling.tokens + -tiling.tokens % 32
+        scratch["powers_s"] = plgpu.SMEM((tiling.stages, line), jnp.float32)
+    if count > 1:
+        scratch |= gated.scratch(n // count, tiling.tokens, dtype)
     run = plgpu.kernel(
         functools.partial(_body, c, tiling, ahead, tiles, steps),
         out_type=jax.ShapeDtypeStruct((tiling.cuts, x.shape[0], wide), dtype),
-        grid=(tiling.ctas,),
-        grid_names=("cta",),
+        grid=(tiling.ctas // cluster,),
+        grid_names=("cluster",),
+        **({"cluster": (cluster,), "cluster_names": ("rank",)} if cluster > 1 else {}),
         num_threads=n + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     left = (x,) if powers is None else (x, powers)
-    y = run(*left, records, *scalars([weight.unit, weight.global_scale, divisor]))
+    factors = [w.unit for w in weights] + [w.global_scale for w in weights]
+    y = run(*left, *(w.records for w in weights), *scalars([*factors, divisor]))
     y = y[0] if tiling.cuts == 1 else jnp.sum(y, axis=0).astype(out_dtype)
     return y[:m, :rows]
+
+
+def _fitted(tiling: Tiling, *sizes: int) -> Tiling:
+    """Return the tiling, or what fits: fewer stages, narrower tiles."""
+    if tiling.shared_memory(*sizes) <= SHARED_MEMORY:
+        return tiling
+    narrow = {"tokens": tiling.tokens // 16 * 8}
+    fewer = {"stages": tiling.stages - 1} if tiling.stages > 2 else narrow
+    return _fitted(dataclasses.replace(tiling, **fewer), *sizes)
 
 
 def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=None, **tile_s):
     if powers_s is not None:
         powers_g, operands = operands[0], operands[1:]
-    w_g, unit_g, scale_g, divisor_g, out_g = operands
-    x_s, w_s, out_s = (tile_s[name] for name in ("x_s", "w_s", "out_s"))
-    n, tokens, cuts, ctas = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.ctas
-    wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+    x_s, w_s, out_s = (tile_s.pop(name) for name in ("x_s", "w_s", "out_s"))
+    count = (len(operands) - 2) // 3
+    weights, units, scales = (operands[i * count : (i + 1) * count] for i in range(3))
+    divisor_g, out_g = operands[-2:]
+    held = tiling.warpgroups // count  # tiles of each weight
+    n, tokens, cuts, size = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.cluster
+    wg, cluster, clusters = lax.axis_index("wg"), lax.axis_index("cluster"), tiling.ctas // size
+    rank = lax.axis_index("rank") if size > 1 else 0
     m_tiles = -(-x_g.shape[0] // tokens)
-    tasks = -(-tiles // n) * m_tiles * cuts
-    mine = (tasks - cta + ctas - 1) // ctas
+    tasks = -(-tiles // (held * size)) * m_tiles * cuts
+    mine = (tasks - cluster + clusters - 1) // clusters
     per = -(-steps // cuts)
     if powers_s is not None:
         # Steps that share a power.
@@ -118,8 +143,9 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
 
     def place(task):
         """Row group, token tile and cut; neighbours share weights."""
-        at = cta + task * ctas
-        return at // (m_tiles * cuts), lax.rem(at // cuts, m_tiles), lax.rem(at, cuts)
+        at = cluster + task * clusters
+        group = at // (m_tiles * cuts) * size + rank
+        return group, lax.rem(at // cuts, m_tiles), lax.rem(at, cuts)
 
     def source(i):
         """Slot, row group, token tile and step of K."""
@@ -129,15 +155,20 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
     def fetch_records(i, _):
         slot, group, _, step = source(i)
         pl.when(i >= tiling.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-        plgpu.copy_gmem_to_smem(w_g.at[pl.ds(group * n, n), step], w_s.at[slot], full.at[slot])
+        for i, w_g in enumerate(weights):
+            records = w_g.at[pl.ds(group * held, held), step]
+            plgpu.copy_gmem_to_smem(records, w_s.at[slot, pl.ds(i * held, held)], full.at[slot])
 
     def fetch_left(i, _):
         slot, _, m_tile, step = source(i)
         rows, columns = _range(m_tile, tokens), _range(step, fragments.COLUMNS)
-        plgpu.copy_gmem_to_smem(x_g.at[rows, columns], x_s.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(
+            *(x_g.at[rows, columns], x_s.at[slot], full.at[slot]),
+            collective_axes="rank" if size > 1 else None,
+        )
         if powers_s is not None:
             at = powers_g.at[step // span, rows]
-            plgpu.copy_gmem_to_smem(at, powers_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(at, powers_s.at[slot, pl.ds(0, tokens)], full.at[slot])
 
     def fetch(i, _):
         fetch_records(i, None)
@@ -153,11 +184,15 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
         lax.fori_loop(0, first, fetch_left, None)
         lax.fori_loop(first, total, fetch, None)
 
+    exchange = gated.Exchange(held, wg, out_s.dtype, **tile_s) if count > 1 else None
+
     @pl.when(wg < n)
     def computing():
         plgpu.set_max_registers(_registers(n), action="increase")
         plgpu.griddepcontrol_wait()
-        factor = unit_g[0] / scale_g[0] / divisor_g[0]
+        factor = units[0][0] / scales[0][0] / divisor_g[0]
+        if count > 1:
+            factor = jnp.where(wg < held, factor, units[1][0] / scales[1][0] / divisor_g[0])
 
         def ready(step):
             """Wait for a step; return its slot, record and activations."""
@@ -174,16 +209,27 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
             sums_of = functools.partial(_float8_sums, c, tokens, ready, free, powers_s, span)
 
         def one_task(task, _):
-            y = (sums_of(task * per, per) * factor).astype(out_s.dtype)
+            y = sums_of(task * per, per) * factor
+            if count == 1:
+                store(task, y)
+            else:
+                exchange.hand(task, y)
+                pl.when(wg < held)(lambda: store(task, exchange.combine(y)))
+
+        def store(task, y):
+            y = y.astype(out_s.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_s.at[wg].T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             group, m_tile, cut = place(task)
-            at = cut, _range(m_tile, tokens), _range(group * n + wg, fragments.ROWS)
+            at = cut, _range(m_tile, tokens), _range(group * held + wg, fragments.ROWS)
             plgpu.copy_smem_to_gmem(out_s.at[wg], out_g.at[at])
 
         lax.fori_loop(0, mine, one_task, None)
         plgpu.wait_smem_to_gmem(0)
+
+    if size > 1:  # nobody may end while others still signal to it
+        cluster_sync()
 
 
 def _bfloat16_sums(c, tokens, ready, free, first, count):
@@ -232,7 +278,7 @@ def _float8_sums(c, tokens, ready, free, powers_s, span, first, count):
                 free(start + i - 1)
             before = []
             if (i + 1) % span == 0 or i == steps - 1:
-                before, part = [part, powers_s.at[slot]], zeros()
+                before, part = [part, powers_s.at[slot, pl.ds(0, tokens)]], zeros()
         sums = finish(0, sums, *before)
         free(start + steps - 1)
         return sums

@@ -99,6 +99,8 @@ class Tiling:
       cuts: parts of K.
       ctas: thread blocks, at most one a multiprocessor.
       stages: steps of 128 columns in flight.
+      cluster: CTAs that take neighbouring rows of weights for the same activations, of which each
+        fetches its part for all; then tokens are a multiple of 8 times as many.
     """
 
     tokens: int
@@ -106,6 +108,7 @@ class Tiling:
     cuts: int = 1
     ctas: int = 132
     stages: int = 4
+    cluster: int = 1
 
     def shared_memory(self, lines: int, itemsize: int, out_itemsize: int) -> int:
         """Bytes of shared memory of a CTA, for sizes of activations and results."""

@@ -84,9 +84,9 @@ def test_weights_of_another_width_are_refused():
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11")
-@pytest.mark.parametrize(("share", "kernels"), [(True, 2), (False, 4)])
+@pytest.mark.parametrize(("share", "kernels"), [(True, 2), (False, 5)])
 def test_one_site_is_two_kernels(monkeypatch, share, kernels):
-    """Three sites are three products, and their quantizer, thrice the same, is lowered once.
+    """Three sites are three products, and two quantizers: one for each shape of weights.
 
     Of more than one step of 128 columns: the joint product splits K.
     """
@@ -120,4 +120,4 @@ def test_a_decoder_quantizes_a_site_once():
     recipe = dataclasses.replace(wush.Recipe(), solver="rtn")
     model, _ = wush.quantize_model(model, [tokens], recipe)
     traced = jax.make_jaxpr(lambda t: model(t))(tokens)
-    assert str(traced).count("name=_dot") == 4
+    assert [str(traced).count(f"name={name}") for name in ("_dot", "_gated")] == [3, 1]

@@ -15,7 +15,7 @@ from flax import nnx
 
 from wush_jax.models.attention import Attention, LayerCache
 from wush_jax.models.config import LlamaConfig
-from wush_jax.siblings import call_together
+from wush_jax.siblings import call_gated
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "lengths"], meta_fields=[])
@@ -43,8 +43,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map each position of ``x`` by itself."""
-        gate, up = call_together([self.gate_proj, self.up_proj], x)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(call_gated(self.gate_proj, self.up_proj, x))
 
 
 class DecoderLayer(nnx.Module):
