@@ -20,6 +20,22 @@ def scalars(values) -> list:
     return [jnp.asarray(value, jnp.float32).reshape(1) for value in values]
 
 
+def named(operands, powered: bool) -> tuple:
+    """Sort a product's operands behind x.
+
+    Args:
+      operands: powers of two, if there are; records, units and global scales of each weight; a
+        divisor; the result.
+      powered: whether there are powers.
+
+    Returns:
+      Powers or None; tuples of records, units and global scales; divisor; result.
+    """
+    powers, *others = operands if powered else (None, *operands)
+    count = (len(others) - 2) // 3
+    return powers, *(tuple(others[i * count : (i + 1) * count]) for i in range(3)), *others[-2:]
+
+
 def spread(value):
     """A scalar as an array, since only arrays and references go into inlined code."""
     return plgpu.layout_cast(lax.broadcast(jnp.asarray(value), (ROWS,)), SCALAR)

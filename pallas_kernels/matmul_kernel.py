@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, float8, fragments, repack
 from pallas_kernels.cluster_sum import PAD, ClusterSum
-from pallas_kernels.inlined import scalars, swizzled
+from pallas_kernels.inlined import named, scalars, swizzled
 from pallas_kernels.tiles import SHARED_MEMORY, Split
 
 POWERS = repack.padded(1)  # tokens whose powers a copy brings: the most of a call
@@ -196,12 +196,7 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
 def _body(
     c, geo, ahead, x_g, *operands, x_s, ring_s, ready, x_ready=None, powers_s=None, **exchanged
 ):
-    if powers_s is not None:
-        powers_g, operands = operands[0], operands[1:]
-    count = len(geo.starts) - 1
-    weights, units, scales = (operands[i * count : (i + 1) * count] for i in range(3))
-    divisor, out_g = operands[3 * count :]
-
+    powers_g, weights, units, scales, divisor, out_g = named(operands, powers_s is not None)
     split, per = geo.split, geo.per
     cluster, piece, wg = (lax.axis_index(n) for n in ("cluster", "slice", "wg"))
     group, way = wg // split.ways, lax.rem(wg, split.ways)
@@ -253,6 +248,7 @@ def _body(
     if not ahead:
         plgpu.griddepcontrol_wait()
     warm_up(fetch_records)
+    factors: list[Any] = []
     exchange = ClusterSum(
         geo, out_g, lambda tile: _of_tile(geo.starts, factors, tile), wg, piece, **exchanged
     )
@@ -267,7 +263,7 @@ def _body(
 
         share = (geo.range - group + split.groups - 1) // split.groups
         lax.fori_loop(0, share, fetch_share, None)
-    factors = [u[0] / s[0] / divisor[0] for u, s in zip(units, scales, strict=True)]
+    factors += [u[0] / s[0] / divisor[0] for u, s in zip(units, scales, strict=True)]
     if split.resident:
         plgpu.barrier_wait(x_ready)
 

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, float8, fragments, gated
-from pallas_kernels.inlined import cluster_sync, scalars, swizzled
+from pallas_kernels.inlined import cluster_sync, named, scalars, swizzled
 from pallas_kernels.tiles import PROMOTED, SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
@@ -69,36 +69,14 @@ def matmul(
     n, count, cluster = tiling.warpgroups, len(weights), tiling.cluster
     tasks = -(-tiles // (n // count * cluster)) * -(-m // tiling.tokens) * tiling.cuts
     tiling = dataclasses.replace(tiling, ctas=min(tiling.ctas // cluster, tasks) * cluster)
-    scratch: dict[str, Any] = dict(
-        x_s=plgpu.SMEM(
-            *((tiling.stages, tiling.tokens, fragments.COLUMNS), x.dtype),
-            transforms=swizzled(128, x.dtype.itemsize),
-        ),
-        w_s=plgpu.SMEM((tiling.stages, n, c.lines, 64), jnp.uint32),
-        out_s=plgpu.SMEM(
-            *((n // count, tiling.tokens, fragments.ROWS), dtype),
-            transforms=swizzled(128, dtype.itemsize),
-        ),
-        full=plgpu.Barrier(
-            num_barriers=tiling.stages, num_arrivals=1 + count + (powers is not None)
-        ),
-        empty=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=n),
-    )
-    if cluster > 1:  # a stage is empty when nobody reads what one of them fetches for all
-        scratch["empty"] = plgpu.ClusterBarrier(
-            collective_axes=("rank",), num_barriers=tiling.stages, num_arrivals=n
-        )
-    if powers is not None:  # TMA writes to multiples of 128 bytes
-        line = tiling.tokens + -tiling.tokens % 32
-        scratch["powers_s"] = plgpu.SMEM((tiling.stages, line), jnp.float32)
-    if count > 1:
-        scratch |= gated.scratch(n // count, tiling.tokens, dtype)
+    scratch = _scratch(tiling, c.lines, x.dtype, dtype, count, powers is not None)
     run = plgpu.kernel(
         functools.partial(_body, c, tiling, ahead, tiles, steps),
         out_type=jax.ShapeDtypeStruct((tiling.cuts, x.shape[0], wide), dtype),
         grid=(tiling.ctas // cluster,),
         grid_names=("cluster",),
-        **({"cluster": (cluster,), "cluster_names": ("rank",)} if cluster > 1 else {}),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("rank",) if cluster > 1 else (),
         num_threads=n + 1,
         thread_name="wg",
         scratch_types=scratch,
@@ -111,6 +89,34 @@ def matmul(
     return y[:m, :rows]
 
 
+def _scratch(tiling: Tiling, lines: int, dtype, out_dtype, count: int, powered: bool) -> dict:
+    """Shared memory and barriers for records of so many lines of so many weights."""
+    n = tiling.warpgroups
+    scratch: dict[str, Any] = dict(
+        x_s=plgpu.SMEM(
+            *((tiling.stages, tiling.tokens, fragments.COLUMNS), dtype),
+            transforms=swizzled(128, dtype.itemsize),
+        ),
+        w_s=plgpu.SMEM((tiling.stages, n, lines, 64), jnp.uint32),
+        out_s=plgpu.SMEM(
+            *((n // count, tiling.tokens, fragments.ROWS), out_dtype),
+            transforms=swizzled(128, out_dtype.itemsize),
+        ),
+        full=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=1 + count + powered),
+        empty=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=n),
+    )
+    if tiling.cluster > 1:  # a stage is empty when nobody reads what one of them fetches for all
+        scratch["empty"] = plgpu.ClusterBarrier(
+            collective_axes=("rank",), num_barriers=tiling.stages, num_arrivals=n
+        )
+    if powered:  # TMA writes to multiples of 128 bytes
+        line = tiling.tokens + -tiling.tokens % 32
+        scratch["powers_s"] = plgpu.SMEM((tiling.stages, line), jnp.float32)
+    if count > 1:
+        scratch |= gated.scratch(n // count, tiling.tokens, out_dtype)
+    return scratch
+
+
 def _fitted(tiling: Tiling, *sizes: int) -> Tiling:
     """Return the tiling, or what fits: fewer stages, narrower tiles."""
     if tiling.shared_memory(*sizes) <= SHARED_MEMORY:
@@ -121,12 +127,9 @@ def _fitted(tiling: Tiling, *sizes: int) -> Tiling:
 
 
 def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=None, **tile_s):
-    if powers_s is not None:
-        powers_g, operands = operands[0], operands[1:]
+    powers_g, weights, units, scales, divisor_g, out_g = named(operands, powers_s is not None)
     x_s, w_s, out_s = (tile_s.pop(name) for name in ("x_s", "w_s", "out_s"))
-    count = (len(operands) - 2) // 3
-    weights, units, scales = (operands[i * count : (i + 1) * count] for i in range(3))
-    divisor_g, out_g = operands[-2:]
+    count = len(weights)
     held = tiling.warpgroups // count  # tiles of each weight
     n, tokens, cuts, size = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.cluster
     wg, cluster, clusters = lax.axis_index("wg"), lax.axis_index("cluster"), tiling.ctas // size
@@ -184,7 +187,7 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
         lax.fori_loop(0, first, fetch_left, None)
         lax.fori_loop(first, total, fetch, None)
 
-    exchange = gated.Exchange(held, wg, out_s.dtype, **tile_s) if count > 1 else None
+    exchange: Any = gated.Exchange(held, wg, out_s.dtype, **tile_s) if count > 1 else None
 
     @pl.when(wg < n)
     def computing():

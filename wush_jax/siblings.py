@@ -49,7 +49,8 @@ def call_gated(gate: nnx.Module, up: nnx.Module, x: jax.Array) -> jax.Array:
     `wush_jax.linear.gated_dot`.
 
     Args:
-      gate, up: modules that map an array to an array.
+      gate: a module that maps an array to an array.
+      up: another.
       x: as each of them takes it.
 
     Source: Shazeer, GLU Variants Improve Transformer (2020).

@@ -1,5 +1,6 @@
 """Products on FP8 matrix units: lowered for CUDA on any host, and their errors on a GPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -64,6 +65,18 @@ def test_several_weights_share_the_activations(m, count):
     x, t, one = shapes(m, 256, 128)
     other = shapes(m, 256, 70)[2]
     assert kernels(layer, x, t, one, other) == (count, ((m, 128), (m, 70)))
+
+
+@NEEDS_MOSAIC
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("m", "count"), [(20, 2), (100, 2)])
+def test_a_gated_layer_is_two_kernels(m, count):
+    """Of few tokens the two products are side by side, and XLA combines them."""
+    x, t, weight = shapes(m, 256, 200)
+    run = functools.partial(pallas_kernels.transform_quantize_matmul, fmt=wush.MXFP4, gated=True)
+    pair = jax.eval_shape(lambda w: (w, w), weight)
+    found = kernels(lambda x, t, p: run(x, t, p, implementation="mosaic_gpu"), x, t, pair)
+    assert found == (count, (m, 200))
 
 
 @NEEDS_MOSAIC
@@ -171,7 +184,9 @@ def test_products_of_quantized_activations(m, k, n, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", [Tiling(64, cuts=2), Tiling(96), Tiling(160)])
+@pytest.mark.parametrize(
+    "plan", [Tiling(64, cuts=2), Tiling(104), Tiling(184), Tiling(96, cluster=2)]
+)
 def test_every_width_of_tiles(plan):
     q = wush.quantize(values("gaussian", (200, 1152), 2), wush.MXFP4)
     laid, weight = weight_of("gaussian", 1152, 200, wush.MXFP4, "float8")
@@ -227,3 +242,52 @@ def test_whole_layer(m, k, n, block):
     left = exact(wush.QuantizedArray(*codes, jnp.float32(wush.MXFP4.global_scale), wush.MXFP4))
     check(y, left, weight, "gaussian")
     assert jax.jit(run)(x[None], t, laid).shape == (1, m, n)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4], ids=["MXFP4", "NVFP4"])
+@pytest.mark.parametrize(("k", "n"), [(256, 192), (1024, 100), (64, 40)])
+@pytest.mark.parametrize("m", [16, 65, 500, 2100])
+def test_gated_layer(m, k, n, fmt, dtype):
+    """The expression of the two products in float32, to the hardware's exponential.
+
+    And to the roundings of a 16-bit result: the second product's and the result's, and for few
+    tokens those of XLA's expression, half a unit each, so less than two together.
+    """
+    operand = "float8" if fmt is wush.MXFP4 else "bfloat16"
+    pair = [weight_of(kind, k, n, fmt, operand)[0] for kind in ("gaussian", "outliers")]
+    x = values("gaussian", (m, k), 2).astype(jnp.bfloat16)
+    options = {"fmt": fmt, "implementation": "mosaic_gpu"}
+    run = functools.partial(pallas_kernels.transform_quantize_matmul, x, None, **options)
+    gated = jax.jit(lambda pair: run(pair, gated=True, out_dtype=dtype))
+    y = gated(tuple(pair))
+    gate, up = (
+        np.asarray(p, np.float64)
+        for p in jax.jit(lambda pair: run(pair, out_dtype=jnp.float32))(tuple(pair))
+    )
+    wanted = gate / (1 + np.exp(-gate)) * up
+    unit = {"float32": 2.0**-20, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
+    tiny = 2.0**-24 if dtype == "float16" else 0  # subnormals
+    error = np.abs(np.asarray(y, np.float64) - wanted)
+    assert (error <= 2 * unit * np.abs(wanted) + tiny * (1 + np.abs(up))).all()
+    np.testing.assert_array_equal(gated(tuple(pair)), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 40, 200])
+def test_weights_made_by_the_same_program(m):
+    """The product fetches records while the quantizer runs: they must be there before it."""
+    laid, _ = weight_of("gaussian", 4096, 1024, wush.MXFP4, "float8")
+    x = values("gaussian", (m, 4096), 2).astype(jnp.bfloat16)
+    run = functools.partial(layer, x, None)
+    wanted = [jax.jit(run)(dataclasses.replace(laid, records=laid.records ^ i)) for i in range(8)]
+
+    @jax.jit
+    def chain(laid):
+        each = [dataclasses.replace(laid, records=laid.records ^ i) for i in range(8)]
+        return [run(w) for w in each]
+
+    for _ in range(20):
+        for found, one in zip(chain(laid), wanted, strict=True):
+            np.testing.assert_array_equal(found[0], one[0])

@@ -11,6 +11,7 @@ from matmul_tools import exact, values, weight_of
 import pallas_kernels
 import wush_jax as wush
 from pallas_kernels import fragments, matmul, reference
+from pallas_kernels.tiles import Tiling
 
 NEEDS_MOSAIC = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
@@ -176,6 +177,21 @@ def test_product_of_quantized_activations(m, kind, k, n, fmt):
     assert (y.shape, y.dtype) == ((m, n), jnp.float32)
     check_product(y, exact(x), weight, kind, parts_of(fmt))
     np.testing.assert_array_equal(run_matmul(x, laid), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n"), [(300, 448), (4100, 200)])
+def test_pairs_that_fetch_activations_together(m, n):
+    """The same sums, bit for bit; rows of tiles that nobody has are left out."""
+    laid, _ = weight_of("gaussian", 640, n, wush.NVFP4)
+    x = values("gaussian", (m, 640), 2).astype(jnp.bfloat16)
+    alone, together = (
+        functools.partial(matmul.launch, device="NVIDIA H200", plan=Tiling(128, cluster=c))
+        for c in (1, 2)
+    )
+    y = jax.jit(together)(x, laid)
+    assert y.shape == (m, n)
+    np.testing.assert_array_equal(y, jax.jit(alone)(x, laid))
 
 
 @pytest.mark.gpu

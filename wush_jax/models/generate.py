@@ -12,7 +12,6 @@ from flax import nnx
 
 from wush_jax.models.llama import Llama
 
-
 CHUNK = 16  # tokens from one look at whether all rows have ended to the next
 
 
@@ -136,7 +135,7 @@ def _generate(graph, limit, stops, state, prompts, lengths, key, temperature, to
     tokens, count = jnp.zeros((batch, limit), jnp.int32), jnp.zeros(batch, jnp.int32)
     # A loop of known length is launched ahead of the device. One that ends by what it computes
     # makes the device wait for the host, each time round.
-    chunk = CHUNK if stops else limit - 1
+    chunk = min(CHUNK, limit - 1) if stops else limit - 1
 
     def choose(step, logits, tokens, count, ended):
         chosen = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
@@ -159,10 +158,8 @@ def _generate(graph, limit, stops, state, prompts, lengths, key, temperature, to
 
     chosen, tokens, count, ended = choose(0, logits, tokens, count, jnp.zeros(batch, bool))
     carry = (1, chosen, cache, tokens, count, ended)
-    if stops:
-        carry = jax.lax.while_loop(unfinished, advance_chunk, carry)
-    else:
-        carry = advance_chunk(carry)
+    # Without stop tokens every row ends with the one chunk.
+    carry = jax.lax.while_loop(unfinished, advance_chunk, carry) if stops else advance_chunk(carry)
     _, _, _, tokens, count, _ = carry
     return tokens, jnp.minimum(count, limit)  # the last chunk may go on: tokens beyond are lost
 
