@@ -252,12 +252,13 @@ def test_whole_layer(m, k, n, block):
 def test_gated_layer(m, k, n, fmt, dtype):
     """The expression of the two products in float32, to the hardware's exponential.
 
-    And to the roundings of a 16-bit result: the second product's and the result's, and for few
-    tokens those of XLA's expression, half a unit each, so less than two together.
+    And to the roundings of a 16-bit result, half a unit each: the second product's and the
+    result's; for few tokens those of XLA's expression, five, where the first product's counts
+    1 + |gate| times. Apart, K may be cut: another order of float32 sums.
     """
     operand = "float8" if fmt is wush.MXFP4 else "bfloat16"
     pair = [weight_of(kind, k, n, fmt, operand)[0] for kind in ("gaussian", "outliers")]
-    x = values("gaussian", (m, k), 2).astype(jnp.bfloat16)
+    x = (values("gaussian", (m, k), 2) / k**0.5).astype(jnp.bfloat16)
     options = {"fmt": fmt, "implementation": "mosaic_gpu"}
     run = functools.partial(pallas_kernels.transform_quantize_matmul, x, None, **options)
     gated = jax.jit(lambda pair: run(pair, gated=True, out_dtype=dtype))
@@ -270,7 +271,9 @@ def test_gated_layer(m, k, n, fmt, dtype):
     unit = {"float32": 2.0**-20, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
     tiny = 2.0**-24 if dtype == "float16" else 0  # subnormals
     error = np.abs(np.asarray(y, np.float64) - wanted)
-    assert (error <= 2 * unit * np.abs(wanted) + tiny * (1 + np.abs(up))).all()
+    most = np.abs(wanted).max()
+    bound = (3 + np.abs(gate)) * unit * np.abs(wanted) + tiny * (1 + np.abs(up))
+    assert (error <= bound + 2.0**-19 * most).all()
     np.testing.assert_array_equal(gated(tuple(pair)), y)
 
 
