@@ -60,6 +60,21 @@ def generic_address(ref) -> ir.Value:
     return llvm.ptrtoint(ir.IntegerType.get_signless(64), generic)
 
 
+def wait_for_kernel_before():
+    """Wait for the end of the kernel before, which may still run when this one starts.
+
+    Without it a kernel is launched when the one before has ended. What is read before it must have
+    been in memory when that one started.
+    """
+    plgpu.griddepcontrol_wait()
+
+    @plgpu.inline_mgpu()
+    def fence(_):  # once more, for compilers: what reads memory stays behind it
+        run("griddepcontrol.wait;")
+
+    fence()
+
+
 def cluster_sync():
     """Let all threads of a cluster wait for each other."""
 

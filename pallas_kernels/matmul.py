@@ -54,21 +54,36 @@ def transform_quantize_matmul(
         return launch_all(x, weights, device=device, out_dtype=out_dtype, gated=gated)
     if global_scale is None:
         global_scale = fmt.global_scale
-    # The records are there before the quantizer starts, so that the product fetches them meanwhile.
-    records = [weight.records for weight in weights]
+    exact = fmt.element.name == "e2m1"
+    # Where nothing stands between them, the product may fetch records while the quantizer runs:
+    # these are there before it starts.
+    tokens, steps = math.prod(x.shape[:-1]), weights[0].records.shape[1]
+    ahead = exact and as_they_are(tokens, steps)
     quantize = functools.partial(
-        mosaic_gpu.launch, global_scale=global_scale, device=device, after=records
+        mosaic_gpu.launch,
+        global_scale=global_scale,
+        device=device,
+        after=[weight.records for weight in weights] if ahead else (),
     )
-    options = {"ahead": True, "gated": gated}
+    options = {"ahead": ahead, "gated": gated}
     if _in_float8(fmt, weights):
         left = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8")
         products = multiply_float8(left, global_scale, weights, out_dtype, **options)
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
-    exact = fmt.element.name == "e2m1"
     codes, scales = quantize(x, transform, fmt, layout="values" if exact else "interchange")
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     options |= {"out_dtype": out_dtype, "global_scale": global_scale}
     return launch_all(parts, weights, device=device, **options)
+
+
+def as_they_are(tokens: int, steps: int) -> bool:
+    """Whether quantized tokens go from kernel to kernel without XLA's padding between them.
+
+    TMA splits them by 8; kernels for few tokens take up to 8, 16 or 32.
+    """
+    if tokens % 8 == 0:
+        return not FEW < tokens < FEW_FLOAT8
+    return tokens < 8 and steps > 1  # one step is a tile's
 
 
 def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):

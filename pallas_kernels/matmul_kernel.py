@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, float8, fragments, repack
 from pallas_kernels.cluster_sum import PAD, ClusterSum
-from pallas_kernels.inlined import named, scalars, swizzled
+from pallas_kernels.inlined import named, scalars, swizzled, wait_for_kernel_before
 from pallas_kernels.tiles import SHARED_MEMORY, Split
 
 POWERS = repack.padded(1)  # tokens whose powers a copy brings: the most of a call
@@ -244,16 +244,15 @@ def _body(
 
         lax.fori_loop(0, split.stages, one, None)
 
-    # This kernel may have been launched before the end of the one before it.
     if not ahead:
-        plgpu.griddepcontrol_wait()
+        wait_for_kernel_before()
     warm_up(fetch_records)
     factors: list[Any] = []
     exchange = ClusterSum(
         geo, out_g, lambda tile: _of_tile(geo.starts, factors, tile), wg, piece, **exchanged
     )
     if ahead:
-        plgpu.griddepcontrol_wait()
+        wait_for_kernel_before()
     warm_up(fetch_left)
     if split.resident:  # each group fetches its share of what all read
 

@@ -75,7 +75,8 @@ def launch(
 ):
     """As `transform_quantize`, for a named device, with given tiles, or interpreted on CPU.
 
-    Arrays ``after`` are computed before it starts: a kernel behind it may read them while it runs.
+    Arrays ``after`` are there before it starts. Then the next kernel, one of this package that
+    takes the results as they are, may start while it runs, and read them.
 
     ``unit="mma"`` uses warp-level matrix instructions in place of Hopper's wgmma: with it the
     kernel compiles for Blackwell (sm_100a), where it was never run.
@@ -104,21 +105,26 @@ def launch(
     d, shared = transform.shape[-1], transform.ndim == 2
     if tiles is None:
         tiles = tile_tables.choose(rows, width, fmt, d, shared, layout, device)
-    statics = (fmt, layout, tiles, unit, interpret)
-    run = functools.partial(_sharded, statics)
+    statics = (fmt, layout, tiles, unit, interpret, len(after) > 0)
     g = jnp.asarray(global_scale, jnp.float32).reshape(())
-    codes, scales = _batched(run, layout)(x.reshape(rows, width), transform, g, *after)
+    codes, scales = _batched(statics)(x.reshape(rows, width), transform, g, *after)
     if x.ndim == 2:
         return codes, scales
     return codes.reshape(*x.shape[:-1], -1), scales.reshape(*x.shape[:-1], -1)
 
 
-def _batched(run, layout):
-    """Under vmap, fold mapped rows into M; map over anything else one by one."""
-    call = custom_vmap(run)
+def _alone(statics):
+    """What others than the kernels of this package read: the next kernel starts after the end."""
+    return *statics[:-1], False
 
-    @call.def_vmap
+
+def _batched(statics):
+    """Under vmap, fold mapped rows into M; map over anything else one by one."""
+    run, layout = custom_vmap(functools.partial(_sharded, statics)), statics[1]
+
+    @run.def_vmap
     def rule(size, mapped, x, *others):
+        call = _batched(_alone(statics))
         if layout not in repack.TRANSPOSED and mapped[0] and not any(mapped[1:]):
             codes, scales = call(x.reshape(-1, x.shape[-1]), *others)
             lead = x.shape[:-1]
@@ -130,7 +136,7 @@ def _batched(run, layout):
 
         return jax.lax.map(one, jnp.arange(size)), (True, True)
 
-    return call
+    return run
 
 
 def _sharded(statics, x, transform, g, *after):
@@ -142,7 +148,7 @@ def _sharded(statics, x, transform, g, *after):
 def _partitioned(statics, x, transform, g, *after):
     from pallas_kernels import quantize_kernel
 
-    fmt, layout, tiles, unit, interpret = statics
+    fmt, layout, tiles, unit, interpret, early = statics
     return quantize_kernel.transform_quantize(
         *(x, transform, fmt),
         global_scale=g,
@@ -151,6 +157,7 @@ def _partitioned(statics, x, transform, g, *after):
         unit=unit,
         interpret=interpret,
         after=after,
+        early=early,
     )
 
 
@@ -171,7 +178,7 @@ def _infer(statics, mesh, arguments, result):
 
 def _partition(statics, mesh, arguments, result):
     inputs, outputs = _row_shardings(statics, mesh, arguments)
-    return mesh, functools.partial(_partitioned.fun, statics), outputs, inputs
+    return mesh, functools.partial(_partitioned.fun, _alone(statics)), outputs, inputs
 
 
 def _rule(statics, mesh, arguments, result):

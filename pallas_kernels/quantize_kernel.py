@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import epilogue, group_scales, repack
-from pallas_kernels.inlined import ROWS, spread, swizzled
+from pallas_kernels.inlined import ROWS, spread, swizzled, wait_for_kernel_before
 from pallas_kernels.tiles import Tiles
 
 # How scales leave the kernel, and what they are.
@@ -105,9 +105,21 @@ class Geometry:
         return (groups, rows) if self.layout in repack.TRANSPOSED else (rows, groups)
 
 
-@functools.partial(jax.jit, static_argnames=("fmt", "layout", "tiles", "unit", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("fmt", "layout", "tiles", "unit", "interpret", "early")
+)
 def transform_quantize(
-    x, transform, fmt, *, global_scale, layout, tiles, unit="wgmma", interpret=False, after=()
+    x,
+    transform,
+    fmt,
+    *,
+    global_scale,
+    layout,
+    tiles,
+    unit="wgmma",
+    interpret=False,
+    after=(),
+    early=False,
 ):
     """Transform, scale, round and pack in one kernel.
 
@@ -131,6 +143,8 @@ def transform_quantize(
       unit: "wgmma" for Hopper; "mma" for Blackwell, compiled for sm_100a but never run there.
       interpret: run under GPU interpretation, on CPU.
       after: arrays that must be there before the kernel starts; it does not read them.
+      early: let the next kernel start while this one runs. For a kernel of this package that takes
+        the results as they are, alone: XLA's own may read them before they wait.
 
     Returns:
       Codes uint8 (M, K/2) and scales in the format's scale type.
@@ -148,7 +162,7 @@ def transform_quantize(
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     d, shared = transform.shape[-1], transform.ndim == 2
     geometry = Geometry(x.shape[0], k, d, fmt.group_size, shared, layout, tiles, unit)
-    codes, scales = _kernel(geometry, fmt, x.dtype, interpret)(
+    codes, scales = _kernel(geometry, fmt, x.dtype, interpret, early)(
         *(x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)),
         *after,
     )
@@ -179,7 +193,7 @@ def check_supported(x, transform, fmt) -> None:
         raise NotImplementedError(f"block d={transform.shape[-1]} is none of 16, 32, 64, 128")
 
 
-def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
+def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
     """The kernel as a function of x (M, K), transforms (B, d, d), g (1,) and what it waits for."""
     tiles, d, n = geo.tiles, geo.block, geo.tiles.warpgroups
     word = jnp.float32 if geo.layout == "float8" else SCALE_WORDS[fmt.scale_dtype][0]
@@ -205,7 +219,7 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool):
         gathered = geo.oriented(ROWS, geo.tiles.slab // geo.per_scale)
         scratch["scales_s"] = plgpu.SMEM((n * 2, *gathered), word)
     return plgpu.kernel(
-        functools.partial(_body, geo, fmt, interpret),
+        functools.partial(_body, geo, fmt, interpret, early),
         out_type=(
             jax.ShapeDtypeStruct(codes_shape, geo.code_dtype),
             jax.ShapeDtypeStruct(scales_shape, word),
@@ -226,13 +240,12 @@ def _interpreter():
     return InterpretGPUParams()
 
 
-def _body(geo, fmt, interpret, x_g, t_g, g_g, *others, t_s, t_ready, together, **own):
+def _body(geo, fmt, interpret, early, x_g, t_g, g_g, *others, t_s, t_ready, together, **own):
     """One CTA: its share of all (slab, row tile) pairs, slab by slab."""
     codes_g, scales_g = others[-2:]
     if not interpret:
-        # This kernel may have been launched before the end of the one before. The next may be, too,
-        # but not earlier: when it starts, all that this one waited for is in memory.
-        plgpu.griddepcontrol_wait()
+        wait_for_kernel_before()
+    if early:  # now: when the next kernel starts, all that this one waited for is in memory
         plgpu.griddepcontrol_launch_dependents()
     slabs, row_tiles = geo.pairs
     total = slabs * row_tiles

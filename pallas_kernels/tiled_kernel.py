@@ -29,7 +29,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import expand, float8, fragments, gated
-from pallas_kernels.inlined import cluster_sync, named, scalars, swizzled
+from pallas_kernels.inlined import (
+    cluster_sync,
+    named,
+    scalars,
+    swizzled,
+    wait_for_kernel_before,
+)
 from pallas_kernels.tiles import PROMOTED, SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
@@ -177,13 +183,12 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
         fetch_records(i, None)
         fetch_left(i, None)
 
-    # This kernel may have been launched before the end of the one before it.
     @pl.when(wg == n)
     def fetching():
         plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
         first = jnp.minimum(total, tiling.stages) if ahead else 0
         lax.fori_loop(0, first, fetch_records, None)
-        plgpu.griddepcontrol_wait()
+        wait_for_kernel_before()
         lax.fori_loop(0, first, fetch_left, None)
         lax.fori_loop(first, total, fetch, None)
 
@@ -192,7 +197,7 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
     @pl.when(wg < n)
     def computing():
         plgpu.set_max_registers(_registers(n), action="increase")
-        plgpu.griddepcontrol_wait()
+        wait_for_kernel_before()
         factor = units[0][0] / scales[0][0] / divisor_g[0]
         if count > 1:
             factor = jnp.where(wg < held, factor, units[1][0] / scales[1][0] / divisor_g[0])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,30 @@ def kernels(run, *operands):
 )
 def test_a_layer_is_two_kernels(m, k, n, block):
     assert kernels(layer, *shapes(m, k, n, block)) == (2, ((m, n),))
+
+
+@NEEDS_MOSAIC
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("k", [128, 256])
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4], ids=["MXFP4", "NVFP4"])
+def test_nothing_stands_between_kernels_that_overlap(fmt, k):
+    """XLA's own kernels may read a result before they wait for the kernel that makes it."""
+    operand = "float8" if fmt is wush.MXFP4 else "bfloat16"
+    weight = jax.eval_shape(
+        lambda: fragments.lay_out(wush.quantize(jnp.zeros((128, k)), fmt), operand)
+    )
+
+    def run(x, w):
+        return matmul.transform_quantize_matmul(x, None, (w,), fmt)
+
+    overlapping = [m for m in range(1, 70) if matmul.as_they_are(m, k // 128)]
+    assert set(overlapping) >= {8, 16, 32, 40, 64}
+    for m in overlapping:
+        x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+        text = jax.jit(run).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+        moves = re.findall(r"stablehlo\.(?:pad|slice|concatenate) .* : (.*)", text)
+        # What is left gives what it takes.
+        assert all(len(set(re.findall(r"tensor<(\d+x\d+x\w+)>", types))) == 1 for types in moves), m
 
 
 @NEEDS_MOSAIC
