@@ -14,6 +14,7 @@ from weights import random_model
 
 import wush_jax as wush
 from wush_jax.models import Llama, generate, sample
+from wush_jax.models.generate import CHUNK
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 
@@ -99,6 +100,23 @@ def test_rows_end_with_their_stop_token():
         assert out.lengths[row] == count
         assert out.tokens[row].tolist() == all_of_it[:count] + [0] * (5 - count)
     assert out.lengths[0] <= 2
+
+
+@pytest.mark.parametrize("extra", [1, CHUNK - 1, CHUNK])
+def test_stop_tokens_are_looked_for_in_chunks(extra):
+    """Also where the last chunk goes beyond the limit, and a row ends within one."""
+    model, limit = random_model(CONFIG), CHUNK + extra
+    free = generate(model, PROMPTS, max_new_tokens=limit).tokens
+    unseen = next(t for t in range(CONFIG.vocab_size) if t not in free)
+    out = generate(model, PROMPTS, max_new_tokens=limit, stop_tokens=unseen)
+    np.testing.assert_array_equal(out.tokens, free)
+    assert out.lengths.tolist() == [limit, limit]
+    stop = int(free[0, CHUNK // 2])
+    out = generate(model, PROMPTS, max_new_tokens=limit, stop_tokens=[stop, unseen])
+    for row, found, count in zip(free.tolist(), out.tokens, out.lengths, strict=True):
+        expected = row.index(stop) + 1 if stop in row else limit
+        assert count == expected
+        np.testing.assert_array_equal(found, row[:count] + [0] * (limit - count))
 
 
 def test_bfloat16_and_random_draws():
