@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import fragments, matmul, mosaic_gpu, reference, xla_fp8
+from pallas_kernels import fragments, matmul, mosaic_gpu, plans, reference, xla_fp8
 from pallas_kernels.measure import device_time, prepare_all, read_rate
 from pallas_kernels.tiles import Split, Tiling
 
@@ -126,7 +126,7 @@ def _line(row) -> str:
 
 def candidates(tokens: int, tiles: int, steps: int):
     """Ways to divide a call that are worth measuring."""
-    if tokens <= matmul.FEW:
+    if tokens <= plans.FEW:
         width = 8 if tokens <= 8 else 16
         for ways, records, resident in itertools.product((1, 2, 4), (1, 2, 4), (False, True)):
             busy = ways == 1 or tiles * ways <= 2 * 4 * 66

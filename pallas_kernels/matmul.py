@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
 
 import jax.numpy as jnp
 
-from pallas_kernels import fragments, mosaic_gpu, reference, repack, xla, xla_fp8
+from pallas_kernels import fragments, mosaic_gpu, plans, reference, repack, xla, xla_fp8
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.tiles import PROMOTED, Split, Tiling
-
-# Tokens up to which a product is bound by reading the weights: in bfloat16, in FP8.
-FEW, FEW_FLOAT8 = 16, 32
+from pallas_kernels.tiles import Split, Tiling
 
 
 def quantized_matmul(x, weight, *, out_dtype=None):
@@ -58,7 +54,7 @@ def transform_quantize_matmul(
     # Where nothing stands between them, the product may fetch records while the quantizer runs:
     # these are there before it starts.
     tokens, steps = math.prod(x.shape[:-1]), weights[0].records.shape[1]
-    ahead = exact and as_they_are(tokens, steps)
+    ahead = exact and plans.as_they_are(tokens, steps)
     quantize = functools.partial(
         mosaic_gpu.launch,
         global_scale=global_scale,
@@ -74,16 +70,6 @@ def transform_quantize_matmul(
     parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
     options |= {"out_dtype": out_dtype, "global_scale": global_scale}
     return launch_all(parts, weights, device=device, **options)
-
-
-def as_they_are(tokens: int, steps: int) -> bool:
-    """Whether quantized tokens go from kernel to kernel without XLA's padding between them.
-
-    TMA splits them by 8; kernels for few tokens take up to 8, 16 or 32.
-    """
-    if tokens % 8 == 0:
-        return not FEW < tokens < FEW_FLOAT8
-    return tokens < 8 and steps > 1  # one step is a tile's
 
 
 def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):
@@ -189,7 +175,7 @@ def multiply_float8(
     values, powers = left
     _check_result(values.shape, out_dtype)
     values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % 128)))  # TMA's view splits K by 128
-    how = plan or float8_plan(len(values), *_sizes(weights))
+    how = plan or plans.float8_plan(len(values), *_sizes(weights))
     options = {"powers": powers, "out_dtype": out_dtype, "ahead": ahead}
     if isinstance(how, Split) and _joint(weights):
         products = _split(
@@ -201,39 +187,6 @@ def multiply_float8(
     one = functools.partial(multiply_float8, left, global_scale, ahead=ahead)
     products = [one((w,), out_dtype, plan)[0] for w in weights]
     return [reference.swiglu(*products)] if gated else products
-
-
-def float8_plan(tokens: int, tiles: int, steps: int) -> Split | Tiling:
-    """A rule for products in FP8.
-
-    Args:
-      tokens: M.
-      tiles: of 64 weights.
-      steps: of 128 columns.
-    """
-    if tokens <= FEW_FLOAT8 and steps > 1:
-        plan = few(tokens, tiles, steps)
-        rows = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-        records = 2 if 4 * plan.ways <= steps else 1
-        return Split(
-            rows, ways=plan.ways, clusters=plan.clusters, stages=8 // records, records=records
-        )
-
-    def microseconds(tiling):
-        """Fitted to times of an H100: products and expansion overlap in part."""
-        per = -(-steps // tiling.cuts)
-        tasks = -(-tiles // 2) * -(-tokens // tiling.tokens) * tiling.cuts
-        step = max(3.5 * tiling.tokens + 355, 1.5 * tiling.tokens + 545)
-        cycles = -(-tasks // 132) * per * step
-        parts = 0 if tiling.cuts == 1 else 2.5 + tiling.cuts * tokens * tiles * 64 * 8 / 2.7e6
-        return cycles / 1755 + parts
-
-    # Sums, and sums of sums, of at most 184 tokens fit into registers.
-    # With a power for each step those of two steps, of at most 64.
-    widths = (64,) if tokens <= tile_tables.FEW_TOKENS else range(64, 185, 8)
-    ways = itertools.product(widths, (1, 2, 4))
-    fits = (Tiling(width, cuts=cuts) for width, cuts in ways if steps >= 2 * PROMOTED * cuts)
-    return min([*fits, Tiling(64)], key=microseconds)
 
 
 def _sizes(weights) -> tuple[int, int]:
@@ -262,7 +215,7 @@ def _products(rows, weights, divisor, dtype, device, plan, ahead, gated):
     from pallas_kernels import matmul_kernel, tiled_kernel
 
     kind = fragments.carrier(weights[0].format).kind
-    how = plan or choose(rows.shape[0], *_sizes(weights), kind, device)
+    how = plan or plans.choose(rows.shape[0], *_sizes(weights), kind, device)
     options = {"out_dtype": dtype, "ahead": ahead}
     if isinstance(how, Split) and _joint(weights):
         products = _split(matmul_kernel.matmul(rows, weights, divisor, how, **options), weights)
@@ -272,82 +225,3 @@ def _products(rows, weights, divisor, dtype, device, plan, ahead, gated):
         each = (_products(rows, (w,), divisor, dtype, device, plan, ahead, False) for w in weights)
         products = [y for products in each for y in products]
     return [reference.swiglu(*products)] if gated else products
-
-
-def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split | Tiling:
-    """Return how to divide a call: the device's tuned entry for its sizes, else a rule's.
-
-    Entries (``python -m pallas_kernels.bench --matmul --tune``) are ``{"kind", "tiles", "steps",
-    "tokens": up to, "split" or "tiling": {...}}``; the first that fits counts.
-
-    Args:
-      tokens: rows of activations, M.
-      tiles: of 64 weights, N/64.
-      steps: of 128 columns, K/128.
-      kind: of the records, see `fragments.Carrier`.
-      device: ``device_kind`` of the GPU.
-    """
-    for entry in tile_tables.table(device, "quantized_matmul"):
-        sizes = entry["kind"], entry["tiles"], entry["steps"]
-        if sizes == (kind, tiles, steps) and tokens <= entry["tokens"]:
-            if "split" not in entry:
-                return Tiling(**entry["tiling"])
-            # An entry speaks for fewer tokens, too: their products may be narrower.
-            split = Split(**entry["split"])
-            return dataclasses.replace(split, tokens=8 if tokens <= 8 else 16)
-    if tokens <= FEW and steps > 1:  # one step has no parts
-        return few(tokens, tiles, steps)
-    return many(tokens, tiles, steps, kind)
-
-
-def few(tokens: int, tiles: int, steps: int) -> Split:
-    """Measured on an H200: all multiprocessors in pairs, each with half of K.
-
-    Warpgroups share tiles where there are too few for half of them, and keep activations where each
-    has several. Long copies, since every one is waited for.
-    """
-    clusters = 66
-    ways = next((w for w in (4, 2) if tiles * w <= 2 * clusters and steps >= 2 * w), 1)
-    longest = 4 if tokens <= 8 else 2
-    records = next((r for r in (4, 2) if r <= longest and 2 * ways * r <= steps), 1)
-    return Split(
-        8 if tokens <= 8 else 16,
-        ways=ways,
-        clusters=clusters,
-        stages=8 // records,
-        records=records,
-        resident=tiles > 4 * clusters,
-    )
-
-
-def many(tokens: int, tiles: int, steps: int, kind: str) -> Tiling:
-    """A rule for bfloat16 products of many tokens; up to 64 measured on an H200."""
-    if tokens > 64:
-        return wide(tokens, tiles, steps, 16 if kind == "int4" else 8)
-
-    def cost(tiling):
-        """In steps of a warpgroup, which expands weights most of the time."""
-        tasks = -(-tiles // tiling.warpgroups) * tiling.cuts
-        waves = -(-tasks // 132)
-        adding = 10 + tiling.cuts if tiling.cuts > 1 else 0
-        return waves * (tiling.warpgroups * -(-steps // tiling.cuts) + 4) + adding
-
-    ways = itertools.product((2, 3, 4), (1, 2, 4, 8))
-    tilings = [Tiling(64, warpgroups=n, cuts=cuts) for n, cuts in ways if steps >= 4 * cuts]
-    return min(tilings or [Tiling(64)], key=cost)
-
-
-def wide(tokens: int, tiles: int, steps: int, cycles: int) -> Tiling:
-    """Return tiles of 128 weights by the width that ends first; K cut where they are few.
-
-    A step takes ``cycles * width + 200`` cycles of a multiprocessor: tensor cores work while
-    nothing is expanded, so that the two add up. Fitted to times of an H200. Of very many tokens
-    pairs of CTAs fetch activations together: 3 to 7 % faster at 4096, no faster at 1024.
-    """
-
-    def tasks(width):
-        return -(-tiles // 2) * -(-tokens // width)
-
-    width = min((128, 256), key=lambda w: -(-tasks(w) // 132) * (cycles * w + 200))
-    cuts = 2 if 2 * tasks(width) <= 132 and steps >= 8 else 1
-    return Tiling(width, cuts=cuts, cluster=2 if tokens > 2048 and tiles >= 4 else 1)

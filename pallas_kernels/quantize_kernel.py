@@ -14,7 +14,6 @@ case that it does not clip. The same source runs under GPU interpretation on CPU
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -25,84 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import epilogue, group_scales, repack
+from pallas_kernels import epilogue, group_scales
 from pallas_kernels.inlined import ROWS, spread, swizzled, wait_for_kernel_before
-from pallas_kernels.tiles import Tiles
-
-# How scales leave the kernel, and what they are.
-SCALE_WORDS = {
-    "e8m0": (jnp.uint8, jnp.float8_e8m0fnu),
-    "e4m3": (jnp.uint8, jnp.float8_e4m3fn),
-    "bfloat16": (jnp.uint16, jnp.bfloat16),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """The sizes of one call.
-
-    Attributes:
-      rows: M.
-      width: K.
-      block: d, width of a transform.
-      group: g, values of a scale.
-      shared: one transform for all blocks.
-      layout: as for `transform_quantize`.
-      tiles: the tuned sizes.
-      unit: "wgmma" (Hopper) or "mma" (warp-level, any GPU with TMA).
-    """
-
-    rows: int
-    width: int
-    block: int
-    group: int
-    shared: bool
-    layout: str
-    tiles: Tiles
-    unit: str
-
-    @property
-    def below(self) -> int:
-        """Warpgroups with row tiles of their own."""
-        return self.tiles.warpgroups // self.tiles.beside
-
-    @property
-    def pairs(self) -> tuple[int, int]:
-        """Slabs that cover K; CTA-high row tiles, of 64 rows each, that cover M."""
-        return -(-self.width // self.tiles.slab), -(-self.rows // (ROWS * self.below))
-
-    @property
-    def ctas(self) -> int:
-        """Thread blocks: no more than there are pairs."""
-        return min(self.tiles.ctas, math.prod(self.pairs))
-
-    @property
-    def per_code(self) -> int:
-        """Columns of an element of the first output: two codes a byte, or one value."""
-        return 1 if self.layout in ("values", "float8") else 2
-
-    @property
-    def per_scale(self) -> int:
-        """Columns of an element of the second output."""
-        return self.tiles.slab if self.layout == "float8" else self.group
-
-    @property
-    def outputs(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of codes and scales."""
-        if self.layout == "float8":
-            powers = -(-self.width // self.per_scale), repack.padded(self.rows)
-            return (self.rows, self.width + -self.width % self.tiles.columns), powers
-        scales = self.oriented(self.rows, self.width // self.group)
-        return (self.rows, self.width // self.per_code), scales
-
-    @property
-    def code_dtype(self):
-        """Of the first output."""
-        return jnp.dtype(jnp.bfloat16 if self.layout == "values" else jnp.uint8)
-
-    def oriented(self, rows, groups) -> tuple:
-        """Order the axes of scales: (M, K/g), or transposed."""
-        return (groups, rows) if self.layout in repack.TRANSPOSED else (rows, groups)
+from pallas_kernels.quantize_geometry import SCALE_WORDS, Geometry
 
 
 @functools.partial(

@@ -95,8 +95,8 @@ def quantized(model, *, share=True):
 )
 def test_layers_called_together(model, one):
     """In one call where the layers are of one site and add nothing to their products."""
-    for x in (X, X.reshape(1, 5, 64)):
-        y = nnx.jit(lambda m, x: call_gated(*m, x))(model, x)
-        apart = nnx.jit(lambda m, x: jax.nn.silu(m[0](x)) * m[1](x))(model, x)
-        two_programs(y, apart)
+    x = X.reshape(1, 5, 64)
+    y = nnx.jit(lambda m, x: call_gated(*m, x))(model, x)
+    apart = nnx.jit(lambda m, x: jax.nn.silu(m[0](x)) * m[1](x))(model, x)
+    two_programs(y, apart)
     assert ("name=_gated" in str(jax.make_jaxpr(lambda x: call_gated(*model, x))(X))) == one
