@@ -164,9 +164,10 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
     def fetch_records(i, _):
         slot, group, _, step = source(i)
         pl.when(i >= tiling.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-        for i, w_g in enumerate(weights):
+        for number, w_g in enumerate(weights):
             records = w_g.at[pl.ds(group * held, held), step]
-            plgpu.copy_gmem_to_smem(records, w_s.at[slot, pl.ds(i * held, held)], full.at[slot])
+            target = w_s.at[slot, pl.ds(number * held, held)]
+            plgpu.copy_gmem_to_smem(records, target, full.at[slot])
 
     def fetch_left(i, _):
         slot, _, m_tile, step = source(i)

@@ -16,6 +16,8 @@ from tiny import codes as codes_of
 
 import wush_jax as wush
 
+pytestmark = pytest.mark.once
+
 COUNT = 2
 
 

@@ -151,7 +151,9 @@ def test_logits_survive_saving_bit_for_bit(source, checkpoint, tmp_path):
 
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.skipif(not ONE_ORDER, reason="a GPU's library may sum another number of products anew")
-@pytest.mark.parametrize("calibration", ["one-shot", "sequential"])
+@pytest.mark.parametrize(
+    "calibration", [pytest.param("one-shot", marks=pytest.mark.once), "sequential"]
+)
 def test_eight_devices_write_the_same_bytes(source, tmp_path, calibration):
     """Eight parts of each batch, on one device or on eight: what a part gives is the same.
 

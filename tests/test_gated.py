@@ -14,7 +14,7 @@ from wush_jax.planning import swap
 from wush_jax.siblings import call_gated
 from wush_jax.site import quantize_site
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
 X = jnp.sin(jnp.arange(5.0 * 64)).reshape(5, 64)
 MOMENT = jnp.diag(jnp.repeat(jnp.array([2.0, 1.0]), 32))

@@ -59,6 +59,7 @@ def test_token_by_token_equals_the_whole(config):
     assert cache.lengths.tolist() == [14, 9]
 
 
+@pytest.mark.files
 def test_quantized_token_by_token_equals_the_whole():
     """Activations are quantized token by token, so that it makes no difference to them."""
     model = quantized_model()
@@ -78,7 +79,10 @@ def greedy(model, prompt, count):
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("make", [lambda: random_model(CONFIG), quantized_model])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: random_model(CONFIG), pytest.param(quantized_model, marks=pytest.mark.files)],
+)
 def test_greedy_generation(make):
     model = make()
     prompts = [PROMPTS[0].tolist(), PROMPTS[1, :4].tolist()]

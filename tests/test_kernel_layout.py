@@ -55,6 +55,7 @@ def outputs_and_gradient(model, tokens):
     return model(tokens), nnx.grad(power)(model)
 
 
+@pytest.mark.files
 def test_the_same_model():
     model = llama("mxfp4")
     twin = laid_out(model)

@@ -124,6 +124,7 @@ def table(fmt):
     return out
 
 
+@pytest.mark.files  # the definition alone
 @pytest.mark.parametrize("index", [0, 13, 17])  # every kind of record, every shape
 def test_two_hundred_layers(index):
     name, shape = CONFIGURATIONS[index]
