@@ -8,9 +8,8 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels import fragments, mosaic_gpu, plans, reference, repack, xla, xla_fp8
-from pallas_kernels import tiles as tile_tables
-from pallas_kernels.tiles import Split, Tiling
+from pallas_kernels import fragments, mosaic_gpu, plans, repack, xla, xla_fp8
+from pallas_kernels.tiles import Split, Tiling, sharing
 
 
 def quantized_matmul(x, weight, *, out_dtype=None):
@@ -39,7 +38,7 @@ def transform_quantize_matmul(
     They are FP8 numbers for weights laid out for them, otherwise bfloat16.
 
     Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights. Two that
-    are gated give one result, `reference.swiglu` of their products.
+    are gated give one result where a kernel combines their products, else both.
     """
     device = mosaic_gpu.require_hopper()
     fragments.check(weights)
@@ -100,7 +99,7 @@ def launch_all(
         if _in_float8(x.format, weights):
             _check_result(x.shape, out_dtype)
             codes, scales = (a.reshape(-1, a.shape[-1]) for a in (x.codes, x.scales))
-            columns = repack.COLUMNS * tile_tables.sharing(len(codes))
+            columns = repack.COLUMNS * sharing(len(codes))
             left = repack.to_float8(repack.to_lanes(codes), scales, columns)
             products = multiply_float8(left, global_scale, weights, out_dtype, plan)
             return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
@@ -122,7 +121,6 @@ def launch_all(
     products = _products(rows, weights, global_scale, wide, device, plan, ahead, one)
     if len(x) > 1:
         products = [y.reshape(len(x), m, -1).sum(0).astype(dtype) for y in products]
-        products = [reference.swiglu(*products)] if gated else products
     return tuple(y.reshape(*lead, y.shape[-1]) for y in products)
 
 
@@ -168,7 +166,8 @@ def multiply_float8(
       out_dtype: of the results.
       plan: how to divide the work; a `Split` for few tokens, else a `Tiling`.
       ahead: fetch weights while the kernel before this one runs: it started after they were there.
-      gated: return `reference.swiglu` of two weights' products, by one kernel for many tokens.
+      gated: return one result, `reference.swiglu` of two weights' products, where one kernel makes
+        it; else both products.
     """
     from pallas_kernels import matmul_kernel, tiled_kernel
 
@@ -178,15 +177,12 @@ def multiply_float8(
     how = plan or plans.float8_plan(len(values), *_sizes(weights))
     options = {"powers": powers, "out_dtype": out_dtype, "ahead": ahead}
     if isinstance(how, Split) and _joint(weights):
-        products = _split(
-            matmul_kernel.matmul(values, weights, global_scale, how, **options), weights
-        )
-        return [reference.swiglu(*products)] if gated else products
+        y = matmul_kernel.matmul(values, weights, global_scale, how, **options)
+        return _split(y, weights)
     if len(weights) == 1 or (gated and _gated_kernel(how, weights)):
         return [tiled_kernel.matmul(values, weights, global_scale, how, **options)]
     one = functools.partial(multiply_float8, left, global_scale, ahead=ahead)
-    products = [one((w,), out_dtype, plan)[0] for w in weights]
-    return [reference.swiglu(*products)] if gated else products
+    return [one((w,), out_dtype, plan)[0] for w in weights]
 
 
 def _sizes(weights) -> tuple[int, int]:
@@ -218,10 +214,8 @@ def _products(rows, weights, divisor, dtype, device, plan, ahead, gated):
     how = plan or plans.choose(rows.shape[0], *_sizes(weights), kind, device)
     options = {"out_dtype": dtype, "ahead": ahead}
     if isinstance(how, Split) and _joint(weights):
-        products = _split(matmul_kernel.matmul(rows, weights, divisor, how, **options), weights)
-    elif len(weights) == 1 or (gated and _gated_kernel(how, weights)):
+        return _split(matmul_kernel.matmul(rows, weights, divisor, how, **options), weights)
+    if len(weights) == 1 or (gated and _gated_kernel(how, weights)):
         return [tiled_kernel.matmul(rows, weights, divisor, how, **options)]
-    else:
-        each = (_products(rows, (w,), divisor, dtype, device, plan, ahead, False) for w in weights)
-        products = [y for products in each for y in products]
-    return [reference.swiglu(*products)] if gated else products
+    each = (_products(rows, (w,), divisor, dtype, device, plan, ahead, False) for w in weights)
+    return [y for products in each for y in products]

@@ -61,11 +61,10 @@ def call_gated(gate: nnx.Module, up: nnx.Module, x: jax.Array) -> jax.Array:
     (1, 8)
     """
     reading = _reading(gate)
-    if reading is None or reading != _reading(up):
-        return swiglu(*call_together([gate, up], x))
     first, second = cast(QuantizedDense, gate), cast(QuantizedDense, up)
-    biased = first.bias is not None or second.bias is not None
-    if biased or first.contraction != second.contraction:
+    alike = reading is not None and reading == _reading(up)
+    alike = alike and first.bias is second.bias is None and first.contraction == second.contraction
+    if not alike:
         return swiglu(*call_together([gate, up], x))
     dot = partial(gated_dot, implementation=first.implementation)
     return first.outputs(dot(first.rows(x), first.packed, second.packed))
