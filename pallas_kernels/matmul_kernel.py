@@ -216,10 +216,13 @@ def _body(
     def step_of(i):
         return ((piece * split.ways + way) * per + lax.rem(i, per)) * split.records
 
+    def slot_of(i):
+        return wg * split.stages + lax.rem(i, split.stages)
+
     def fetch_records(i):
         tile = first + (i // per) * stride
         step = step_of(i)
-        slot = wg * split.stages + lax.rem(i, split.stages)
+        slot = slot_of(i)
         for w_g, (start, end) in zip(weights, itertools.pairwise(geo.starts), strict=True):
 
             def copy(w_g=w_g, start=start):
@@ -230,7 +233,7 @@ def _body(
 
     def fetch_left(i):
         step = step_of(i)
-        slot = wg * split.stages + lax.rem(i, split.stages)
+        slot = slot_of(i)
         for r in range(0 if split.resident else split.records):
             fetch_x(step + r, slot * split.records + r, ready.at[slot])
         if powers_s is not None:
@@ -290,7 +293,7 @@ def _body(
     def products(t):
         def advance(s, sums):
             i = t * per + s
-            slot = wg * split.stages + lax.rem(i, split.stages)
+            slot = slot_of(i)
             plgpu.barrier_wait(ready.at[slot])
             x_slot = way * geo.range + s * split.records if split.resident else slot * split.records
             sums = multiply(slot, x_slot, sums)
