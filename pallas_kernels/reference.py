@@ -99,9 +99,13 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Return ``silu(gate) * up``, ``silu(g) = g / (1 + exp(-g))``: what gated layers pass on.
 
+    Results of 16 bits are rounded once, at the end, as in the kernel that does it.
+
     Source: Shazeer, GLU Variants Improve Transformer (2020).
     """
-    return jax.nn.silu(gate) * up
+    dtype = jnp.result_type(gate, up)
+    gate, up = (y.astype(jnp.promote_types(dtype, jnp.float32)) for y in (gate, up))
+    return (jax.nn.silu(gate) * up).astype(dtype)
 
 
 def dequantize(q) -> jax.Array:

@@ -9,7 +9,8 @@ memory: ``started``, once the backend has computed something; ``warm``, once a m
 of that width went the same way and was let go, so that programs for these sizes, and what jax, its
 compiler and the device's runtime take, are there; and ``peak``, the most while the folder was
 quantized. ``ratio`` is peak - warm over the largest layer and the hidden states kept. ``anon`` is
-the part of the peak that is no mapped file, sampled.
+the part of the peak that is no mapped file, sampled. Those of the same work once more, by then all
+that libraries keep is kept, are ``again``.
 """
 
 import ctypes
@@ -123,6 +124,18 @@ def quantize(folder, out, solver):
     quantize_folder(folder, out, batches_of(256), recipe, dtype=jnp.bfloat16)
 
 
+def repeated(work, unit):
+    """Marks of work that was done before in this process."""
+    gc.collect()
+    return_freed()
+    before = {key: status(key) for key in ("VmRSS", "RssAnon")}
+    with Peaks() as peaks:
+        work()
+    grown = peaks.total - before["VmRSS"]
+    anon = peaks.sampled["RssAnon"] - before["RssAnon"]
+    return {"before": before["VmRSS"], "grown": grown, "anon_grown": anon, "ratio": grown / unit}
+
+
 def run(folder, out, solver="rtn", trace=False):
     tensors = FolderTensors(folder)
     sizes = {n: tensors[n].nbytes for n in tensors}
@@ -141,6 +154,8 @@ def run(folder, out, solver="rtn", trace=False):
     start = time.perf_counter()
     with Peaks() as peaks:
         quantize(folder, out, solver)
+    seconds = time.perf_counter() - start
+    unit = layer + hidden
     found = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -154,12 +169,14 @@ def run(folder, out, solver="rtn", trace=False):
         "peak": peaks.total,
         "anon": peaks.sampled["RssAnon"],
         "grown": peaks.total - warm,
-        "ratio": (peaks.total - warm) / (layer + hidden),
-        "seconds": time.perf_counter() - start,
+        "ratio": (peaks.total - warm) / unit,
+        "seconds": seconds,
     }
     if trace:
         found["host"] = tracemalloc.get_traced_memory()[1] / MIB
-    print(json.dumps({k: v if isinstance(v, str) else round(v, 2) for k, v in found.items()}))
+    else:
+        found["again"] = repeated(lambda: quantize(folder, out, solver), unit)
+    print(json.dumps(jax.tree.map(lambda v: v if isinstance(v, str) else round(v, 2), found)))
 
 
 if __name__ == "__main__":

@@ -277,8 +277,8 @@ def test_gated_layer(m, k, n, fmt, dtype):
     """The expression of the two products in float32, to the hardware's exponential.
 
     And to the roundings of a 16-bit result, half a unit each: the second product's and the
-    result's; for few tokens those of XLA's expression, five, where the first product's counts
-    1 + |gate| times. Apart, K may be cut: another order of float32 sums.
+    result's; where XLA combines the products the first one's, too, which counts 1 + |gate| times.
+    Apart, K may be cut: another order of float32 sums.
     """
     operand = "float8" if fmt is wush.MXFP4 else "bfloat16"
     pair = [weight_of(kind, k, n, fmt, operand)[0] for kind in ("gaussian", "outliers")]
@@ -308,12 +308,13 @@ def test_weights_made_by_the_same_program(m):
     laid, _ = weight_of("gaussian", 4096, 1024, wush.MXFP4, "float8")
     x = values("gaussian", (m, 4096), 2).astype(jnp.bfloat16)
     run = functools.partial(layer, x, None)
-    wanted = [jax.jit(run)(dataclasses.replace(laid, records=laid.records ^ i)) for i in range(8)]
+    each = [dataclasses.replace(laid, records=jnp.roll(laid.records, i, 0)) for i in range(8)]
+    wanted = [jax.jit(run)(weight) for weight in each]
 
     @jax.jit
     def chain(laid):
-        each = [dataclasses.replace(laid, records=laid.records ^ i) for i in range(8)]
-        return [run(w) for w in each]
+        each = (jnp.roll(laid.records, i, 0) for i in range(8))
+        return [run(dataclasses.replace(laid, records=records)) for records in each]
 
     for _ in range(20):
         for found, one in zip(chain(laid), wanted, strict=True):
