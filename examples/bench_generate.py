@@ -6,9 +6,9 @@
 Weights are random and the same in every layer; transforms are per block, as WUSH's are, and layers
 that share an input share them. Each variant runs in a process of its own, so that the peak of
 device memory is its own.
-Decoding is the time of the second half of `--new` tokens: what a call takes besides (the prompt, and
-the driver's recording of a step's kernels, once a call) is out; prefill is the logits of one prompt
-of 4096 tokens. The head stays BF16 in both.
+Decoding is the time of the second half of `--new` tokens: what a call takes besides (the prompt,
+and the driver's recording of a step's kernels, once a call) is out; prefill is the logits of one
+prompt of 4096 tokens. The head stays BF16 in both.
 """
 
 import argparse

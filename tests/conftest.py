@@ -69,8 +69,12 @@ def eight_devices():
         pytest.skip(f"needs 8 devices, virtual or not; there are {jax.device_count()}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before items are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none."""
+    """Mark the examples of docstrings; skip what needs a GPU where there is none."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.files)
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU; the backend is {jax.default_backend()}")

@@ -14,6 +14,7 @@ DOCS = Path(wush_jax.__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
+@pytest.mark.files
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_run(page):
     """Those with a prompt; the others, which need a model or a folder, have to compile."""

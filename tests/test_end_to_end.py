@@ -104,6 +104,7 @@ def layers_of(model):
 dequantize = jax.jit(wush.dequantize)
 
 
+@pytest.mark.once
 def test_an_independent_reader_finds_the_same(checkpoint):
     """Codes, scales and transforms byte for byte; values by the tables of the format."""
     files = read_with_numpy(checkpoint)
@@ -137,6 +138,7 @@ def logits_of(model, tokens):
     return model(tokens)
 
 
+@pytest.mark.once
 def test_logits_survive_saving_bit_for_bit(source, checkpoint, tmp_path):
     model = load_pretrained(source, param_dtype=jnp.bfloat16)
     recipe = wush.Recipe(format=wush.MXFP4, transform="wush", solver="gptq")
@@ -152,7 +154,11 @@ def test_logits_survive_saving_bit_for_bit(source, checkpoint, tmp_path):
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.skipif(not ONE_ORDER, reason="a GPU's library may sum another number of products anew")
 @pytest.mark.parametrize(
-    "calibration", [pytest.param("one-shot", marks=pytest.mark.once), "sequential"]
+    "calibration",
+    [
+        pytest.param("one-shot", marks=pytest.mark.once),
+        pytest.param("sequential", marks=pytest.mark.files),
+    ],
 )
 def test_eight_devices_write_the_same_bytes(source, tmp_path, calibration):
     """Eight parts of each batch, on one device or on eight: what a part gives is the same.

@@ -123,6 +123,14 @@ def test_stop_tokens_are_looked_for_in_chunks():
         np.testing.assert_array_equal(found, row[:count] + [0] * (limit - count))
 
 
+def test_more_positions_than_the_model_was_made_for_are_warned_of():
+    model = random_model(dataclasses.replace(CONFIG, max_position_embeddings=11))
+    few = generate(model, PROMPTS, max_new_tokens=2)
+    with pytest.warns(UserWarning, match="need 12 positions; the model was made for 11"):
+        more = generate(model, PROMPTS, max_new_tokens=3)
+    np.testing.assert_array_equal(more.tokens[:, :2], few.tokens)
+
+
 def test_bfloat16_and_random_draws():
     tensors = wush.models.to_tensors(random_model(CONFIG))
     model = wush.models.from_tensors(CONFIG, tensors, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)

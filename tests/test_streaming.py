@@ -21,7 +21,7 @@ from wush_jax.models import load_pretrained, to_tensors
 from wush_jax.streaming import quantize_folder
 from wush_jax.tensor_folder import TensorFolder
 
-pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=True)
 BATCHES = tokens(2, shape=(2, 32))

@@ -91,6 +91,7 @@ def deep(fmt, bits, operand):
     return (bits > 0) & (bits < top - fragments.TOP + fragments.LOWEST[operand])
 
 
+@pytest.mark.once
 @each_record
 def test_round_trip_keeps_every_value(fmt, operand):
     @given(weights(fmt))

@@ -12,6 +12,8 @@ import wush_jax as wush
 from pallas_kernels import repack
 from pallas_kernels.cases import Case
 
+pytestmark = pytest.mark.once
+
 
 @functools.partial(jax.jit, static_argnames=("layout",))
 def mxfp4(x, t, layout="interchange"):

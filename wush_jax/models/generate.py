@@ -1,5 +1,6 @@
 """Text from a decoder: prompts read once, then token by token over a cache, in one compilation."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +104,9 @@ def generate(
     Raises:
         ValueError: an empty prompt, lengths that do not fit, a temperature without a key.
 
+    Warns:
+        UserWarning: more positions than the model was made for; it goes on all the same.
+
     >>> from wush_jax.models import LlamaConfig
     >>> config = LlamaConfig(vocab_size=11, hidden_size=16, intermediate_size=32,
     ...                      num_hidden_layers=1, num_attention_heads=2)
@@ -112,6 +116,13 @@ def generate(
     """
     prompts, lengths = _padded(prompts, lengths)
     _check_sampling(max_new_tokens, temperature, top_p, key)
+    positions, made_for = lengths.max() + max_new_tokens, model.config.max_position_embeddings
+    if positions > made_for:
+        warnings.warn(
+            f"prompts of up to {lengths.max()} tokens and max_new_tokens={max_new_tokens} need "
+            f"{positions} positions; the model was made for {made_for}, later text may degrade",
+            stacklevel=2,
+        )
     graph, state = nnx.split(model)
     tokens, count = _generate(
         graph,
