@@ -13,7 +13,7 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax.draws import Draws, ablation, compare_draws
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.once
 
 EVALUATION = tokens(1, seed=1)
 SETTINGS = {"paper": wush.Recipe(), "same": wush.Recipe(), "h": wush.Recipe(transform="hadamard")}

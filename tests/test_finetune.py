@@ -18,7 +18,7 @@ import wush_jax as wush
 from wush_jax.finetune import LatentDense, pack, unpack
 from wush_jax.nnx import Packed, QuantizedDense
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
 RECIPE = wush.Recipe(solver="rtn")
 BATCHES = rows(2)

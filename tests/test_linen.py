@@ -161,6 +161,7 @@ def test_the_quantized_weight_is_what_is_applied(result, variables):
     np.testing.assert_allclose(run(quantized, X), expected, atol=1e-4)
 
 
+@pytest.mark.files
 @pytest.mark.parametrize("remat", [False, True])
 def test_layers_stacked_for_a_scan(result, variables, remat):
     """The same weights, stacked, give the same codes."""
@@ -259,6 +260,7 @@ class Counts(nn.Module):
         return nn.DenseGeneral(8, axis=(-1,), name="dense")(x) + calls.value
 
 
+@pytest.mark.files
 def test_other_collections_and_arguments():
     variables = Counts().init(jax.random.key(0), X, train=False)
     model = LinenModel(Counts(), variables, X, train=False)

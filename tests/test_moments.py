@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import wush_jax as wush
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("strict")]
 
 K, D = 16, 4
 BLOCKS = pytest.mark.parametrize("block", [None, D])

@@ -17,7 +17,7 @@ import wush_jax as wush
 from wush_jax import numerics, transforms
 from wush_jax.formats import FORMATS
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.files, pytest.mark.usefixtures("strict")]
 
 ROWS, K, D = 4, 64, 8
 NORMAL, TINY, HUGE = 2.0**-126, 1e-38, 1e38

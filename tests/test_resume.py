@@ -19,7 +19,7 @@ from tiny import BLOCKS, Blocks
 import wush_jax as wush
 from wush_jax.resume import RunState, digest
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.once
 
 SCRIPT = Path(long_run.__file__)
 FINGERPRINT = {"model": "a", "batches": "b"}

@@ -17,7 +17,7 @@ from wush_jax.planning import swap
 from wush_jax.siblings import call_together
 from wush_jax.site import quantize_site
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
 
 WIDTHS = (128, 64, 70)
 

@@ -14,7 +14,7 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax import study
 
-pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
 CALIBRATION, EVALUATION = tokens(2), tokens(2, seed=1)
 SETTINGS = study.grid([wush.MXFP4], ["wush"]) | {
