@@ -9,8 +9,8 @@ memory: ``started``, once the backend has computed something; ``warm``, once a m
 of that width went the same way and was let go, so that programs for these sizes, and what jax, its
 compiler and the device's runtime take, are there; and ``peak``, the most while the folder was
 quantized. ``ratio`` is peak - warm over the largest layer and the hidden states kept. ``anon`` is
-the part of the peak that is no mapped file, sampled. Those of the same work once more, by then all
-that libraries keep is kept, are ``again``.
+the part of the peak that is no mapped file, sampled. Those of the same work once more, when all
+that libraries keep is kept, are ``again``, their ``warm`` the memory before it.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -124,16 +125,22 @@ def quantize(folder, out, solver):
     quantize_folder(folder, out, batches_of(256), recipe, dtype=jnp.bfloat16)
 
 
-def repeated(work, unit):
-    """Marks of work that was done before in this process."""
+def marks(work, unit):
+    """The process's memory before a piece of work and at its peak, in MiB and in units."""
     gc.collect()
     return_freed()
-    before = {key: status(key) for key in ("VmRSS", "RssAnon")}
+    warm = status("VmRSS")
+    start = time.perf_counter()
     with Peaks() as peaks:
         work()
-    grown = peaks.total - before["VmRSS"]
-    anon = peaks.sampled["RssAnon"] - before["RssAnon"]
-    return {"before": before["VmRSS"], "grown": grown, "anon_grown": anon, "ratio": grown / unit}
+    return {
+        "warm": warm,
+        "peak": peaks.total,
+        "anon": peaks.sampled["RssAnon"],
+        "grown": peaks.total - warm,
+        "ratio": (peaks.total - warm) / unit,
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def run(folder, out, solver="rtn", trace=False):
@@ -146,16 +153,9 @@ def run(folder, out, solver="rtn", trace=False):
     with tempfile.TemporaryDirectory() as small:
         make(Path(small) / "model", 2, tensors.config.hidden_size)
         quantize(Path(small) / "model", Path(small) / "out", solver)
-    gc.collect()
-    return_freed()
-    warm = status("VmRSS")
+    once = partial(marks, lambda: quantize(folder, out, solver), layer + hidden)
     if trace:
         tracemalloc.start()  # what the host allocates: neither devices nor the runtime
-    start = time.perf_counter()
-    with Peaks() as peaks:
-        quantize(folder, out, solver)
-    seconds = time.perf_counter() - start
-    unit = layer + hidden
     found = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -165,17 +165,12 @@ def run(folder, out, solver="rtn", trace=False):
         "hidden": hidden,
         "largest_tensor": max(sizes.values()) / MIB,
         "started": started,
-        "warm": warm,
-        "peak": peaks.total,
-        "anon": peaks.sampled["RssAnon"],
-        "grown": peaks.total - warm,
-        "ratio": (peaks.total - warm) / unit,
-        "seconds": seconds,
+        **once(),
     }
     if trace:
         found["host"] = tracemalloc.get_traced_memory()[1] / MIB
     else:
-        found["again"] = repeated(lambda: quantize(folder, out, solver), unit)
+        found["again"] = once()
     print(json.dumps(jax.tree.map(lambda v: v if isinstance(v, str) else round(v, 2), found)))
 
 
