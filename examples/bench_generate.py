@@ -184,6 +184,8 @@ def main():
     parser.add_argument("--attention", help='of jax.nn.dot_product_attention: "cudnn" or "xla"')
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.new < 2:
+        parser.error(f"--new {options.new}: at least 2, the second half is timed")
     if options.variant:
         measure(options)
         return

@@ -270,8 +270,8 @@ def runs(tmp_path_factory):
 
 
 def test_killed_runs_resume_to_the_same_bytes(runs):
-    """In the second layer, then, resumed, between the third's end and its name on disk."""
-    deaths = [("pass", 9, 1), ("rename", 2, 2)]
+    """In the second layer, then between the third's end and its name on disk, then anywhere."""
+    deaths = [("pass", 9, 1), ("rename", 2, 2), ("pass", 3, 2)]
     for kind, value, stages in deaths:
         died = runs("fast", kind, value)
         assert died.returncode == -signal.SIGKILL, died.stderr
