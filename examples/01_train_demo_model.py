@@ -22,9 +22,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from wush_jax.demo import load_model, save_model, split_text, stdlib_text, token_batches
-from wush_jax.evaluate import bits_per_byte
+from wush_jax.evaluation.evaluate import bits_per_byte
 from wush_jax.models import Llama, LlamaConfig
+from wush_jax.models.demo import load_model, save_model, split_text, stdlib_text, token_batches
 
 
 def parse_arguments() -> argparse.Namespace:

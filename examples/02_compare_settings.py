@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 import wush_jax as wush
-from wush_jax.demo import load_demo_model, stdlib_text, token_batches
-from wush_jax.recipe import Recipe
-from wush_jax.study import Study, compare, grid
+from wush_jax.evaluation.study import Study, compare, grid
+from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
+from wush_jax.solvers.recipe import Recipe
 
 TRANSFORMS = ("identity", "hadamard", "wus", "wush")
 

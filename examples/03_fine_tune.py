@@ -21,9 +21,9 @@ import tyro
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.demo import load_demo_model, stdlib_text, token_batches
-from wush_jax.finetune import pack, unpack
-from wush_jax.nnx import QuantizedDense, replace_modules
+from wush_jax.layers.finetune import pack, unpack
+from wush_jax.layers.nnx import QuantizedDense, replace_modules
+from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ on a model of example 01 (bytes are tokens), or on a Hugging Face folder with it
     python examples/04_paper_vs_best.py --model wide.safetensors --text wikitext2-valid.txt
     python examples/04_paper_vs_best.py --model Llama-3.2-1B --text valid.txt --length 2048
 
-Any other Flax model: `wush_jax.draws.compare_draws`.
+Any other Flax model: `wush_jax.evaluation.draws.compare_draws`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import tyro
 from rich.console import Console
 
 import wush_jax as wush
-from wush_jax.demo import load_demo_model, load_model, split_text, stdlib_text, token_batches
-from wush_jax.draws import ablation, compare_draws
+from wush_jax.evaluation.draws import ablation, compare_draws
 from wush_jax.models import load_pretrained
-from wush_jax.recipe import Recipe
-from wush_jax.text import Tokenizer
+from wush_jax.models.demo import load_demo_model, load_model, split_text, stdlib_text, token_batches
+from wush_jax.models.text import Tokenizer
+from wush_jax.solvers.recipe import Recipe
 
 FORMATS = {fmt.name: fmt for fmt in (wush.MXFP4, wush.NVFP4, wush.INT4)}
 

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 import wush_jax as wush
-from wush_jax.calibrate import capture_rows
-from wush_jax.demo import load_demo_model, stdlib_text, token_batches
-from wush_jax.linalg import HIGHEST, diagonal_blocks, inverse
-from wush_jax.nnx import dense_layers
+from wush_jax.calibration.observe import capture_rows
+from wush_jax.layers.nnx import dense_layers
+from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
+from wush_jax.transforms.linalg import HIGHEST, diagonal_blocks, inverse
 
 LAYERS = tuple(
     f"layers.{i}.{name}"

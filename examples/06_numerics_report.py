@@ -19,8 +19,8 @@ import tyro
 from matplotlib.figure import Figure
 
 import wush_jax as wush
-from wush_jax import linalg
 from wush_jax.formats import FORMATS
+from wush_jax.transforms import linalg
 
 CONDITIONS = 10.0 ** np.arange(0, 13, 2)
 DAMPINGS = 10.0 ** np.arange(-6, 0)

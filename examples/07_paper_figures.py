@@ -25,15 +25,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Polygon
 
 import wush_jax as wush
-from wush_jax import linalg, transforms
-from wush_jax.calibrate import capture_rows, collect_moments
-from wush_jax.demo import load_demo_model, stdlib_text, token_batches
-from wush_jax.model import quantize_with
-from wush_jax.nnx import dense_layers
-from wush_jax.noise import relative_error
-from wush_jax.numerics import E4M3
-from wush_jax.site_transform import build_transform
-from wush_jax.study import grid
+from wush_jax import transforms
+from wush_jax.calibration.model import quantize_with
+from wush_jax.calibration.observe import capture_rows, collect_moments
+from wush_jax.evaluation.study import grid
+from wush_jax.formats.elements import E4M3
+from wush_jax.layers.nnx import dense_layers
+from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
+from wush_jax.solvers.noise import relative_error
+from wush_jax.solvers.site_transform import build_transform
+from wush_jax.transforms import linalg
 
 TRANSFORMS = ("identity", "hadamard", "wus", "wush")
 FORMATS = (wush.MXFP4, wush.NVFP4, wush.INT4)

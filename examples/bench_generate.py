@@ -23,12 +23,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.kernel_layout import pack_for_kernels
+from wush_jax.calibration.steps import swap
+from wush_jax.layers.kernel_layout import pack_for_kernels
+from wush_jax.layers.nnx import dense_layers
 from wush_jax.models import Llama, LlamaConfig
-from wush_jax.models.generate import generate
-from wush_jax.nnx import dense_layers
-from wush_jax.planning import swap
-from wush_jax.site import quantize_site
+from wush_jax.models.generation import generate
+from wush_jax.solvers.site import quantize_site
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,

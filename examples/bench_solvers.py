@@ -19,7 +19,7 @@ import numpy as np
 import scipy.linalg
 
 import wush_jax as wush
-from wush_jax.site import effective_weight, quantize_site
+from wush_jax.solvers.site import effective_weight, quantize_site
 
 # Llama-3.1-8B: channels K of each input site, and the outputs N of the layers that read it.
 SITES = {

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import matmul, mosaic_gpu, reference, repack, scaled_dot, xla, xla_fp8
+from pallas_kernels import reference, repack
+from pallas_kernels.hopper import matmul, mosaic_gpu
+from pallas_kernels.library import scaled_dot, xla, xla_fp8
 
 Implementation = str | Sequence[str] | None
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wush_jax as wush
-from wush_jax import numerics, transforms
-from wush_jax.formats import FORMATS
+from wush_jax import transforms
+from wush_jax.formats import FORMATS, elements
 
 pytestmark = [pytest.mark.files, pytest.mark.usefixtures("strict")]
 
@@ -87,7 +87,7 @@ def test_finite_numbers_give_valid_codes_and_finite_values(fmt, seed, kind):
         np.testing.assert_array_equal(fake, values)
 
 
-pack = jax.jit(numerics.pack, static_argnums=1)
+pack = jax.jit(elements.pack, static_argnums=1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

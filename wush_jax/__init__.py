@@ -1,10 +1,13 @@
 """Near-optimal adaptive transforms (WUSH) for 4-bit quantization in JAX: the public names."""
 
-from wush_jax.auto import choose_recipes as choose_recipes
-from wush_jax.checkpoint import load as load
-from wush_jax.checkpoint import save as save
-from wush_jax.evaluate import kl_divergence as kl_divergence
-from wush_jax.evaluate import perplexity as perplexity
+from wush_jax.calibration.auto import choose_recipes as choose_recipes
+from wush_jax.calibration.model import quantize_model as quantize_model
+from wush_jax.calibration.planning import plan as plan
+from wush_jax.calibration.sequential import Sequential as Sequential
+from wush_jax.checkpoints.checkpoint import load as load
+from wush_jax.checkpoints.checkpoint import save as save
+from wush_jax.evaluation.evaluate import kl_divergence as kl_divergence
+from wush_jax.evaluation.evaluate import perplexity as perplexity
 from wush_jax.formats import INT4 as INT4
 from wush_jax.formats import INT8 as INT8
 from wush_jax.formats import MXFP4 as MXFP4
@@ -16,20 +19,14 @@ from wush_jax.formats import QuantizedArray as QuantizedArray
 from wush_jax.formats import dequantize as dequantize
 from wush_jax.formats import fake_quantize as fake_quantize
 from wush_jax.formats import quantize as quantize
-from wush_jax.linalg import hadamard_matrix as hadamard_matrix
-from wush_jax.linear import layer_loss as layer_loss
-from wush_jax.linear import quantized_dot as quantized_dot
-from wush_jax.model import quantize_model as quantize_model
-from wush_jax.moments import Moments as Moments
-from wush_jax.moments import second_moment as second_moment
-from wush_jax.planning import plan as plan
-from wush_jax.presets import BEST as BEST
-from wush_jax.presets import BEST_WIDE as BEST_WIDE
-from wush_jax.presets import PAPER as PAPER
-from wush_jax.recipe import Recipe as Recipe
-from wush_jax.sequential import Sequential as Sequential
-from wush_jax.site import PackedWeight as PackedWeight
-from wush_jax.site import quantize_weight as quantize_weight
+from wush_jax.layers.linear import layer_loss as layer_loss
+from wush_jax.layers.linear import quantized_dot as quantized_dot
+from wush_jax.solvers.presets import BEST as BEST
+from wush_jax.solvers.presets import BEST_WIDE as BEST_WIDE
+from wush_jax.solvers.presets import PAPER as PAPER
+from wush_jax.solvers.recipe import Recipe as Recipe
+from wush_jax.solvers.site import PackedWeight as PackedWeight
+from wush_jax.solvers.site import quantize_weight as quantize_weight
 from wush_jax.transforms import BlockTransform as BlockTransform
 from wush_jax.transforms import apply_transform as apply_transform
 from wush_jax.transforms import hadamard_transform as hadamard_transform
@@ -38,3 +35,6 @@ from wush_jax.transforms import predicted_gain as predicted_gain
 from wush_jax.transforms import predicted_loss as predicted_loss
 from wush_jax.transforms import random_transform as random_transform
 from wush_jax.transforms import wush_transform as wush_transform
+from wush_jax.transforms.linalg import hadamard_matrix as hadamard_matrix
+from wush_jax.transforms.moments import Moments as Moments
+from wush_jax.transforms.moments import second_moment as second_moment

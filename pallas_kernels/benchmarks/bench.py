@@ -1,4 +1,4 @@
-"""Device time of the kernels: ``python -m pallas_kernels.bench`` on one GPU.
+"""Device time of the kernels: ``python -m pallas_kernels.benchmarks`` on one GPU.
 
 Each call finds a cold L2 (`measure`). For ``transform_quantize`` the floor is the least traffic of
 the call at the rate of the fastest copy measured in the same run, and results are compared with the
@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_matmul, mosaic_gpu, reference, xla
-from pallas_kernels.cases import BENCH, Case
-from pallas_kernels.measure import copy_rate, device_time
-from pallas_kernels.tiles import SHARED_MEMORY, Tiles
+from pallas_kernels import reference
+from pallas_kernels.benchmarks import bench_matmul
+from pallas_kernels.benchmarks.cases import BENCH, Case
+from pallas_kernels.benchmarks.measure import copy_rate, device_time
+from pallas_kernels.hopper import mosaic_gpu
+from pallas_kernels.hopper.tiles import SHARED_MEMORY, Tiles
+from pallas_kernels.library import xla
 
 
 def mismatch(function, case: Case, fmt) -> tuple[float, float]:
@@ -126,7 +129,7 @@ def tune(formats) -> dict:
             best = min(timed, key=lambda tiles: timed[tiles])
             entry = {"rows": limit, "scale": fmt.scale_dtype, "tiles": dataclasses.asdict(best)}
             entries.append({**entry, "microseconds": round(timed[best] * 1e6, 2)})
-    command = "python -m pallas_kernels.bench --tune"
+    command = "python -m pallas_kernels.benchmarks --tune"
     return {"command": command, "jax": jax.__version__, "transform_quantize": entries}
 
 

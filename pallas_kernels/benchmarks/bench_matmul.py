@@ -1,4 +1,4 @@
-"""Products of packed weights against BF16: ``python -m pallas_kernels.bench --matmul``.
+"""Products of packed weights against BF16: ``python -m pallas_kernels.benchmarks --matmul``.
 
 For each shape and M: the time of ``jnp.dot`` in bfloat16, of the product with packed weights, and
 of the whole W4A4 layer (transform, quantize, multiply) as the dispatch chooses, in one run.
@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import fragments, matmul, mosaic_gpu, plans, reference, xla_fp8
-from pallas_kernels.measure import device_time, prepare_all, read_rate
-from pallas_kernels.tiles import Split, Tiling
+from pallas_kernels import fragments, reference
+from pallas_kernels.benchmarks.measure import device_time, prepare_all, read_rate
+from pallas_kernels.hopper import matmul, mosaic_gpu, plans
+from pallas_kernels.hopper.tiles import Split, Tiling
+from pallas_kernels.library import xla_fp8
 
 # (K, N) of Llama-3.1-8B: q, k, v together; o; gate and up together; down.
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))

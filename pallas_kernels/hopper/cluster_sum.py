@@ -10,8 +10,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import fragments
-from pallas_kernels.inlined import SCALAR, address, cluster_sync, lane_value, spread
-from pallas_kernels.quad import Quad, asm, const, i32, run
+from pallas_kernels.hopper.inlined import SCALAR, address, cluster_sync, lane_value, spread
+from pallas_kernels.hopper.quad import Quad, asm, const, i32, run
 
 PAD = 2  # words behind a row of sums: neighbouring rows are in different banks, pairs aligned
 

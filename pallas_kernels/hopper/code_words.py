@@ -12,7 +12,7 @@ from __future__ import annotations
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith, nvvm
 
-from pallas_kernels.quad import EVERY_LANE, SEGMENTS, asm, const, i32, ptx
+from pallas_kernels.hopper.quad import EVERY_LANE, SEGMENTS, asm, const, i32, ptx
 
 # Second operand where the mask (third operand) is 0, first where it is 1.
 SELECT = 0xF0 & 0xAA | 0xCC & ~0xAA & 0xFF

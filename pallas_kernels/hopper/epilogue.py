@@ -18,9 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels import code_words, group_scales, repack
-from pallas_kernels.inlined import address, generic_address, lane_value
-from pallas_kernels.quad import Quad, asm, const, run
+from pallas_kernels import repack
+from pallas_kernels.hopper import code_words, group_scales
+from pallas_kernels.hopper.inlined import address, generic_address, lane_value
+from pallas_kernels.hopper.quad import Quad, asm, const, run
 
 CHUNK = 32  # columns that a quad packs into four words, one a lane
 TOGETHER = 15  # a hardware barrier: the lower ones belong to single warpgroups

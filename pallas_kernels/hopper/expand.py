@@ -21,8 +21,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import fragments
-from pallas_kernels.inlined import address, swizzled
-from pallas_kernels.quad import asm, const
+from pallas_kernels.hopper.inlined import address, swizzled
+from pallas_kernels.hopper.quad import asm, const
 
 # Eight codes of a word times the scales of its two steps, as four registers of two bfloat16 values.
 E2M1 = """{

@@ -23,9 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import expand, fragments
-from pallas_kernels.inlined import address, swizzled
-from pallas_kernels.quad import Quad, asm, const, f32, ptx, run
+from pallas_kernels import fragments
+from pallas_kernels.hopper import expand
+from pallas_kernels.hopper.inlined import address, swizzled
+from pallas_kernels.hopper.quad import Quad, asm, const, f32, ptx, run
 
 # Eight codes of a word as E5M2: $0 those of even columns, $1 of odd ones. $3 and $4 are a table of
 # the bytes of 0 to 1.5 and of 2 to 6, times the scale.

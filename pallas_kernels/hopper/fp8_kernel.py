@@ -22,9 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import expand, float8, fragments, repack
-from pallas_kernels.inlined import SCALAR, generic_address, lane_value, spread, swizzled
-from pallas_kernels.quad import Quad, asm, const, i32
+from pallas_kernels import fragments, repack
+from pallas_kernels.hopper import expand, float8
+from pallas_kernels.hopper.inlined import SCALAR, generic_address, lane_value, spread, swizzled
+from pallas_kernels.hopper.quad import Quad, asm, const, i32
 
 # Bring the largest scale from 2**13 in E5M2 to 2**6: 6 * 2**6 = 384 < 448.
 LOWER = 7

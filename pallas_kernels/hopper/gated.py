@@ -11,9 +11,9 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import float8
-from pallas_kernels.inlined import address
-from pallas_kernels.quad import asm, const, f32, ptx, run
+from pallas_kernels.hopper import float8
+from pallas_kernels.hopper.inlined import address
+from pallas_kernels.hopper.quad import asm, const, f32, ptx, run
 
 THREADS = 128  # of a warpgroup: where one has a value of a tile, its partner has the other's
 # g / (1 + 2**(-g / ln 2)) * u; approximations of the hardware, a few units in the last place.

@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.code_words import CLAMP, ROUND
-from pallas_kernels.quad import absmax, const, f32, fadd, fmax, i32, ptx, scaled
+from pallas_kernels.hopper.code_words import CLAMP, ROUND
+from pallas_kernels.hopper.quad import absmax, const, f32, fadd, fmax, i32, ptx, scaled
 
 # What a power-of-two rule adds to the bits of amax before the exponent is read off, and to the
 # exponent afterwards: a mantissa of 1.75 (1.5, exclusive) carries into the next binade.

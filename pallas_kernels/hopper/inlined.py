@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from pallas_kernels.quad import i32, run
+from pallas_kernels.hopper.quad import i32, run
 
 ROWS = 64  # of a warpgroup's instruction
 SCALAR = plgpu.Layout.WGMMA.reduce(1)

@@ -8,8 +8,10 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels import fragments, mosaic_gpu, plans, repack, xla, xla_fp8
-from pallas_kernels.tiles import Split, Tiling, sharing
+from pallas_kernels import fragments, repack
+from pallas_kernels.hopper import mosaic_gpu, plans
+from pallas_kernels.hopper.tiles import Split, Tiling, sharing
+from pallas_kernels.library import xla, xla_fp8
 
 
 def quantized_matmul(x, weight, *, out_dtype=None):
@@ -169,7 +171,7 @@ def multiply_float8(
       gated: return one result, `reference.swiglu` of two weights' products, where one kernel makes
         it; else both products.
     """
-    from pallas_kernels import matmul_kernel, tiled_kernel
+    from pallas_kernels.hopper import matmul_kernel, tiled_kernel
 
     values, powers = left
     _check_result(values.shape, out_dtype)
@@ -208,7 +210,7 @@ def _gated_kernel(how: Split | Tiling, weights) -> bool:
 
 def _products(rows, weights, divisor, dtype, device, plan, ahead, gated):
     """Multiply rows (M, K): in one kernel, or one for each weight."""
-    from pallas_kernels import matmul_kernel, tiled_kernel
+    from pallas_kernels.hopper import matmul_kernel, tiled_kernel
 
     kind = fragments.carrier(weights[0].format).kind
     how = plan or plans.choose(rows.shape[0], *_sizes(weights), kind, device)

@@ -25,10 +25,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import expand, float8, fragments, repack
-from pallas_kernels.cluster_sum import PAD, ClusterSum
-from pallas_kernels.inlined import named, scalars, swizzled, wait_for_kernel_before
-from pallas_kernels.tiles import SHARED_MEMORY, Split
+from pallas_kernels import fragments, repack
+from pallas_kernels.hopper import expand, float8
+from pallas_kernels.hopper.cluster_sum import PAD, ClusterSum
+from pallas_kernels.hopper.inlined import named, scalars, swizzled, wait_for_kernel_before
+from pallas_kernels.hopper.tiles import SHARED_MEMORY, Split
 
 POWERS = repack.padded(1)  # tokens whose powers a copy brings: the most of a call
 

@@ -13,7 +13,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import repack
-from pallas_kernels import tiles as tile_tables
+from pallas_kernels.hopper import tiles as tile_tables
 
 HOPPER = "9.0"
 
@@ -81,7 +81,7 @@ def launch(
     ``unit="mma"`` uses warp-level matrix instructions in place of Hopper's wgmma: with it the
     kernel compiles for Blackwell (sm_100a), where it was never run.
     """
-    from pallas_kernels import quantize_kernel
+    from pallas_kernels.hopper import quantize_kernel
 
     quantize_kernel.check_supported(x.reshape(-1, x.shape[-1]), transform, fmt)
     if layout == "values" and fmt.element.name != "e2m1":
@@ -146,7 +146,7 @@ def _sharded(statics, x, transform, g, *after):
 
 @functools.partial(custom_partitioning, static_argnums=(0,))
 def _partitioned(statics, x, transform, g, *after):
-    from pallas_kernels import quantize_kernel
+    from pallas_kernels.hopper import quantize_kernel
 
     fmt, layout, tiles, unit, interpret, early = statics
     return quantize_kernel.transform_quantize(

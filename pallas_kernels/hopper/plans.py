@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from pallas_kernels import tiles as tile_tables
-from pallas_kernels.tiles import PROMOTED, Split, Tiling
+from pallas_kernels.hopper import tiles as tile_tables
+from pallas_kernels.hopper.tiles import PROMOTED, Split, Tiling
 
 # Tokens up to which a product is bound by reading the weights: in bfloat16, in FP8.
 FEW, FEW_FLOAT8 = 16, 32
@@ -25,8 +25,8 @@ def as_they_are(tokens: int, steps: int) -> bool:
 def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split | Tiling:
     """Return how to divide a call: the device's tuned entry for its sizes, else a rule's.
 
-    Entries (``python -m pallas_kernels.bench --matmul --tune``) are ``{"kind", "tiles", "steps",
-    "tokens": up to, "split" or "tiling": {...}}``; the first that fits counts.
+    Entries (``python -m pallas_kernels.benchmarks --matmul --tune``) are ``{"kind", "tiles",
+    "steps", "tokens": up to, "split" or "tiling": {...}}``; the first that fits counts.
 
     Args:
       tokens: rows of activations, M.

@@ -8,8 +8,8 @@ import math
 import jax.numpy as jnp
 
 from pallas_kernels import repack
-from pallas_kernels.inlined import ROWS
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.hopper.inlined import ROWS
+from pallas_kernels.hopper.tiles import Tiles
 
 # How scales leave the kernel, and what they are.
 SCALE_WORDS = {

@@ -24,9 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import epilogue, group_scales
-from pallas_kernels.inlined import ROWS, spread, swizzled, wait_for_kernel_before
-from pallas_kernels.quantize_geometry import SCALE_WORDS, Geometry
+from pallas_kernels.hopper import epilogue, group_scales
+from pallas_kernels.hopper.inlined import ROWS, spread, swizzled, wait_for_kernel_before
+from pallas_kernels.hopper.quantize_geometry import SCALE_WORDS, Geometry
 
 
 @functools.partial(
@@ -63,7 +63,7 @@ def transform_quantize(
         "values": bfloat16 values (M, K) times g, exact, in place of codes; scales as interchange.
         "float8", for MXFP4: as `repack.to_float8`, a power for each ``tiles.slab`` columns; only
         the first M columns of powers are written.
-      tiles: sizes, see `pallas_kernels.tiles`.
+      tiles: sizes, see `pallas_kernels.hopper.tiles`.
       unit: "wgmma" for Hopper; "mma" for Blackwell, compiled for sm_100a but never run there.
       interpret: run under GPU interpretation, on CPU.
       after: arrays that must be there before the kernel starts; it does not read them.

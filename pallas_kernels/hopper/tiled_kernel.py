@@ -28,15 +28,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import expand, float8, fragments, gated
-from pallas_kernels.inlined import (
+from pallas_kernels import fragments
+from pallas_kernels.hopper import expand, float8, gated
+from pallas_kernels.hopper.inlined import (
     cluster_sync,
     named,
     scalars,
     swizzled,
     wait_for_kernel_before,
 )
-from pallas_kernels.tiles import PROMOTED, SHARED_MEMORY, Tiling
+from pallas_kernels.hopper.tiles import PROMOTED, SHARED_MEMORY, Tiling
 
 FETCH_REGISTERS = 40
 

@@ -128,8 +128,8 @@ def sharing(tokens: int) -> int:
 def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, device: str) -> Tiles:
     """Return the tiles of a call: the table's entry if it fits, else the rule's.
 
-    A table is ``tuned/<device>.json``, made by ``python -m pallas_kernels.bench --tune``: entries
-    ``{"rows": up to, "scale": scale type, "tiles": {...}}``, the first that matches counts.
+    A table is ``tuned/<device>.json``, made by ``python -m pallas_kernels.benchmarks --tune``:
+    entries ``{"rows": up to, "scale": scale type, "tiles": {...}}``, the first that matches counts.
 
     Args:
       rows: M.

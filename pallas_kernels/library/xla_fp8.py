@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fragments, mosaic_gpu, repack
+from pallas_kernels import fragments, repack
+from pallas_kernels.hopper import mosaic_gpu
 
 HIGHEST = 13  # `fp8_kernel.activations` brings the largest scale to 2**13
 # Columns whose products may be summed in short accumulators. Of one sign, 14336 lost over 5 %.
@@ -110,7 +111,7 @@ def multiply(left, global_scale, weight, out_dtype, precision=None):
 
     Sums are float32 unless `fast`.
     """
-    from pallas_kernels import fp8_kernel
+    from pallas_kernels.hopper import fp8_kernel
 
     values, power = left
     right = fp8_kernel.weights(weight.records, weight.format)
@@ -156,7 +157,7 @@ def activations(codes, scales):
 
 def _to_float8(codes, scales, top):
     """`fp8_kernel.activations` where it can, else its definition."""
-    from pallas_kernels import fp8_kernel
+    from pallas_kernels.hopper import fp8_kernel
 
     if codes.shape[1] % 64:  # the kernel's steps are 128 columns
         byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)

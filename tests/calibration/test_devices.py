@@ -1,11 +1,11 @@
 """What the number of devices does to a quantized folder: nothing, or a rounding.
 
 Batches spread over 2, 4 or 8 devices with the weights on each of them give the bytes of one device,
-on CPUs: moments are sums of eighths of a batch however these lie (`wush_jax.moments`), and one
-device solves. What is left to the compiler is that a text goes through the model alike whatever the
-number of texts beside it. XLA's for CPUs sees to that in the cases below; not for very small texts
-(32 tokens of width 64), nor for 256 tokens of width 256. Weights that are spread are another
-matter: products are summed by parts, so activations differ by rounding.
+on CPUs: moments are sums of eighths of a batch however these lie (`wush_jax.transforms.moments`),
+and one device solves. What is left to the compiler is that a text goes through the model alike
+whatever the number of texts beside it. XLA's for CPUs sees to that in the cases below; not for very
+small texts (32 tokens of width 64), nor for 256 tokens of width 256. Weights that are spread are
+another matter: products are summed by parts, so activations differ by rounding.
 """
 
 import jax
@@ -19,8 +19,8 @@ from tiny import codes
 from weights import random_model
 
 import wush_jax as wush
+from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.models import LlamaConfig, load_pretrained, tensor_parallel, to_tensors
-from wush_jax.streaming import quantize_folder
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls", "eight_devices")
 

@@ -9,8 +9,8 @@ from flax import nnx
 from tiny import BLOCKS, Blocks, Net, rows
 
 import wush_jax as wush
-from wush_jax import host_memory
-from wush_jax.calibrate import plain_call
+from wush_jax.calibration import host_memory
+from wush_jax.calibration.observe import plain_call
 
 GPTQ = wush.Recipe(solver="gptq", transform="hadamard")
 

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import Net, rows
 
 import wush_jax as wush
-from wush_jax.nnx import Packed, QuantizedDense, dense_layers
-from wush_jax.site import quantize_site
+from wush_jax.layers.nnx import Packed, QuantizedDense, dense_layers
+from wush_jax.solvers.site import quantize_site
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 

@@ -8,7 +8,7 @@ from flax import nnx
 from tiny import CONFIG, Net, rows, tokens
 from weights import random_model
 
-from wush_jax.calibrate import ROUNDED, Site, collect_moments, find_sites
+from wush_jax.calibration.observe import ROUNDED, Site, collect_moments, find_sites
 
 SITES = (Site(("left", "right"), 64), Site(("twice",), 32))
 

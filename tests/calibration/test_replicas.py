@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from wush_jax.replicas import on_one_device
+from wush_jax.calibration.replicas import on_one_device
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from wush_jax.report import LayerReport, Report
+from wush_jax.calibration.report import LayerReport, Report
 
 pytestmark = pytest.mark.files
 

@@ -17,7 +17,7 @@ import pytest
 from tiny import BLOCKS, Blocks
 
 import wush_jax as wush
-from wush_jax.resume import RunState, digest
+from wush_jax.calibration.resume import RunState, digest
 
 pytestmark = pytest.mark.once
 
@@ -80,7 +80,8 @@ def test_one_run_at_a_time(tmp_path):
     with pytest.raises(BlockingIOError, match=r"state_dir=.* is being written by another process"):
         RunState(tmp_path, FINGERPRINT, resume=True)
     code = (
-        "import sys; from wush_jax.resume import RunState; RunState(sys.argv[1], {}, resume=True)"
+        "import sys; from wush_jax.calibration.resume import RunState; "
+        "RunState(sys.argv[1], {}, resume=True)"
     )
     root = Path(wush.__file__).parents[1]
     other = subprocess.run(

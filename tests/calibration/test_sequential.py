@@ -12,9 +12,9 @@ from tiny import BLOCKS, BYTES, Blocks, Net, codes, rows, tokens
 from weights import random_model
 
 import wush_jax as wush
-from wush_jax import host_memory
-from wush_jax.report import Report
-from wush_jax.sequential import Stack
+from wush_jax.calibration import host_memory
+from wush_jax.calibration.report import Report
+from wush_jax.calibration.sequential import Stack
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 

@@ -17,9 +17,9 @@ from tiny import CONFIG, tokens
 from weights import random_model
 
 import wush_jax as wush
+from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.models import load_pretrained, to_tensors
-from wush_jax.streaming import quantize_folder
-from wush_jax.tensor_folder import TensorFolder
+from wush_jax.storage.tensor_folder import TensorFolder
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 

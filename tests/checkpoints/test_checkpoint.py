@@ -23,10 +23,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import wush_jax as wush
-from wush_jax import interchange
+from wush_jax.checkpoints import interchange
+from wush_jax.checkpoints.packed_layout import activation_scale_scale
+from wush_jax.layers.nnx import Packed, QuantizedDense, dense_layers
 from wush_jax.models import Llama, LlamaConfig
-from wush_jax.nnx import Packed, QuantizedDense, dense_layers
-from wush_jax.packed_layout import activation_scale_scale
 
 pytestmark = pytest.mark.files
 

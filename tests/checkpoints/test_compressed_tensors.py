@@ -11,7 +11,7 @@ from checkpoint_tools import llama_of
 from layout_tools import DERIVED, ROUND_175, model
 
 import wush_jax as wush
-from wush_jax import interchange
+from wush_jax.checkpoints import interchange
 from wush_jax.formats import NVFP4
 
 torch = pytest.importorskip("torch")

@@ -10,9 +10,9 @@ from checkpoint_tools import decode, write_file
 from layout_tools import hadamard, model, shapes, transform
 
 import wush_jax as wush
-from wush_jax import interchange
+from wush_jax.checkpoints import interchange
 from wush_jax.formats import NVFP4
-from wush_jax.site import effective_weight
+from wush_jax.solvers.site import effective_weight
 
 pytestmark = pytest.mark.files
 

@@ -16,14 +16,14 @@ from layout_tools import DERIVED, ROUND_175, effective, model, shapes, transform
 from rich.console import Console
 
 import wush_jax as wush
-from wush_jax import interchange
-from wush_jax.checkpoint import written
-from wush_jax.folder_writer import write_folder
+from wush_jax.checkpoints import interchange
+from wush_jax.checkpoints.checkpoint import written
+from wush_jax.checkpoints.layouts import LAYOUTS
+from wush_jax.checkpoints.layouts.layout import Content
+from wush_jax.checkpoints.packed_layout import record_of
 from wush_jax.formats import INT4, MXFP4, NVFP4
-from wush_jax.layouts import LAYOUTS
-from wush_jax.layouts.layout import Content
-from wush_jax.packed_layout import record_of
-from wush_jax.site import effective_weight
+from wush_jax.solvers.site import effective_weight
+from wush_jax.storage.folder_writer import write_folder
 
 pytestmark = pytest.mark.files
 

@@ -12,7 +12,7 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax import cli
 from wush_jax.commands import demo, terminal
-from wush_jax.demo import token_batches
+from wush_jax.models.demo import token_batches
 
 pytestmark = pytest.mark.files
 

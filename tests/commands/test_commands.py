@@ -14,10 +14,10 @@ from weights import random_model
 
 import wush_jax as wush
 from wush_jax import cli
+from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.commands.options import recipe_of
-from wush_jax.demo import token_batches
 from wush_jax.models import generate, load_pretrained, to_tensors
-from wush_jax.streaming import quantize_folder
+from wush_jax.models.demo import token_batches
 
 pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
 
@@ -122,7 +122,7 @@ def test_a_run_that_was_interrupted_goes_on(source, quantized, tmp_path, monkeyp
     command = ["quantize", str(source), "--out", str(tmp_path / "out")]
     command += ["--text", str(source / "text.txt"), *FLAGS, *RECIPE]
     with monkeypatch.context() as patch:
-        patch.setattr("wush_jax.streaming.write_folder", interrupt)
+        patch.setattr("wush_jax.calibration.streaming.write_folder", interrupt)
         assert cli.main(command) == 130
     assert "--resume" in capsys.readouterr().err
     assert cli.main(command) == 2

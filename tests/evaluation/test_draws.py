@@ -11,7 +11,7 @@ from tiny import BYTES, tokens
 from weights import random_model
 
 import wush_jax as wush
-from wush_jax.draws import Draws, ablation, compare_draws
+from wush_jax.evaluation.draws import Draws, ablation, compare_draws
 
 pytestmark = pytest.mark.once
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wush_jax.evaluate import bits_per_byte, cross_entropy, kl_divergence, perplexity
+from wush_jax.evaluation.evaluate import bits_per_byte, cross_entropy, kl_divergence, perplexity
 
 RANDOM = np.random.default_rng(0)
 # Two shapes: a mean of batch means would be wrong.

@@ -10,9 +10,9 @@ from flax import nnx
 from tiny import BYTES
 from weights import random_model
 
-from wush_jax.harness import HarnessModel
+from wush_jax.evaluation.harness import HarnessModel
 from wush_jax.models import generate
-from wush_jax.text import Tokenizer
+from wush_jax.models.text import Tokenizer
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.usefixtures("float32_matmuls")

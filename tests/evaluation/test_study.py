@@ -12,7 +12,7 @@ from tiny import BYTES, tokens
 from weights import random_model
 
 import wush_jax as wush
-from wush_jax import study
+from wush_jax.evaluation import study
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 

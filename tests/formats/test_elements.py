@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wush_jax import numerics
-from wush_jax.numerics import E2M1, E2M3, E3M2, E4M3, E5M2, IntElement
+from wush_jax.formats import elements
+from wush_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, IntElement
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -109,7 +109,7 @@ def test_bfloat16_rounding_equals_ml_dtypes(bits):
     x = x[np.isfinite(x)]
     expected = x.astype(ml_dtypes.bfloat16).astype(np.float32)
     got = np.asarray(
-        jax.jit(numerics.round_to_bfloat16)(np.resize(x, 64) if x.size else np.zeros(64, "f4"))
+        jax.jit(elements.round_to_bfloat16)(np.resize(x, 64) if x.size else np.zeros(64, "f4"))
     )
     np.testing.assert_array_equal(got[: x.size], expected)
 
@@ -117,16 +117,16 @@ def test_bfloat16_rounding_equals_ml_dtypes(bits):
 def test_bfloat16_rounding_keeps_ties_infinities_and_nan():
     x = np.float32([1 + 2**-8, 1 + 3 * 2**-8, np.inf, -np.inf, np.nan, 3.4e38])
     expected = np.float32([1, 1 + 2**-6, np.inf, -np.inf, np.nan, np.inf])
-    np.testing.assert_array_equal(jax.jit(numerics.round_to_bfloat16)(x), expected)
+    np.testing.assert_array_equal(jax.jit(elements.round_to_bfloat16)(x), expected)
 
 
 @given(hnp.arrays(np.uint32, 64))
 def test_exponents_equal_frexp(bits):
     x = np.abs(bits.view(np.float32))
     x = np.where(np.isfinite(x) & (x >= 2.0**-126), x, np.float32(1))
-    e = np.asarray(jax.jit(numerics.floor_log2)(x))
+    e = np.asarray(jax.jit(elements.floor_log2)(x))
     np.testing.assert_array_equal(e, oracle.floor_log2(x))
-    np.testing.assert_array_equal(jax.jit(numerics.exp2_int)(e), np.ldexp(np.float32(1), e))
+    np.testing.assert_array_equal(jax.jit(elements.exp2_int)(e), np.ldexp(np.float32(1), e))
 
 
 @pytest.mark.parametrize("off", [-2, 0, 2])
@@ -136,24 +136,24 @@ def test_quotients_are_numpys(off):
     a, b = np.float32(rng.uniform(1, 2, (2, 100_000)) * 2.0 ** rng.integers(-30, 31, (2, 100_000)))
     exact = a / b
     near = (exact.view(np.int32) + off).view(np.float32)
-    np.testing.assert_array_equal(jax.jit(numerics._corrected)(near, a, b), exact)
-    np.testing.assert_array_equal(numerics.divide(a, b), exact)
+    np.testing.assert_array_equal(jax.jit(elements._corrected)(near, a, b), exact)
+    np.testing.assert_array_equal(elements.divide(a, b), exact)
 
 
 def test_quotients_at_both_ends():
     a, b = np.float32([0, 1e-38, 3e38, 1, -3e38, 2]), np.float32([3, 2, 0.5, 3e38, 3e38, 2.0**-126])
     with np.errstate(over="ignore"):
         expected = a / b
-    expected[np.abs(expected) < numerics.TINY] = 0  # as on every backend
-    got = np.array(numerics.divide(a, b))
-    got[np.abs(got) < numerics.TINY] = 0
+    expected[np.abs(expected) < elements.TINY] = 0  # as on every backend
+    got = np.array(elements.divide(a, b))
+    got[np.abs(got) < elements.TINY] = 0
     np.testing.assert_array_equal(got, expected)
 
 
 def test_round_half_even_equals_numpy():
     x = np.arange(0, 300, 0.25, dtype=np.float32)
     x = np.concatenate([x, np.nextafter(x, np.float32(np.inf)), np.float32([2**23 + 1, 2**30])])
-    np.testing.assert_array_equal(jax.jit(numerics.round_half_even)(x), np.round(x))
+    np.testing.assert_array_equal(jax.jit(elements.round_half_even)(x), np.round(x))
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_round_half_even_equals_numpy():
     ],
 )
 def test_packed_bytes(bits, codes, packed):
-    np.testing.assert_array_equal(numerics.pack(np.uint8(codes), bits), np.uint8(packed))
-    np.testing.assert_array_equal(numerics.unpack(np.uint8(packed), bits), np.uint8(codes))
+    np.testing.assert_array_equal(elements.pack(np.uint8(codes), bits), np.uint8(packed))
+    np.testing.assert_array_equal(elements.unpack(np.uint8(packed), bits), np.uint8(codes))
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -174,19 +174,19 @@ def test_packed_bytes(bits, codes, packed):
 def test_pack_round_trip(bits, data):
     shape = data.draw(st.sampled_from([(4,), (2, 12)]))
     codes = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bits - 1)))
-    packed = numerics.pack(jnp.asarray(codes), bits)
+    packed = elements.pack(jnp.asarray(codes), bits)
     assert packed.shape == (*shape[:-1], shape[-1] * bits // 8)
-    np.testing.assert_array_equal(numerics.unpack(packed, bits), codes)
+    np.testing.assert_array_equal(elements.unpack(packed, bits), codes)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: numerics.pack(jnp.zeros(3, jnp.uint8), 4), "size 3.*4-bit.*multiple of 2: pad"),
-        (lambda: numerics.pack(jnp.zeros(6, jnp.uint8), 6), "size 6.*6-bit.*multiple of 4: pad"),
-        (lambda: numerics.unpack(jnp.zeros(4, jnp.uint8), 6), "size 4.*6-bit.*multiple of 3: pad"),
-        (lambda: numerics.pack(jnp.zeros(4, jnp.uint8), 5), "bits=5 .*use 4, 6 or 8"),
-        (lambda: numerics.unpack(jnp.zeros(4, jnp.uint8), 5), "bits=5 .*use 4, 6 or 8"),
+        (lambda: elements.pack(jnp.zeros(3, jnp.uint8), 4), "size 3.*4-bit.*multiple of 2: pad"),
+        (lambda: elements.pack(jnp.zeros(6, jnp.uint8), 6), "size 6.*6-bit.*multiple of 4: pad"),
+        (lambda: elements.unpack(jnp.zeros(4, jnp.uint8), 6), "size 4.*6-bit.*multiple of 3: pad"),
+        (lambda: elements.pack(jnp.zeros(4, jnp.uint8), 5), "bits=5 .*use 4, 6 or 8"),
+        (lambda: elements.unpack(jnp.zeros(4, jnp.uint8), 5), "bits=5 .*use 4, 6 or 8"),
     ],
 )
 def test_packing_errors(call, message):

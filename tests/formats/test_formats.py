@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 import wush_jax as wush
 from wush_jax.formats import FORMATS, INT4_ABSMAX, SCALE_DTYPES
-from wush_jax.numerics import E3M2, E5M2
-from wush_jax.scales import E8M0_RANGE, GAUSSIAN_CLIP, RULES
+from wush_jax.formats.elements import E3M2, E5M2
+from wush_jax.formats.scales import E8M0_RANGE, GAUSSIAN_CLIP, RULES
 
 pytestmark = pytest.mark.usefixtures("strict")
 

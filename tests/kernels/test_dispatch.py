@@ -8,8 +8,9 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import bench, mosaic_gpu, tiles
-from pallas_kernels.cases import Case
+from pallas_kernels.benchmarks import bench
+from pallas_kernels.benchmarks.cases import Case
+from pallas_kernels.hopper import mosaic_gpu, tiles
 
 X, T = Case(8, 128).arrays()
 

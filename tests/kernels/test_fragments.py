@@ -120,7 +120,7 @@ def test_mxfp4_groups_far_below_the_largest_become_zero():
 @jax.jit
 def expanded(laid):
     """A weight's operands, (N, K) padded to whole records, which add up to it, and its unit."""
-    from pallas_kernels import expand, float8
+    from pallas_kernels.hopper import expand, float8
 
     c = fragments.carrier(laid.format, laid.operand)
     plain = (lambda c, r: (float8.plain(c, r),)) if laid.operand == "float8" else expand.plain

@@ -10,7 +10,7 @@ import pytest
 import pallas_kernels
 import wush_jax as wush
 from pallas_kernels import repack
-from pallas_kernels.cases import Case
+from pallas_kernels.benchmarks.cases import Case
 
 pytestmark = pytest.mark.once
 

@@ -15,8 +15,8 @@ from tiny import Block, Net, codes, rows
 from weights import normal
 
 import wush_jax as wush
-from wush_jax.finetune import LatentDense, pack, unpack
-from wush_jax.nnx import Packed, QuantizedDense
+from wush_jax.layers.finetune import LatentDense, pack, unpack
+from wush_jax.layers.nnx import Packed, QuantizedDense
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.linen import LINEN_TYPES, LinenModel
-from wush_jax.nnx import Contraction, Dense
+from wush_jax.layers.linen import LINEN_TYPES, LinenModel
+from wush_jax.layers.nnx import Contraction, Dense
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of a library that has ended

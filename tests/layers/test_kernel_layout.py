@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import wush_jax as wush
-from pallas_kernels import mosaic_gpu
 from pallas_kernels.fragments import Fragments, lay_out
-from wush_jax import finetune, interchange
-from wush_jax.kernel_layout import pack_for_kernels, unpack_from_kernels
-from wush_jax.nnx import QuantizedDense, dense_layers
-from wush_jax.site import effective_weight
+from pallas_kernels.hopper import mosaic_gpu
+from wush_jax.checkpoints import interchange
+from wush_jax.layers import finetune
+from wush_jax.layers.kernel_layout import pack_for_kernels, unpack_from_kernels
+from wush_jax.layers.nnx import QuantizedDense, dense_layers
+from wush_jax.solvers.site import effective_weight
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 

@@ -10,9 +10,9 @@ from flax import nnx
 from weights import normal
 
 import wush_jax as wush
-from wush_jax.calibrate import find_sites
-from wush_jax.linen import LINEN_TYPES, LinenDense, LinenModel
-from wush_jax.nnx import Contraction, Dense, QuantizedDense, dense_layers
+from wush_jax.calibration.observe import find_sites
+from wush_jax.layers.linen import LINEN_TYPES, LinenDense, LinenModel
+from wush_jax.layers.nnx import Contraction, Dense, QuantizedDense, dense_layers
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 

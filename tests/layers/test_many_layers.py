@@ -16,7 +16,8 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, matmul, mosaic_gpu, reference
+from pallas_kernels import fragments, reference
+from pallas_kernels.hopper import matmul, mosaic_gpu
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -8,8 +8,7 @@ from flax import nnx
 from weights import normal
 
 import wush_jax as wush
-from wush_jax.batched import over_batch
-from wush_jax.nnx import (
+from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Contraction,
     Dense,
@@ -18,6 +17,7 @@ from wush_jax.nnx import (
     dense_layers,
     replace_modules,
 )
+from wush_jax.solvers.batched import over_batch
 
 # Inputs as they are, no transform: the layer computes with nothing but its dequantized weight.
 EXACT = wush.Recipe(wush.MXFP8, None, transform="identity")

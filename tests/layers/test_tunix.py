@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.nnx import DENSE_TYPES, Contraction, Dense, QuantizedDense, replace_modules
+from wush_jax.layers.nnx import DENSE_TYPES, Contraction, Dense, QuantizedDense, replace_modules
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

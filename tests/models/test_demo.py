@@ -10,9 +10,8 @@ from flax import nnx
 from safetensors import safe_open
 from weights import random_model
 
-from wush_jax import demo
-from wush_jax.evaluate import bits_per_byte
-from wush_jax.models import LlamaConfig, load_pretrained, to_tensors
+from wush_jax.evaluation.evaluate import bits_per_byte
+from wush_jax.models import LlamaConfig, demo, load_pretrained, to_tensors
 
 TINY = LlamaConfig(
     vocab_size=256,
@@ -123,7 +122,7 @@ def demo_model():
 
 
 def test_demo_model_suits_every_format(demo_model):
-    file = resources.files("wush_jax.assets") / "demo_model.safetensors"
+    file = resources.files("wush_jax.models.assets") / "demo_model.safetensors"
     assert len(file.read_bytes()) <= 12_000_000
     config = demo_model.config
     assert config.vocab_size == 256

@@ -14,7 +14,7 @@ from weights import random_model
 
 import wush_jax as wush
 from wush_jax.models import Llama, generate, sample
-from wush_jax.models.generate import CHUNK
+from wush_jax.models.generation import CHUNK
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 

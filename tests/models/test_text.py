@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from wush_jax.text import Tokenizer
+from wush_jax.models.text import Tokenizer
 
 
 def folder(path, **config):

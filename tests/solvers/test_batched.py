@@ -9,10 +9,10 @@ from flax import nnx
 from weights import normal, random_weights
 
 import wush_jax as wush
-from wush_jax.calibrate import collect_moments, find_sites
-from wush_jax.contraction import Contraction
-from wush_jax.nnx import QuantizedDense, dense_layers
-from wush_jax.site import quantize_site
+from wush_jax.calibration.observe import collect_moments, find_sites
+from wush_jax.layers.contraction import Contraction
+from wush_jax.layers.nnx import QuantizedDense, dense_layers
+from wush_jax.solvers.site import quantize_site
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 

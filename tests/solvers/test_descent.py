@@ -10,8 +10,8 @@ import oracle
 import pytest
 
 import wush_jax as wush
-from wush_jax.descent import descend
-from wush_jax.gptq import gptq
+from wush_jax.solvers.descent import descend
+from wush_jax.solvers.gptq import gptq
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 

@@ -12,12 +12,12 @@ import pytest
 import scipy.linalg
 
 import wush_jax as wush
-from wush_jax import linalg
-from wush_jax.feedback import inner_factor, quantize_block
-from wush_jax.gptq import gptq
-from wush_jax.rtn import rtn
-from wush_jax.scale_search import OFFSETS
-from wush_jax.site import TransformRule, build_transform, quantize_site
+from wush_jax.solvers.feedback import inner_factor, quantize_block
+from wush_jax.solvers.gptq import gptq
+from wush_jax.solvers.rtn import rtn
+from wush_jax.solvers.scale_search import OFFSETS
+from wush_jax.solvers.site import TransformRule, build_transform, quantize_site
+from wush_jax.transforms import linalg
 
 pytestmark = pytest.mark.once
 

@@ -7,10 +7,11 @@ import oracle
 import pytest
 
 import wush_jax as wush
-from wush_jax import hessian, linalg, noise
-from wush_jax.gptq import gptq
-from wush_jax.sample import Sample
-from wush_jax.site import effective_weight
+from wush_jax.solvers import hessian, noise
+from wush_jax.solvers.gptq import gptq
+from wush_jax.solvers.site import effective_weight
+from wush_jax.transforms import linalg
+from wush_jax.transforms.sample import Sample
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 

@@ -9,9 +9,9 @@ import oracle
 import pytest
 
 import wush_jax as wush
-from wush_jax.costs import SiteCost, total_costs
-from wush_jax.recipe import tuned
-from wush_jax.sample import Sample
+from wush_jax.solvers.costs import SiteCost, total_costs
+from wush_jax.solvers.recipe import tuned
+from wush_jax.transforms.sample import Sample
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 

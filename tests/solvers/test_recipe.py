@@ -6,7 +6,7 @@ import re
 import pytest
 
 import wush_jax as wush
-from wush_jax.recipe import SOLVERS, TRANSFORMS, RuleBook
+from wush_jax.solvers.recipe import SOLVERS, TRANSFORMS, RuleBook
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -10,11 +10,11 @@ import oracle
 import pytest
 
 import wush_jax as wush
-from wush_jax.gptq import gptq
-from wush_jax.refit import Aim, refit, refit_rounds
-from wush_jax.sample import Sample
-from wush_jax.site import quantize_site
+from wush_jax.solvers.gptq import gptq
+from wush_jax.solvers.refit import Aim, refit, refit_rounds
+from wush_jax.solvers.site import quantize_site
 from wush_jax.transforms import BlockTransform, inverse_transpose
+from wush_jax.transforms.sample import Sample
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 

@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 import wush_jax as wush
-from wush_jax.rtn import rtn
+from wush_jax.solvers.rtn import rtn
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -9,9 +9,9 @@ import oracle
 import pytest
 
 import wush_jax as wush
-from wush_jax import scale_search
 from wush_jax.formats import INT4_ABSMAX
-from wush_jax.rtn import rtn
+from wush_jax.solvers import scale_search
+from wush_jax.solvers.rtn import rtn
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("strict")]
 

@@ -7,9 +7,9 @@ import oracle
 import pytest
 
 import wush_jax as wush
-from wush_jax.recipe import TRANSFORMS
-from wush_jax.site import build_transform, effective_weight, quantize_site
-from wush_jax.site_transform import site_weight_moment
+from wush_jax.solvers.recipe import TRANSFORMS
+from wush_jax.solvers.site import build_transform, effective_weight, quantize_site
+from wush_jax.solvers.site_transform import site_weight_moment
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("strict")]
 

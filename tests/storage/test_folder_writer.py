@@ -14,10 +14,11 @@ from checkpoint_tools import Pair, model_arrays, pair
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax import folder_writer, interchange
-from wush_jax.folder_lock import sole_writer
-from wush_jax.folder_writer import write_folder
-from wush_jax.tensor_folder import TensorFolder
+from wush_jax.checkpoints import interchange
+from wush_jax.storage import folder_writer
+from wush_jax.storage.folder_lock import sole_writer
+from wush_jax.storage.folder_writer import write_folder
+from wush_jax.storage.tensor_folder import TensorFolder
 
 pytestmark = pytest.mark.files
 
@@ -94,7 +95,7 @@ def test_a_lock_on_a_folder_that_moved_is_nobodys(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from wush_jax import folder_writer
+from wush_jax.storage import folder_writer
 
 step, move = sys.argv[2], os.replace
 def die(*_, **__):

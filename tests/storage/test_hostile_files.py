@@ -15,9 +15,9 @@ from flax import nnx
 from layout_tools import ROUND_175, model
 
 import wush_jax as wush
-from wush_jax import interchange
+from wush_jax.checkpoints import interchange
 from wush_jax.formats import NVFP4
-from wush_jax.tensor_folder import TensorFolder
+from wush_jax.storage.tensor_folder import TensorFolder
 
 pytestmark = pytest.mark.files
 

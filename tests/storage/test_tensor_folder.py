@@ -14,7 +14,7 @@ from checkpoint_tools import Pair, change_config, open_file, pair, refuse, write
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.nnx import Packed
+from wush_jax.layers.nnx import Packed
 
 pytestmark = pytest.mark.files
 

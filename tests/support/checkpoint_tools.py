@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 import wush_jax as wush
+from wush_jax.calibration.steps import swap
+from wush_jax.layers.nnx import dense_layers
 from wush_jax.models import Llama, LlamaConfig
-from wush_jax.nnx import dense_layers
-from wush_jax.planning import swap
 
 CONFIG = LlamaConfig(
     vocab_size=16,

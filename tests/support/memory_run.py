@@ -30,9 +30,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import wush_jax as wush
+from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.models import LlamaConfig
 from wush_jax.models.hugging_face import FolderTensors, abstract, to_shapes
-from wush_jax.streaming import quantize_folder
 
 BATCH, LENGTH = 4, 256
 MIB = 2**20

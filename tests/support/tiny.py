@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wush_jax.calibration.sequential import Stack
+from wush_jax.layers.nnx import QuantizedDense
 from wush_jax.models import LlamaConfig
-from wush_jax.nnx import QuantizedDense
-from wush_jax.sequential import Stack
 
 # Every dense layer has K = 64: what quantizes one site is compiled for all.
 CONFIG = LlamaConfig(

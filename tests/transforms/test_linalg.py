@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 import wush_jax as wush
-from wush_jax import linalg
+from wush_jax.transforms import linalg
 
 pytestmark = pytest.mark.usefixtures("strict")
 

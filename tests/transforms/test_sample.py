@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import wush_jax as wush
-from wush_jax.sample import Sample
+from wush_jax.transforms.sample import Sample
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from wush_jax.calibrate import Call, Site, collect_moments, find_sites, plain_call
-from wush_jax.losses import layer_losses
-from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
-from wush_jax.planning import SitePlan, quantize_planned, site_cost
-from wush_jax.presets import BEST
-from wush_jax.recipe import DATA_FREE, Recipe, RuleBook, Rules
+from wush_jax.calibration.losses import layer_losses
+from wush_jax.calibration.observe import Call, Site, collect_moments, find_sites, plain_call
+from wush_jax.calibration.planning import SitePlan, site_cost
+from wush_jax.calibration.steps import quantize_planned
+from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.solvers.presets import BEST
+from wush_jax.solvers.recipe import DATA_FREE, Recipe, RuleBook, Rules
 
 TRANSFORMS = ("identity", "hadamard", "wus", "wush")
 LARGEST_BLOCK = 128

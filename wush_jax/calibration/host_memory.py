@@ -55,7 +55,7 @@ def check_device_memory(costs: Mapping[str, int], *, sequential: bool) -> None:
     """Refuse a calibration whose moments or largest site cannot fit all local devices together.
 
     Args:
-      costs: of the plan, `wush_jax.costs.total_costs`.
+      costs: of the plan, `wush_jax.solvers.costs.total_costs`.
       sequential: whether only the moments of one layer are held at a time.
 
     Raises:

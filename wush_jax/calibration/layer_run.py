@@ -15,7 +15,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from wush_jax.calibrate import (
+from wush_jax.calibration.host_memory import within_memory
+from wush_jax.calibration.losses import layer_losses
+from wush_jax.calibration.observe import (
     ROUNDED,
     Call,
     Progress,
@@ -24,22 +26,13 @@ from wush_jax.calibrate import (
     collect_moments,
     plain_call,
 )
-from wush_jax.costs import total_costs
-from wush_jax.host_memory import within_memory
-from wush_jax.losses import layer_losses
-from wush_jax.nnx import Dense, DenseTypes, dense_layers
-from wush_jax.planning import (
-    ModelPlan,
-    SitePlan,
-    measured_rows,
-    packed_like,
-    quantize_planned,
-    site_cost,
-    swap,
-)
-from wush_jax.report import LayerReport
-from wush_jax.resume import RunState
-from wush_jax.site import PackedWeight
+from wush_jax.calibration.planning import ModelPlan, SitePlan, packed_like, site_cost
+from wush_jax.calibration.report import LayerReport
+from wush_jax.calibration.resume import RunState
+from wush_jax.calibration.steps import measured_rows, quantize_planned, swap
+from wush_jax.layers.nnx import Dense, DenseTypes, dense_layers
+from wush_jax.solvers.costs import total_costs
+from wush_jax.solvers.site import PackedWeight
 
 
 @dataclass(frozen=True)

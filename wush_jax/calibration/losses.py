@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wush_jax import linalg
-from wush_jax.batched import over_batch
-from wush_jax.calibrate import Call, Site, capture_rows, plain_call
-from wush_jax.linear import quantized_dot
-from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
-from wush_jax.site import PackedWeight
+from wush_jax.calibration.observe import Call, Site, capture_rows, plain_call
+from wush_jax.layers.linear import quantized_dot
+from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.solvers.batched import over_batch
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.transforms import linalg
 
 # A value this many times the root mean square of its site makes its token a massive one. Gaussian
 # inputs reach 5, heavy-tailed ones 15; the few tokens that models use as a bias go far beyond.

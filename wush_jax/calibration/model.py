@@ -8,16 +8,17 @@ from typing import Any
 
 from flax import nnx
 
-from wush_jax.calibrate import Call, Progress, Site, collect_moments, plain_call
-from wush_jax.host_memory import check_device_memory, within_memory
-from wush_jax.losses import layer_losses
-from wush_jax.moments import Moments
-from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
-from wush_jax.planning import ModelPlan, finish, measured_rows, plan, quantize_planned
-from wush_jax.recipe import Rules
-from wush_jax.report import Report
-from wush_jax.sequential import Sequential, quantize_sequentially
-from wush_jax.site import PackedWeight
+from wush_jax.calibration.host_memory import check_device_memory, within_memory
+from wush_jax.calibration.losses import layer_losses
+from wush_jax.calibration.observe import Call, Progress, Site, collect_moments, plain_call
+from wush_jax.calibration.planning import ModelPlan, plan
+from wush_jax.calibration.report import Report
+from wush_jax.calibration.sequential import Sequential, quantize_sequentially
+from wush_jax.calibration.steps import finish, measured_rows, quantize_planned
+from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.solvers.recipe import Rules
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.transforms.moments import Moments
 
 
 def quantize_model(

@@ -17,10 +17,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
-from wush_jax import numerics
-from wush_jax.batched import empty_moments
-from wush_jax.moments import Moments
-from wush_jax.nnx import (
+from wush_jax.formats import elements
+from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Contraction,
     Dense,
@@ -29,6 +27,8 @@ from wush_jax.nnx import (
     dotted,
     replace_modules,
 )
+from wush_jax.solvers.batched import empty_moments
+from wush_jax.transforms.moments import Moments
 
 Call = Callable[[nnx.Module, Any], Any]
 See = Callable[[Any, Any], Any]
@@ -215,7 +215,7 @@ def collect_moments(
       blocks: the sites to observe, each with its block size d, or None for the full (K, K).
       call: how to run the model on a batch.
       dense_types: what counts as a dense layer.
-      rows: of every site's input to keep as a sample (`wush_jax.sample`).
+      rows: of every site's input to keep as a sample (`wush_jax.transforms.sample`).
       progress: called with the number of batches done, None and "calibrate".
 
     Returns:
@@ -280,7 +280,7 @@ def _local(tree: Any) -> Any:
 
 def check_moments_finite(site: Site, moments: Moments) -> None:
     """Raise ValueError, with the site's name, when its moments hold NaN or infinities."""
-    if numerics.not_finite(moments.mean):
+    if elements.not_finite(moments.mean):
         raise ValueError(
             f"site {site.name}: its input is not finite on the calibration batches; look for the "
             "batch or the weights that overflow"

@@ -1,4 +1,4 @@
-"""What will be done to a model (the dry run), and its single steps: quantize, swap, measure."""
+"""The dry run: what will be done to a model, and what it takes."""
 
 from __future__ import annotations
 
@@ -15,35 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wush_jax import linalg, numerics
-from wush_jax.batched import packed_shapes, quantize_batched
-from wush_jax.calibrate import (
+from wush_jax.calibration.observe import (
     Call,
     Site,
     collect_moments,
     find_sites,
     plain_call,
 )
-from wush_jax.costs import SiteCost, total_costs
-from wush_jax.kernel_layout import pack_for_kernels
-from wush_jax.losses import LayerLoss
-from wush_jax.moments import Moments
-from wush_jax.nnx import (
+from wush_jax.calibration.report import LayerReport, Report
+from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Dense,
     DenseTypes,
-    Packed,
-    QuantizedDense,
     dense_layers,
-    replace_modules,
 )
-from wush_jax.recipe import Recipe, RuleBook, Rules
-from wush_jax.replicas import on_one_device
-from wush_jax.report import LayerReport, Report
-from wush_jax.sample import Sample
-from wush_jax.site import PackedWeight, quantize_site
-from wush_jax.site_transform import site_weight_moment
-from wush_jax.transforms import predicted_gain
+from wush_jax.solvers.batched import packed_shapes
+from wush_jax.solvers.costs import SiteCost, total_costs
+from wush_jax.solvers.recipe import Recipe, RuleBook, Rules
+from wush_jax.solvers.site import PackedWeight, quantize_site
+from wush_jax.solvers.site_transform import site_weight_moment
+from wush_jax.transforms import linalg, predicted_gain
+from wush_jax.transforms.moments import Moments
+from wush_jax.transforms.sample import Sample
 
 # Rows of a site's input that are kept for recipes that look at single tokens: enough for the error
 # moments of blocks of 128, and for eight gains to be told apart.
@@ -116,7 +109,7 @@ def plan(
     Returns:
       `ModelPlan`; its report lists layers, shapes, bytes before and after, what is skipped and
       why, and rules that decide no layer; its details say what the plan costs offline and at run
-      time (`wush_jax.costs`) and, where measured, ``seconds_per_batch``.
+      time (`wush_jax.solvers.costs`) and, where measured, ``seconds_per_batch``.
 
     Raises:
       ValueError: malformed rules, a recipe that does not fit a layer, nothing to quantize.
@@ -146,7 +139,7 @@ def plan(
         raise ValueError(f"rules quantize none of the {len(layers)} dense layers: {skipped}")
     for item in planned:
         _check_fits(item)
-    rows = [row for item in planned for row in _dry_rows(item, layers)]
+    rows = [row for item in planned for row in dry_rows(item, layers)]
     details: dict[str, Any] = dict(total_costs([site_cost(i, layers) for i in planned]))
     if measure:
         if batch is None:
@@ -177,83 +170,11 @@ def _measure(model, planned, batch, call, dense_types) -> tuple[dict[str, float 
     moments = jax.block_until_ready(collect_moments(model, [batch], blocks, **options))
     seconds = time.perf_counter() - start
     gains = {
-        path: _site_gain(item, layers, moments[item.site])
+        path: site_gain(item, layers, moments[item.site])
         for item in planned
         for path in item.site.layers
     }
     return gains, seconds
-
-
-def quantize_planned(
-    item: SitePlan, layers: Mapping[str, Dense], moments: Moments, prefix: str = ""
-) -> dict[str, PackedWeight]:
-    """Quantize the layers of one planned site; returns when the arrays are there.
-
-    Args:
-      item: the site and its recipe.
-      layers: dense layers by path.
-      moments: of the site's input.
-      prefix: put before the paths in messages.
-
-    Raises:
-      ValueError: naming the layer: non-finite weights, or a moment that is not positive definite.
-    """
-    weights = [layers[path].weight for path in item.site.layers]
-    names = [prefix + path for path in item.site.layers]
-    for name, weight in zip(names, weights, strict=True):
-        if numerics.not_finite(weight):
-            raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
-    try:
-        packed = on_one_device(quantize_batched, weights, moments, recipe=item.recipe, names=names)
-    except ValueError as error:
-        raise ValueError(f"layers {', '.join(names)}: {error}") from error
-    # One site at a time: temporaries of several would not fit a device.
-    return jax.block_until_ready(dict(zip(item.site.layers, packed, strict=True)))
-
-
-def swap(
-    model: nnx.Module,
-    layers: dict[str, Dense],
-    packed: dict[str, PackedWeight],
-    implementation: str | None = None,
-) -> nnx.Module:
-    """Return the model with `QuantizedDense` layers in place of those that were packed.
-
-    Layers whose packed weights hold the very same transform array share one variable.
-    """
-    shared: dict[int, Packed] = {}
-
-    def quantized(path: str, module: nnx.Module) -> nnx.Module | None:
-        if path not in packed:
-            return None
-        transform = packed[path].transform
-        variable = None
-        if transform is not None:
-            variable = shared.setdefault(id(transform), Packed(transform))
-        return QuantizedDense(
-            layers[path], packed[path], transform=variable, implementation=implementation
-        )
-
-    return replace_modules(model, quantized)
-
-
-def finish(
-    model: nnx.Module,
-    layers: dict[str, Dense],
-    packed: dict[str, PackedWeight],
-    implementation: str | None,
-    rows: Sequence[LayerReport],
-    dry: Report,
-) -> tuple[nnx.Module, Report]:
-    """Return the quantized model, laid out for this device's kernels, and its report.
-
-    ``packed`` is emptied, so that every weight is freed once it is laid out.
-    """
-    quantized = swap(model, layers, packed, implementation)
-    packed.clear()
-    gained = pack_for_kernels(quantized)
-    rows = [replace(row, bytes_after=row.bytes_after + gained.get(row.path, 0)) for row in rows]
-    return quantized, Report(rows, dry.skipped, dry.unused_rules, dry.details)
 
 
 def _check_fits(item: SitePlan) -> None:
@@ -289,7 +210,8 @@ def _packed_shapes(shapes: tuple[tuple[int, int], ...], recipe: Recipe) -> list[
     return jax.eval_shape(quantize, weights, moment, sample)
 
 
-def _dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:
+def dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:
+    """Return the report's rows of one site before anything is quantized."""
     recipe = item.recipe
     rows = []
     for path, packed in packed_like([item], layers).items():
@@ -314,27 +236,7 @@ def _nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def measured_rows(
-    item: SitePlan,
-    layers: Mapping[str, Dense],
-    moments: Moments,
-    losses: Mapping[str, LayerLoss],
-) -> list[LayerReport]:
-    """Return the report's rows of one quantized site."""
-    gain = _site_gain(item, layers, moments)
-    return [
-        replace(
-            row,
-            predicted_gain=gain,
-            loss=losses[row.path].loss,
-            relative_loss=losses[row.path].relative,
-            typical_loss=losses[row.path].typical,
-        )
-        for row in _dry_rows(item, layers)
-    ]
-
-
-def _site_gain(item: SitePlan, layers: Mapping[str, Dense], moments: Moments) -> float | None:
+def site_gain(item: SitePlan, layers: Mapping[str, Dense], moments: Moments) -> float | None:
     """Mean over blocks of `predicted_gain`; None where a moment without damping has none."""
     weights = [layers[path].weight for path in item.site.layers]
     gains = []

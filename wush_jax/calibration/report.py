@@ -30,7 +30,7 @@ class LayerReport:
       predicted_gain: loss of WUSH relative to no transform, from the moments; None in a dry run.
       loss: output loss (paper eq. 1); None in a dry run.
       relative_loss: loss over the output's mean square; None in a dry run.
-      typical_loss: the same over tokens without massive values (`wush_jax.losses`).
+      typical_loss: the same over tokens without massive values (`wush_jax.calibration.losses`).
     """
 
     path: str

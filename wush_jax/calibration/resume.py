@@ -17,8 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from wush_jax.folder_lock import sole_writer
-from wush_jax.tensor_file import write_tensors
+from wush_jax.storage.folder_lock import sole_writer
+from wush_jax.storage.tensor_file import write_tensors
 
 RUN_FILE = "run.json"
 

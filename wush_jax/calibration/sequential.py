@@ -10,9 +10,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from wush_jax.calibrate import Call, Progress, plain_call
-from wush_jax.host_memory import check_device_memory, check_host_memory, within_memory
-from wush_jax.layer_run import (
+from wush_jax.calibration.host_memory import check_device_memory, check_host_memory, within_memory
+from wush_jax.calibration.layer_run import (
     Counter,
     LayerRun,
     Sequential,
@@ -20,13 +19,15 @@ from wush_jax.layer_run import (
     load_stage,
     local_sites,
 )
-from wush_jax.layer_run import Stack as Stack
-from wush_jax.nnx import DENSE_TYPES, DenseTypes, dense_layers
-from wush_jax.planning import finish, plan, swap
-from wush_jax.recipe import Rules
-from wush_jax.report import LayerReport, Report
-from wush_jax.resume import RunState, digest
-from wush_jax.site import PackedWeight
+from wush_jax.calibration.layer_run import Stack as Stack
+from wush_jax.calibration.observe import Call, Progress, plain_call
+from wush_jax.calibration.planning import plan
+from wush_jax.calibration.report import LayerReport, Report
+from wush_jax.calibration.resume import RunState, digest
+from wush_jax.calibration.steps import finish, swap
+from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.solvers.recipe import Rules
+from wush_jax.solvers.site import PackedWeight
 
 
 def quantize_sequentially(

@@ -1,7 +1,7 @@
 """A model folder in, a quantized folder out, with one decoder layer in memory at a time.
 
-The order of work is that of `wush_jax.sequential`; finished layers wait on disk in the files of
-its state, from which the checkpoint is put together at the end.
+The order of work is that of `wush_jax.calibration.sequential`; finished layers wait on disk in the
+files of its state, from which the checkpoint is put together at the end.
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wush_jax.calibrate import Progress
-from wush_jax.checkpoint import native_extra
-from wush_jax.folder_writer import check_replaceable, copy_companions, write_folder
-from wush_jax.host_memory import check_device_memory, check_host_memory
-from wush_jax.layer_run import (
+from wush_jax.calibration.host_memory import check_device_memory, check_host_memory
+from wush_jax.calibration.layer_run import (
     Counter,
     LayerRun,
     Sequential,
@@ -33,17 +30,21 @@ from wush_jax.layer_run import (
     load_stage,
     local_sites,
 )
+from wush_jax.calibration.observe import Progress
+from wush_jax.calibration.planning import ModelPlan, SitePlan, plan
+from wush_jax.calibration.report import LayerReport, Report
+from wush_jax.calibration.resume import RunState, digest
+from wush_jax.calibration.steps import swap
+from wush_jax.checkpoints.checkpoint import native_extra
+from wush_jax.checkpoints.packed_layout import layer_tensors, record_of
+from wush_jax.checkpoints.quantization_config import LayerRecord, records_to_json
+from wush_jax.layers.nnx import DENSE_TYPES, dense_layers
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
 from wush_jax.models.placement import Placement
-from wush_jax.nnx import DENSE_TYPES, dense_layers
-from wush_jax.packed_layout import layer_tensors, record_of
-from wush_jax.planning import ModelPlan, SitePlan, plan, swap
-from wush_jax.quantization_config import LayerRecord, records_to_json
-from wush_jax.recipe import Rules
-from wush_jax.report import LayerReport, Report
-from wush_jax.resume import RunState, digest
-from wush_jax.site import PackedWeight
+from wush_jax.solvers.recipe import Rules
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.folder_writer import check_replaceable, copy_companions, write_folder
 
 EMBEDDING = tensor_name(("embed_tokens", "embedding"))
 
@@ -113,7 +114,7 @@ def quantize_folder(
       ValueError: as `wush_jax.quantize_model`; files that are no model of the family.
       OSError: the state or the checkpoint cannot be written; finished layers are kept.
 
-    Source: as `wush_jax.sequential.quantize_sequentially`.
+    Source: as `wush_jax.calibration.sequential.quantize_sequentially`.
     """
     batches = [np.asarray(batch) for batch in batches]
     tensors = FolderTensors(source)

@@ -1,9 +1,10 @@
 """Quantized models on disk: saved in the native layout, loaded from any that we know.
 
-Safetensors files with the tensors of `wush_jax.packed_layout` for every quantized layer and all
-else by name: Hugging Face's names, dense weights as (N, K), for a `Llama`; dotted module paths
-otherwise. ``config.json`` is the model's own plus ``quantization_config``, whose formats and layer
-records (`wush_jax.quantization_config`) let `load` rebuild exactly what was saved.
+Safetensors files with the tensors of `wush_jax.checkpoints.packed_layout` for every quantized layer
+and all else by name: Hugging Face's names, dense weights as (N, K), for a `Llama`; dotted module
+paths otherwise. ``config.json`` is the model's own plus ``quantization_config``, whose formats and
+layer records (`wush_jax.checkpoints.quantization_config`) let `load` rebuild exactly what was
+saved.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pallas_kernels.fragments import Fragments
-from wush_jax import model_names
-from wush_jax.folder_writer import SHARD_BYTES, write_folder
-from wush_jax.kernel_layout import pack_for_kernels
-from wush_jax.layouts import layout_of
-from wush_jax.layouts.layout import Content, Layout
-from wush_jax.layouts.wush import LAYOUT as NATIVE
-from wush_jax.models import Llama, LlamaConfig, RopeScaling
-from wush_jax.nnx import (
+from wush_jax.checkpoints import model_names
+from wush_jax.checkpoints.layouts import layout_of
+from wush_jax.checkpoints.layouts.layout import Content, Layout
+from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
+from wush_jax.checkpoints.packed_layout import Place, record_of
+from wush_jax.checkpoints.quantization_config import LayerRecord
+from wush_jax.layers.kernel_layout import pack_for_kernels
+from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Dense,
     DenseTypes,
@@ -39,10 +40,10 @@ from wush_jax.nnx import (
     dotted,
     replace_modules,
 )
-from wush_jax.packed_layout import Place, record_of
-from wush_jax.quantization_config import LayerRecord
-from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import CONFIG, TensorFolder
+from wush_jax.models import Llama, LlamaConfig, RopeScaling
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
+from wush_jax.storage.tensor_folder import CONFIG, TensorFolder
 
 Placement = Mesh | Sharding | Callable[[str], Sharding | None] | None
 
@@ -72,7 +73,7 @@ def save(
 
     >>> import tempfile
     >>> from wush_jax import Recipe, quantize_weight
-    >>> from wush_jax.nnx import dense_layers
+    >>> from wush_jax.layers.nnx import dense_layers
     >>> dense = dense_layers(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))[0][""]
     >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
     >>> model = nnx.List([QuantizedDense(dense, packed)])
@@ -163,8 +164,8 @@ def load(
     """Rebuild a quantized model, tensor by tensor; nothing unquantized is made.
 
     Args:
-      path: a folder that `save` or `wush_jax.interchange.export` wrote, or one in a layout of
-        other libraries (`wush_jax.layouts`).
+      path: a folder that `save` or `wush_jax.checkpoints.interchange.export` wrote, or one in a
+        layout of other libraries (`wush_jax.checkpoints.layouts`).
       model: the model before quantization, or its shapes
         (``nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))``); its weights are not used, and
         it is left as it is. None builds the `Llama` of ``config.json``.
@@ -177,7 +178,7 @@ def load(
 
     Returns:
       The model with `QuantizedDense` layers. Layers saved as one site share one transform. Layers
-      that this device's kernels serve are in their layout (`wush_jax.kernel_layout`).
+      that this device's kernels serve are in their layout (`wush_jax.layers.kernel_layout`).
 
     Raises:
       ValueError: files that are missing, damaged or hostile, or do not fit the model.
@@ -187,7 +188,7 @@ def load(
 
     >>> import tempfile
     >>> from wush_jax import Recipe, quantize_weight
-    >>> from wush_jax.nnx import dense_layers
+    >>> from wush_jax.layers.nnx import dense_layers
     >>> model = nnx.List([nnx.Linear(32, 8, rngs=nnx.Rngs(0))])
     >>> dense = dense_layers(model)[0]["0"]
     >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))

@@ -14,14 +14,14 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from wush_jax.checkpoint import content_of, written
-from wush_jax.folder_writer import SHARD_BYTES, write_folder
+from wush_jax.checkpoints.checkpoint import content_of, written
+from wush_jax.checkpoints.layouts import LAYOUTS, layout_of
+from wush_jax.checkpoints.layouts.layout import Content, quantization_config
+from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import Format
-from wush_jax.layouts import LAYOUTS, layout_of
-from wush_jax.layouts.layout import Content, quantization_config
-from wush_jax.quantization_config import LayerRecord
-from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import TensorFolder
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
+from wush_jax.storage.tensor_folder import TensorFolder
 
 WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.write is not None)
 
@@ -52,7 +52,7 @@ def export(
 
     >>> import tempfile
     >>> from wush_jax import MXFP4, Recipe, quantize_weight
-    >>> from wush_jax.nnx import QuantizedDense, dense_layers
+    >>> from wush_jax.layers.nnx import QuantizedDense, dense_layers
     >>> dense = dense_layers(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))[0][""]
     >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def read_layers(path: str | Path) -> dict[str, PackedWeight]:
 
     >>> import tempfile
     >>> from wush_jax import Recipe, quantize_weight, save
-    >>> from wush_jax.nnx import QuantizedDense, dense_layers
+    >>> from wush_jax.layers.nnx import QuantizedDense, dense_layers
     >>> dense = dense_layers(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))[0][""]
     >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +166,7 @@ class FolderSummary:
 
     Attributes:
       path: the folder.
-      layout: a name in `wush_jax.layouts.LAYOUTS`, or "unquantized".
+      layout: a name in `wush_jax.checkpoints.layouts.LAYOUTS`, or "unquantized".
       formats: weight/activation formats with the number of layers.
       tensors: number of tensors.
       bytes: of all tensors.
@@ -212,7 +212,7 @@ def inspect_folder(path: str | Path) -> FolderSummary:
       NotImplementedError: a layer that needs what we lack.
 
     >>> import tempfile
-    >>> from wush_jax.folder_writer import write_folder
+    >>> from wush_jax.storage.folder_writer import write_folder
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_folder(folder, {"norm.weight": np.ones(8, np.float32)}, {})
     ...     (inspect_folder(folder).layout, inspect_folder(folder).bytes)

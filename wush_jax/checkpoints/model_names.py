@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from wush_jax.layers.nnx import Packed, dotted
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import tensor_name
-from wush_jax.nnx import Packed, dotted
 
 
 def naming(model: nnx.Module) -> str:

@@ -13,7 +13,7 @@ Of a layer called ``<name>``, N outputs, K inputs, groups of g, blocks of d:
 
 Layers of several kernels, such as experts, have their axes in front of all of these shapes.
 
-What tensors cannot say is in the layer's `wush_jax.quantization_config.LayerRecord`.
+What tensors cannot say is in the layer's `wush_jax.checkpoints.quantization_config.LayerRecord`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax.formats import SCALE_DTYPES, Format, QuantizedArray
-from wush_jax.numerics import E2M1, FloatElement
-from wush_jax.quantization_config import LayerRecord, is_scale
-from wush_jax.scales import POW2_RULES
-from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import TensorFolder
+from wush_jax.checkpoints.quantization_config import LayerRecord, is_scale
+from wush_jax.formats import Format, QuantizedArray
+from wush_jax.formats.elements import E2M1, FloatElement
+from wush_jax.formats.format import SCALE_DTYPES
+from wush_jax.formats.scales import POW2_RULES
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.tensor_folder import TensorFolder
 
 Place = Callable[[str, np.ndarray], jax.Array]
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from wush_jax import numerics
-from wush_jax.formats import Format
-from wush_jax.numerics import Element, FloatElement, IntElement
+from wush_jax.formats import Format, elements
+from wush_jax.formats.elements import Element, FloatElement, IntElement
 
 METHOD = "wush"
 LAYOUT = 1
-FLOAT_ELEMENTS = (numerics.E2M1, numerics.E2M3, numerics.E3M2, numerics.E4M3, numerics.E5M2)
+FLOAT_ELEMENTS = (elements.E2M1, elements.E2M3, elements.E3M2, elements.E4M3, elements.E5M2)
 
 
 @dataclass(frozen=True)

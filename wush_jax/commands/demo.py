@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 
 from wush_jax import formats
-from wush_jax.checkpoint import save
+from wush_jax.checkpoints.checkpoint import save
 from wush_jax.commands.terminal import console, progress_bar
-from wush_jax.demo import load_demo_model, stdlib_text, token_batches
-from wush_jax.study import compare, grid
+from wush_jax.evaluation.study import compare, grid
+from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
 
 DEMO_TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
 

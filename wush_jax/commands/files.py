@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from wush_jax import interchange
+from wush_jax.checkpoints import interchange
 from wush_jax.commands.terminal import console
-from wush_jax.folder_writer import copy_companions
+from wush_jax.storage.folder_writer import copy_companions
 
 Layout = Literal[interchange.WRITABLE]  # type: ignore[valid-type]  # made of the names there
 Arguments = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -39,11 +39,11 @@ def inspect(folder: tyro.conf.Positional[Path]) -> None:
 
 
 def bench(arguments: Arguments = ()) -> None:
-    """Measure the kernels on this machine's GPU, as ``python -m pallas_kernels.bench`` does.
+    """Measure the kernels on this machine's GPU, as ``python -m pallas_kernels.benchmarks`` does.
 
     Args:
       arguments: such as --formats MXFP4 --rows 1 16.
     """
-    from pallas_kernels import bench as kernels
+    from pallas_kernels.benchmarks import bench as kernels
 
     kernels.main(list(arguments))

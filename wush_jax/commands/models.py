@@ -13,14 +13,14 @@ import tyro
 from flax import nnx
 from rich.table import Table
 
-from wush_jax import checkpoint
+from wush_jax.checkpoints import checkpoint
 from wush_jax.commands.options import Text
 from wush_jax.commands.terminal import console, progress
-from wush_jax.evaluate import cross_entropy, kl_divergence
+from wush_jax.evaluation.evaluate import cross_entropy, kl_divergence
 from wush_jax.models import generate as generate_tokens
 from wush_jax.models.hugging_face import load_pretrained
-from wush_jax.tensor_folder import read_config
-from wush_jax.text import Tokenizer
+from wush_jax.models.text import Tokenizer
+from wush_jax.storage.tensor_folder import read_config
 
 Model = tyro.conf.Positional[Path]
 DType = Literal["bfloat16", "float32"]

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 import numpy as np
 import tyro
 
-from wush_jax import formats, presets, recipe
-from wush_jax.demo import token_batches
-from wush_jax.recipe import Recipe, Rules
-from wush_jax.tensor_folder import TensorFolder
-from wush_jax.text import Tokenizer
+from wush_jax import formats
+from wush_jax.models.demo import token_batches
+from wush_jax.models.text import Tokenizer
+from wush_jax.solvers import presets, recipe
+from wush_jax.solvers.recipe import Recipe, Rules
+from wush_jax.storage.tensor_folder import TensorFolder
 
 FORMATS = {
     name: value for name, value in vars(formats).items() if isinstance(value, formats.Format)

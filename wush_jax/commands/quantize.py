@@ -12,18 +12,18 @@ import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from wush_jax import checkpoint
+from wush_jax.calibration.model import quantize_model
+from wush_jax.calibration.planning import plan as plan_model
+from wush_jax.calibration.report import Report
+from wush_jax.calibration.sequential import Sequential
+from wush_jax.calibration.streaming import EMBEDDING, quantize_folder
+from wush_jax.checkpoints import checkpoint
+from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.commands.options import Preset, RecipeFlags, Text, rules_of
 from wush_jax.commands.terminal import console, progress
-from wush_jax.folder_writer import check_replaceable, copy_companions
-from wush_jax.model import quantize_model
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, load_pretrained
-from wush_jax.planning import plan as plan_model
-from wush_jax.quantization_config import records_to_json
-from wush_jax.recipe import Rules
-from wush_jax.report import Report
-from wush_jax.sequential import Sequential
-from wush_jax.streaming import EMBEDDING, quantize_folder
+from wush_jax.solvers.recipe import Rules
+from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 
 Model = tyro.conf.Positional[Path]
 Recipe = Annotated[RecipeFlags, tyro.conf.arg(name="")]

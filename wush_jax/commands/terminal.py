@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from wush_jax.calibrate import Progress as Callback
+from wush_jax.calibration.observe import Progress as Callback
 
 
 def console() -> Console:

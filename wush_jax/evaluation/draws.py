@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from wush_jax.evaluation.study import Study, compare
 from wush_jax.formats import Format
-from wush_jax.presets import BEST, PAPER
-from wush_jax.recipe import Recipe, Rules
-from wush_jax.study import Study, compare
+from wush_jax.solvers.presets import BEST, PAPER
+from wush_jax.solvers.recipe import Recipe, Rules
 
 
 def ablation(fmt: Format, best: Recipe = BEST) -> dict[str, Recipe]:
@@ -199,7 +199,7 @@ def compare_draws(
     step: Callable[[int, str], Any] | None = None,
     **options: Any,
 ) -> Iterator[Draws]:
-    """Run `wush_jax.study.compare` on several draws of calibration batches.
+    """Run `wush_jax.evaluation.study.compare` on several draws of calibration batches.
 
     Args:
       model: an NNX language model, tokens (batch, length) to logits.

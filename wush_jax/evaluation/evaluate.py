@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import Partial
 
-from wush_jax.calibrate import Progress
+from wush_jax.calibration.observe import Progress
 
 Model = Callable[[jax.Array], jax.Array]
 Call = Callable[[Any, jax.Array], jax.Array]

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.models import Llama, generate
-from wush_jax.text import Tokenizer
+from wush_jax.models.text import Tokenizer
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from wush_jax.calibrate import Call, collect_moments, find_sites, plain_call
-from wush_jax.evaluate import Score, reference_logits, score
-from wush_jax.model import quantize_with
-from wush_jax.nnx import DENSE_TYPES, DenseTypes
-from wush_jax.planning import plan
-from wush_jax.recipe import Recipe, Rules
-from wush_jax.report import Report
+from wush_jax.calibration.model import quantize_with
+from wush_jax.calibration.observe import Call, collect_moments, find_sites, plain_call
+from wush_jax.calibration.planning import plan
+from wush_jax.calibration.report import Report
+from wush_jax.evaluation.evaluate import Score, reference_logits, score
+from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes
+from wush_jax.solvers.recipe import Recipe, Rules
 
 Step = Callable[[str], Any]
 
@@ -32,7 +32,7 @@ class Outcome:
     Attributes:
       name: of the setting.
       layer_loss: mean over layers of output loss / output power, on held-out text.
-      typical_loss: the same over tokens without massive values (`wush_jax.losses`).
+      typical_loss: the same over tokens without massive values (`wush_jax.calibration.losses`).
       kl: mean KL divergence from the unquantized model, nats.
       perplexity: on the evaluation text.
       seconds: to quantize and evaluate.

@@ -1,4 +1,4 @@
-"""Number formats (element, group, scale, rule, global scale) and arrays quantized to them.
+"""Number formats: element, group, scale, rule, global scale.
 
 A format stores a group of g consecutive values along the last axis as codes of one element grid
 and one scale: ``value = code_value * scale / global_scale``. The global scale *divides*. One
@@ -7,16 +7,14 @@ emulation, `Format.encode`, is the definition that every kernel has to reproduce
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import reference
-from pallas_kernels.fragments import Fragments
-from wush_jax import numerics, scales
-from wush_jax.numerics import E2M1, E2M3, E4M3, Element, IntElement
+from wush_jax.formats import elements, scales
+from wush_jax.formats.elements import E2M1, E2M3, E4M3, Element, IntElement
 
 SCALE_DTYPES = {
     "e8m0": jnp.float8_e8m0fnu,
@@ -35,7 +33,7 @@ class Format:
       element: the element grid.
       group_size: g, values per scale.
       scale_dtype: "e8m0", "e4m3", "bfloat16" or "float32".
-      rule: name of a scale rule in `wush_jax.scales.RULES`.
+      rule: name of a scale rule in `wush_jax.formats.scales.RULES`.
       global_scale: a constant that multiplies values before scaling and divides after decoding;
         None derives it from the tensor: ``448 * max / amax``, the largest group's scale is E4M3's
         largest (256 instead of 448 for rules that may pick a scale 1.5 times larger).
@@ -113,9 +111,9 @@ class Format:
         ``code = round(y * (global_scale / scale))``: one division a group, one product a value.
         """
         if self.scale_dtype == "e8m0":  # 2/s and g/2: 1/s of the largest power is not normal
-            twice = numerics.exp2_int(1 - numerics.floor_log2(scale))
+            twice = elements.exp2_int(1 - elements.floor_log2(scale))
         else:
-            twice = numerics.divide(jnp.float32(2.0), scale)
+            twice = elements.divide(jnp.float32(2.0), scale)
         return self.element.encode(y * (global_scale * 0.5 * twice)[..., None])
 
     def decode_with(self, codes: jax.Array, scale: jax.Array, global_scale: jax.Array) -> jax.Array:
@@ -128,7 +126,7 @@ class Format:
         Subnormal values count as zero. A group that holds an infinity or a NaN gets a NaN scale
         and zero codes, so that it decodes to NaN: damage stays visible.
         """
-        y = jnp.where(jnp.abs(y) < numerics.TINY, 0.0, y)
+        y = jnp.where(jnp.abs(y) < elements.TINY, 0.0, y)
         finite = jnp.max(jnp.abs(y), axis=-1) < jnp.inf
         y = jnp.where(finite[..., None], y, 0.0)
         candidates = self.scale_candidates(y, global_scale)
@@ -178,17 +176,17 @@ class Format:
         return values.reshape(codes.shape)
 
     def pack(self, codes: jax.Array) -> jax.Array:
-        """Pack codes (..., K) into bytes (..., K * bits / 8): `wush_jax.numerics.pack`."""
-        return numerics.pack(codes, self.element.bits)
+        """Pack codes (..., K) into bytes (..., K * bits / 8): `wush_jax.formats.elements.pack`."""
+        return elements.pack(codes, self.element.bits)
 
     def unpack(self, packed: jax.Array) -> jax.Array:
         """Undo `pack`."""
-        return numerics.unpack(packed, self.element.bits)
+        return elements.unpack(packed, self.element.bits)
 
     def store_scales(self, scale: jax.Array) -> jax.Array:
         """Turn float32 scales, already representable, into the stored type, bit by bit."""
         if self.scale_dtype == "e8m0":
-            byte = jnp.where(scale == scale, numerics.floor_log2(scale) + 127, 255)
+            byte = jnp.where(scale == scale, elements.floor_log2(scale) + 127, 255)
             return lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e8m0fnu)
         if self.scale_dtype == "e4m3":
             return lax.bitcast_convert_type(E4M3.encode(scale), jnp.float8_e4m3fn)
@@ -201,133 +199,11 @@ class Format:
         """Return stored scales as float32 values."""
         if self.scale_dtype == "e8m0":
             byte = lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.int32)
-            value = numerics.exp2_int(jnp.maximum(byte, 1) - 127)
+            value = elements.exp2_int(jnp.maximum(byte, 1) - 127)
             return jnp.where(byte == 255, jnp.nan, value)
         if self.scale_dtype == "e4m3":
             return E4M3.decode(lax.bitcast_convert_type(stored, jnp.uint8))
         return stored.astype(jnp.float32)
-
-
-MXFP4 = Format("MXFP4", E2M1, 32, "e8m0", "pow2_div3", 3.0)
-NVFP4 = Format("NVFP4", E2M1, 16, "e4m3", "absmax", 10.0)
-INT4 = Format("INT4", IntElement("int4_midrise", 4, midrise=True), 32, "bfloat16", "gaussian_mse")
-INT8 = Format("INT8", IntElement("int8", 8), 32, "bfloat16", "absmax")
-MXFP8 = Format("MXFP8", E4M3, 32, "e8m0", "ocp_floor")
-MXFP6 = Format("MXFP6", E2M3, 32, "e8m0", "ocp_floor")
-# The symmetric 4-bit integer format of most other libraries.
-INT4_ABSMAX = Format("INT4_ABSMAX", IntElement("int4", 4), 32, "bfloat16", "absmax")
-
-FORMATS = {f.name: f for f in (MXFP4, NVFP4, INT4, INT8, MXFP8, MXFP6, INT4_ABSMAX)}
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class QuantizedArray:
-    """An array stored as packed codes and group scales: a pytree with a static format.
-
-    Invariants, with K the last axis of the array and g the group size:
-
-    - ``codes`` is uint8 (..., K * bits / 8), packed by `wush_jax.numerics.pack`;
-    - ``scales`` is (..., K / g) in the format's scale type;
-    - ``global_scale`` is float32, a scalar or one per leading index, and divides;
-    - the array is ``code_value * scale / global_scale``.
-
-    Attributes:
-      codes: packed codes.
-      scales: stored scales.
-      global_scale: see above.
-      format: the static `Format`.
-    """
-
-    codes: jax.Array
-    scales: jax.Array
-    global_scale: jax.Array
-    format: Format = field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array that is stored, (..., K)."""
-        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.format.element.bits)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and global scale."""
-        return self.codes.nbytes + self.scales.nbytes + self.global_scale.nbytes
-
-
-def quantize(
-    x: jax.Array, fmt: Format, *, global_scale: jax.Array | float | None = None
-) -> QuantizedArray:
-    """Round ``x`` to the nearest values of a format, groups along the last axis.
-
-    Per group, with the rule's scale s: ``code = round(x * global_scale / s)``, ties to even.
-
-    Args:
-      x: (..., K) floating point, K a multiple of ``fmt.group_size``.
-      fmt: the format.
-      global_scale: scalar that replaces the format's own.
-
-    Returns:
-      A `QuantizedArray` of shape (..., K).
-
-    Raises:
-      ValueError: K is not a multiple of the group size; a global scale not positive and finite.
-
-    Source: FORMATS of OCP MX v1.0 and NVFP4; WUSH paper, section 2.
-
-    >>> q = quantize(jnp.arange(32.0), MXFP4)
-    >>> q.codes.shape, q.scales.shape, q.shape
-    ((16,), (1,), (32,))
-    """
-    x = jnp.asarray(x)
-    _check_groups(x, fmt)
-    if global_scale is None:
-        amax = jnp.max(jnp.abs(x), initial=0.0)  # of no rows: 0
-        global_scale = fmt.derive_global_scale(amax.astype(jnp.float32))
-    global_scale = scales.checked_global_scale(global_scale)
-    codes, stored = fmt.encode(x, global_scale)
-    return QuantizedArray(fmt.pack(codes), stored, global_scale, fmt)
-
-
-def dequantize(q: QuantizedArray | Fragments, dtype=jnp.float32) -> jax.Array:
-    """Return the values of a quantized array: ``code_value * scale / global_scale``, (..., K).
-
-    Args:
-      q: the array, in the interchange layout or in that of the matmul kernels.
-      dtype: of the result.
-
-    >>> dequantize(quantize(jnp.full((32,), 2.0), MXFP4)).max().item()
-    2.0
-    """
-    return reference.dequantize(q).astype(dtype)
-
-
-@jax.custom_jvp
-def _straight_through(x, quantized):
-    return quantized
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    return primals[1], tangents[0]
-
-
-def fake_quantize(
-    x: jax.Array, fmt: Format, *, global_scale: jax.Array | float | None = None
-) -> jax.Array:
-    """Quantize and dequantize, keeping ``x``'s dtype; the gradient passes straight through.
-
-    Args and errors as for `quantize`. ``d fake_quantize(x) / dx = 1`` (straight-through estimator).
-    Values that would round up beyond x's dtype saturate.
-
-    >>> fake_quantize(jnp.float32([2.0, 5.2] * 16), MXFP8)[:2].tolist()
-    [2.0, 5.0]
-    """
-    x = jnp.asarray(x)
-    frozen = lax.stop_gradient(x)
-    limit = float(jnp.finfo(x.dtype).max)
-    rounded = dequantize(quantize(frozen, fmt, global_scale=global_scale))
-    return _straight_through(x, jnp.clip(rounded, -limit, limit).astype(x.dtype))
 
 
 def _grouped(x: jax.Array, group_size: int) -> jax.Array:
@@ -340,11 +216,13 @@ def _align(global_scale: jax.Array, ndim: int) -> jax.Array:
     return global_scale.reshape(global_scale.shape + (1,) * (ndim - global_scale.ndim))
 
 
-def _check_groups(x: jax.Array, fmt: Format) -> None:
-    if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % fmt.group_size:
-        raise ValueError(
-            f"x has shape {x.shape}; {fmt.name} needs a last axis that is a positive multiple of "
-            f"group_size={fmt.group_size}: pad it, or use fmt.replace(group_size=...)"
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x has dtype {x.dtype}; quantize floating-point values: cast x first")
+MXFP4 = Format("MXFP4", E2M1, 32, "e8m0", "pow2_div3", 3.0)
+NVFP4 = Format("NVFP4", E2M1, 16, "e4m3", "absmax", 10.0)
+INT4 = Format("INT4", IntElement("int4_midrise", 4, midrise=True), 32, "bfloat16", "gaussian_mse")
+INT8 = Format("INT8", IntElement("int8", 8), 32, "bfloat16", "absmax")
+MXFP8 = Format("MXFP8", E4M3, 32, "e8m0", "ocp_floor")
+MXFP6 = Format("MXFP6", E2M3, 32, "e8m0", "ocp_floor")
+# The symmetric 4-bit integer format of most other libraries.
+INT4_ABSMAX = Format("INT4_ABSMAX", IntElement("int4", 4), 32, "bfloat16", "absmax")
+
+FORMATS = {f.name: f for f in (MXFP4, NVFP4, INT4, INT8, MXFP8, MXFP6, INT4_ABSMAX)}

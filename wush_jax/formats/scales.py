@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax import numerics
-from wush_jax.numerics import E4M3, Element
+from wush_jax.formats import elements
+from wush_jax.formats.elements import E4M3, Element
 
 # Exponents of a power-of-two scale that are normal float32 numbers: E8M0 bytes 1 to 254.
 E8M0_RANGE = (-126, 127)
@@ -51,17 +51,17 @@ Rule = Callable[[jax.Array, jax.Array, jax.Array, RuleSpec], list[jax.Array]]
 
 
 def _pow2(exponent: jax.Array) -> jax.Array:
-    return numerics.exp2_int(jnp.clip(exponent, *E8M0_RANGE))
+    return elements.exp2_int(jnp.clip(exponent, *E8M0_RANGE))
 
 
 def pow2_div3(y, amax, g, spec):
     """``e = floor(log2 amax)``; with g = max/2 (3 for E2M1) amax lands in [g, 2g): never clips."""
-    return [_pow2(numerics.floor_log2(amax))]
+    return [_pow2(elements.floor_log2(amax))]
 
 
 def ocp_floor(y, amax, g, spec):
     """``e = floor(log2 amax) - floor(log2 max)`` (OCP MX v1.0): amax may clip."""
-    return [_pow2(numerics.floor_log2(amax) - spec.element.max_exponent)]
+    return [_pow2(elements.floor_log2(amax) - spec.element.max_exponent)]
 
 
 def round_175(y, amax, g, spec):
@@ -69,9 +69,9 @@ def round_175(y, amax, g, spec):
 
     For E2M1 that is a mantissa of at least 1.75 (compressed-tensors, vLLM, qwix).
     """
-    e = numerics.floor_log2(amax)
+    e = elements.floor_log2(amax)
     # Multiply by 2**-e in two factors: the exponent range is not symmetric.
-    mantissa = amax * numerics.exp2_int(-(e // 2)) * numerics.exp2_int(-(e - e // 2))
+    mantissa = amax * elements.exp2_int(-(e // 2)) * elements.exp2_int(-(e - e // 2))
     carry = mantissa >= 2.0 - 2.0 ** -(spec.element.mantissa_bits + 1)
     return [_pow2(e - spec.element.max_exponent + carry.astype(jnp.int32))]
 
@@ -81,19 +81,19 @@ def ceil(y, amax, g, spec):
     # amax / max with max = t * 2**k, 1 <= t < 2: the ceiling is a comparison of mantissas.
     k = spec.element.max_exponent
     t = spec.element.max / 2.0**k
-    e = numerics.floor_log2(amax)
-    mantissa = amax * numerics.exp2_int(-(e // 2)) * numerics.exp2_int(-(e - e // 2))
+    e = elements.floor_log2(amax)
+    mantissa = amax * elements.exp2_int(-(e // 2)) * elements.exp2_int(-(e - e // 2))
     return [_pow2(e - k + (mantissa > t).astype(jnp.int32))]
 
 
 def absmax(y, amax, g, spec):
     """``s = g * amax / max``, rounded to the scale's type."""
-    return [_representable(numerics.divide(_product(g, amax), spec.element.max), spec)]
+    return [_representable(elements.divide(_product(g, amax), spec.element.max), spec)]
 
 
 def four_over_six(y, amax, g, spec):
     """amax lands on 6 or on 4, whichever has the smaller squared error (E4M3 scales)."""
-    return [_representable(numerics.divide(_product(g, amax), top), spec) for top in (6.0, 4.0)]
+    return [_representable(elements.divide(_product(g, amax), top), spec) for top in (6.0, 4.0)]
 
 
 def three_candidates(y, amax, g, spec):
@@ -108,9 +108,9 @@ def gaussian_mse(y, amax, g, spec):
     bits = spec.element.bits
     step = GAUSSIAN_CLIP[bits] * 2.0 / (2**bits - 1)
     # Relative to amax's power of two, so that squares neither overflow nor vanish.
-    e = jnp.clip(numerics.floor_log2(amax), -126, 126)
-    unit = y * numerics.exp2_int(-e)[..., None]
-    rms = numerics.exp2_int(e) * jnp.sqrt(jnp.mean(unit * unit, axis=-1))
+    e = jnp.clip(elements.floor_log2(amax), -126, 126)
+    unit = y * elements.exp2_int(-e)[..., None]
+    rms = elements.exp2_int(e) * jnp.sqrt(jnp.mean(unit * unit, axis=-1))
     return [_representable(g * step * rms, spec)]
 
 
@@ -148,5 +148,5 @@ def _representable(s: jax.Array, spec: RuleSpec) -> jax.Array:
     """Round positive float32 scales to the scale's type, never to zero, saturating."""
     if spec.scale_dtype == "e4m3":
         return E4M3.decode(E4M3.encode(jnp.clip(s, E4M3_MIN, E4M3.max)))
-    s = jnp.clip(s, numerics.TINY, 3.0e38)
-    return numerics.round_to_bfloat16(s) if spec.scale_dtype == "bfloat16" else s
+    s = jnp.clip(s, elements.TINY, 3.0e38)
+    return elements.round_to_bfloat16(s) if spec.scale_dtype == "bfloat16" else s

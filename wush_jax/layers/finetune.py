@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wush_jax import linalg
-from wush_jax.batched import over_batch
 from wush_jax.formats import QuantizedArray, fake_quantize, quantize
-from wush_jax.kernel_layout import pack_for_kernels
-from wush_jax.nnx import (
+from wush_jax.layers.kernel_layout import pack_for_kernels
+from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Dense,
     DenseTypes,
@@ -23,8 +21,9 @@ from wush_jax.nnx import (
     dense_layers,
     replace_modules,
 )
-from wush_jax.site import PackedWeight
-from wush_jax.transforms import apply_transform
+from wush_jax.solvers.batched import over_batch
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.transforms import apply_transform, linalg
 
 
 class LatentDense(nnx.Module):

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import fragments, mosaic_gpu, xla_fp8
+from pallas_kernels import fragments
 from pallas_kernels.fragments import Fragments
+from pallas_kernels.hopper import mosaic_gpu
+from pallas_kernels.library import xla_fp8
 from wush_jax.formats import QuantizedArray, dequantize
-from wush_jax.linear import quantized_dot
-from wush_jax.nnx import QuantizedDense, dotted
-from wush_jax.site import PackedWeight
+from wush_jax.layers.linear import quantized_dot
+from wush_jax.layers.nnx import QuantizedDense, dotted
+from wush_jax.solvers.site import PackedWeight
 
 
 def pack_for_kernels(model: nnx.Module, *, force: bool = False) -> dict[str, int]:
@@ -36,7 +38,7 @@ def pack_for_kernels(model: nnx.Module, *, force: bool = False) -> dict[str, int
       The bytes that each changed layer gained, by path: its padding to whole records.
 
     >>> from wush_jax import Recipe, quantize_weight
-    >>> from wush_jax.nnx import dense_layers
+    >>> from wush_jax.layers.nnx import dense_layers
     >>> dense = dense_layers(nnx.Linear(128, 48, rngs=nnx.Rngs(0)))[0][""]
     >>> packed = quantize_weight(dense.weight, None, Recipe(transform="hadamard"))
     >>> model = nnx.List([QuantizedDense(dense, packed)])

@@ -12,8 +12,8 @@ from jax import lax
 
 import pallas_kernels
 from pallas_kernels.reference import swiglu
-from wush_jax import linalg
-from wush_jax.site import PackedWeight, effective_weight
+from wush_jax.solvers.site import PackedWeight, effective_weight
+from wush_jax.transforms import linalg
 
 
 def quantized_dot(

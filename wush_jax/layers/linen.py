@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from wush_jax.nnx import Contraction, Dense, QuantizedDense, general_equation
+from wush_jax.layers.nnx import Contraction, Dense, QuantizedDense, general_equation
 
 # From (linen module, its parameters as NNX variables, the arguments of its call, the input as a
 # shape) to the layer's `Dense` view; ValueError for what it cannot express.

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.fragments import Fragments
-from wush_jax.contraction import Contraction as Contraction
 from wush_jax.formats import QuantizedArray
-from wush_jax.linear import quantized_dot
-from wush_jax.site import PackedWeight
+from wush_jax.layers.contraction import Contraction as Contraction
+from wush_jax.layers.linear import quantized_dot
+from wush_jax.solvers.site import PackedWeight
 
 
 class Packed(nnx.Variable):

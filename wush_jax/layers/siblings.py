@@ -10,8 +10,8 @@ import jax
 from flax import nnx
 
 from pallas_kernels.reference import swiglu
-from wush_jax.linear import gated_dot, quantized_dot
-from wush_jax.nnx import QuantizedDense
+from wush_jax.layers.linear import gated_dot, quantized_dot
+from wush_jax.layers.nnx import QuantizedDense
 
 
 def call_together(layers: Sequence[nnx.Module], x: jax.Array) -> list[jax.Array]:
@@ -46,7 +46,7 @@ def call_gated(gate: nnx.Module, up: nnx.Module, x: jax.Array) -> jax.Array:
     """Return ``silu(gate(x)) * up(x)``, the first half of a gated feed-forward layer.
 
     Quantized layers of one site without biases do it in one kernel, where there is one: see
-    `wush_jax.linear.gated_dot`.
+    `wush_jax.layers.linear.gated_dot`.
 
     Args:
       gate: a module that maps an array to an array.

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wush_jax.layers.siblings import call_together
 from wush_jax.models.config import LlamaConfig
-from wush_jax.siblings import call_together
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:

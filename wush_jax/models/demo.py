@@ -182,6 +182,6 @@ def load_demo_model(dtype: Any = jnp.float32) -> Llama:
     Args:
         dtype: type of the weights and activations; the file keeps bfloat16.
     """
-    file = resources.files("wush_jax.assets") / "demo_model.safetensors"
+    file = resources.files("wush_jax.models.assets") / "demo_model.safetensors"
     with resources.as_file(file) as path:
         return load_model(path, dtype)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wush_jax.layers.siblings import call_gated
 from wush_jax.models.attention import Attention, LayerCache
 from wush_jax.models.config import LlamaConfig
-from wush_jax.siblings import call_gated
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "lengths"], meta_fields=[])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wush_jax.tensor_folder import read_config, read_json
+from wush_jax.storage.tensor_folder import read_config, read_json
 
 
 @dataclass(frozen=True)

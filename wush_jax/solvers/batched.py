@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax.moments import Moments
-from wush_jax.recipe import Recipe
-from wush_jax.site import PackedWeight, quantize_site
+from wush_jax.solvers.recipe import Recipe
+from wush_jax.solvers.site import PackedWeight, quantize_site
+from wush_jax.transforms.moments import Moments
 
 
 def over_batch(function: Callable, batch: Sequence[int]) -> Callable:

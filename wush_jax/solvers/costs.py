@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wush_jax.recipe import DATA_FREE, Recipe
+from wush_jax.solvers.recipe import DATA_FREE, Recipe
 
 
 @dataclass(frozen=True)

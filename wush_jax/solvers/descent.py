@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax import linalg
 from wush_jax.formats import Format
+from wush_jax.transforms import linalg
 
 
 def descend(

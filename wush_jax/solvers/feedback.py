@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax import linalg, scale_search
 from wush_jax.formats import Format
+from wush_jax.solvers import scale_search
+from wush_jax.transforms import linalg
 
 # In-block factors get this much (relative): far below what moves a code, far above rounding.
 JITTER = 1e-10
@@ -43,7 +44,7 @@ def quantize_block(w, factors, fmt: Format, steps: tuple[int, ...], global_scale
       w: (d, N), one column of outputs a row.
       factors: of `inner_factor`.
       fmt: the format.
-      steps: neighbouring scales to try (`wush_jax.scale_search.offsets`).
+      steps: neighbouring scales to try (`wush_jax.solvers.scale_search.offsets`).
       global_scale: float32 scalar.
 
     Returns:

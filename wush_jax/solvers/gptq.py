@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax import feedback, linalg, scale_search
-from wush_jax import hessian as hessians
-from wush_jax.descent import descend
 from wush_jax.formats import Format, QuantizedArray
-from wush_jax.moments import second_moment
-from wush_jax.transforms import BlockTransform, apply_transform, check_finite
+from wush_jax.solvers import feedback, scale_search
+from wush_jax.solvers import hessian as hessians
+from wush_jax.solvers.descent import descend
+from wush_jax.transforms import BlockTransform, apply_transform, check_finite, linalg
+from wush_jax.transforms.moments import second_moment
 
 # Builds a block's transform from (M_W, M_X, damping), each (d, d); hashable, so that it can be
 # static under jit.
@@ -91,13 +91,15 @@ def gptq(
       damping: lambda of the Hessian, relative to its mean diagonal; multiplied by 10, up to 1,
         while the Hessian is not positive definite (a warning says so).
       scales: "rule" takes the format's scale; "sweep" tries the neighbours of
-        `wush_jax.scale_search.OFFSETS` and keeps the least error of the group, feedback included.
+        `wush_jax.solvers.scale_search.OFFSETS` and keeps the least error of the group, feedback
+        included.
       cross_moment: ``E[x_q x^T]`` (K, K) where ``hessian`` is ``E[x_q x_q^T]`` of quantized inputs;
         the weights then aim at ``W E[x x_q^T] E[x_q x_q^T]^-1``, which makes up for what quantizing
         the inputs does on average. None: the inputs are not quantized.
       pairs: with ``cross_moment``, rows x and x_q, (S, K) each: every output of the weights aimed
-        at is rescaled to slope one on them (`wush_jax.hessian.with_unit_slope`). None: it is not.
-      descent: sweeps of coordinate descent over all codes afterwards (`wush_jax.descent`).
+        at is rescaled to slope one on them (`wush_jax.solvers.hessian.with_unit_slope`). None: it
+        is not.
+      descent: sweeps of coordinate descent over all codes afterwards (`wush_jax.solvers.descent`).
       activation_order: treat blocks in descending order of ``tr M_X``. The result is laid out as
         ever; nothing is permuted at run time.
       dtype: "float32" or "float64" of weights and feedback. Factors are always built in float64.

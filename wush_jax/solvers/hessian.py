@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax import linalg
+from wush_jax.transforms import linalg
 
 # Escalation multiplies the damping by 10 up to this; any Hessian that is a second moment up to
 # rounding is positive definite long before.

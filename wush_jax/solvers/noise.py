@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wush_jax import linalg, scale_search
 from wush_jax.formats import Format, fake_quantize
-from wush_jax.sample import Sample
-from wush_jax.transforms import BlockTransform, apply_transform
+from wush_jax.solvers import scale_search
+from wush_jax.transforms import BlockTransform, apply_transform, linalg
+from wush_jax.transforms.sample import Sample
 
 # Gains to try for a block: an octave in steps of 2**(1/8), 1 first so that it wins ties.
 # Power-of-two scales repeat after an octave.

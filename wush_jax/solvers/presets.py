@@ -3,7 +3,7 @@
 They are plain recipes; ``BEST.replace(format=NVFP4)`` is the best for NVFP4.
 """
 
-from wush_jax.recipe import Recipe
+from wush_jax.solvers.recipe import Recipe
 
 #: GPTQ-WUSH exactly as in the paper: algorithm 2, one transform a layer, d = group, AbsMax scales.
 PAPER = Recipe(solver="gptq", share_transform=False)
@@ -26,6 +26,6 @@ BEST = Recipe(
 )
 
 #: Blocks of 128 channels: less loss for a transform of 128 bfloat16 a channel (a quarter of the
-#: bytes of a 4-bit weight with 1024 outputs). K must be a multiple of 128; `wush_jax.auto` chooses
-#: d for each site.
+#: bytes of a 4-bit weight with 1024 outputs). K must be a multiple of 128;
+#: `wush_jax.calibration.auto` chooses d for each site.
 BEST_WIDE = BEST.replace(block_size=128)

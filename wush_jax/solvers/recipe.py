@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from wush_jax.formats import MXFP4, Format
-from wush_jax.numerics import E2M1
+from wush_jax.formats.elements import E2M1
 
 TRANSFORMS = ("identity", "random", "hadamard", "calibrated_hadamard", "whitening", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
@@ -42,11 +42,11 @@ class Recipe:
         them from the original weights, in one batch. A shared transform is always built so.
       input_error: what GPTQ knows of the error that quantizing the activations adds: "ignore"
         nothing (the paper); "model" its power, from the format alone; "sample" its moments,
-        measured on a sample of calibration rows. The weights make up for it (`wush_jax.noise`);
-        with "sample" each output keeps slope one against the original.
+        measured on a sample of calibration rows. The weights make up for it
+        (`wush_jax.solvers.noise`); with "sample" each output keeps slope one against the original.
       descent: sweeps of coordinate descent over the codes after GPTQ.
       refit: rounds of fitting each block's transform to GPTQ's codes, and the codes by ``descent``
-        to what that leaves (`wush_jax.refit`); free at run time.
+        to what that leaves (`wush_jax.solvers.refit`); free at run time.
       block_gain: multiply each block's transform by the gain 2^(j/8) with the least activation
         error on a sample of calibration rows; free at run time.
       activation_order: GPTQ treats the blocks with the most input power first.

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax import hessian as hessians
-from wush_jax import linalg
-from wush_jax.descent import descend
 from wush_jax.formats import QuantizedArray, dequantize
-from wush_jax.transforms import BlockTransform, apply_transform, inverse_transpose
+from wush_jax.solvers import hessian as hessians
+from wush_jax.solvers.descent import descend
+from wush_jax.transforms import BlockTransform, apply_transform, inverse_transpose, linalg
 
 # Blocks see each other's changes; the second sweep brings what little that leaves.
 SWEEPS = 2
 
 
 class Aim(NamedTuple):
-    """What GPTQ aims at under one transform: its moments, as `wush_jax.gptq.gptq` takes them.
+    """What GPTQ aims at under one transform: its moments, as `wush_jax.solvers.gptq.gptq` takes
+    them.
 
     Attributes:
       hessian: second moment of the inputs (K, K), undamped; quantized where the next one is given.
@@ -48,8 +48,8 @@ def refit_rounds(
     """Fit transforms and codes to each other in turn, after GPTQ.
 
     A round: `refit` moves the transforms; the error of the inputs is measured anew behind them, and
-    with it what the weights aim at; `wush_jax.descent` moves the codes there. Where the aim has
-    pairs, a round counts only if it lowers the layer's loss on them.
+    with it what the weights aim at; `wush_jax.solvers.descent` moves the codes there. Where the aim
+    has pairs, a round counts only if it lowers the layer's loss on them.
 
     Args:
       quantized: the weight (N, K), in transformed coordinates.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from wush_jax import scale_search
 from wush_jax.formats import Format, QuantizedArray, quantize
+from wush_jax.solvers import scale_search
 from wush_jax.transforms import BlockTransform, apply_transform
 
 
@@ -25,7 +25,8 @@ def rtn(
       transform: blocks that tile K.
       fmt: the weight's format.
       scales: "rule" takes the format's own scale; "sweep" tries its neighbours and keeps the least
-        error weighted by ``T_X M_X T_X^T`` inside the group (`wush_jax.scale_search.sweep`).
+        error weighted by ``T_X M_X T_X^T`` inside the group
+        (`wush_jax.solvers.scale_search.sweep`).
       activation_moment: M_X (K/d, d, d) for "sweep"; None weights all values alike.
 
     Returns:

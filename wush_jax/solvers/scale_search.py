@@ -2,7 +2,7 @@
 
 A format's rule reads the scale off a group's magnitudes. For weights there is time to try the
 scales next to it and keep the one with the least weighted error: `sweep` for round-to-nearest;
-`wush_jax.gptq` tries the same neighbours inside its error feedback.
+`wush_jax.solvers.gptq` tries the same neighbours inside its error feedback.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax import linalg, scales
-from wush_jax.formats import Format
-from wush_jax.numerics import E4M3
+from wush_jax.formats import Format, scales
+from wush_jax.formats.elements import E4M3
+from wush_jax.transforms import linalg
 
 # Steps to try per scale type, the rule's own scale (0) first so that it wins ties. A step is one
 # power of two, one E4M3 neighbour, or a factor 2**(1/8).

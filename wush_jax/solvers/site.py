@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.fragments import Fragments
-from wush_jax import linalg, noise, scale_search, transforms
+from wush_jax import transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
-from wush_jax.gptq import gptq
-from wush_jax.recipe import DATA_FREE, Recipe
-from wush_jax.refit import Aim, refit_rounds
-from wush_jax.rtn import rtn
-from wush_jax.sample import Sample
-from wush_jax.site_transform import TransformRule, build_transform
-from wush_jax.transforms import BlockTransform
+from wush_jax.solvers import noise, scale_search
+from wush_jax.solvers.gptq import gptq
+from wush_jax.solvers.recipe import DATA_FREE, Recipe
+from wush_jax.solvers.refit import Aim, refit_rounds
+from wush_jax.solvers.rtn import rtn
+from wush_jax.solvers.site_transform import TransformRule, build_transform
+from wush_jax.transforms import BlockTransform, linalg
+from wush_jax.transforms.sample import Sample
 
 
 @jax.tree_util.register_dataclass

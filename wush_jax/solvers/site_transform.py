@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from wush_jax import moments, noise, scale_search, transforms
-from wush_jax.recipe import DATA_FREE, Recipe
-from wush_jax.sample import Sample
-from wush_jax.transforms import BlockTransform
+from wush_jax import transforms
+from wush_jax.solvers import noise, scale_search
+from wush_jax.solvers.recipe import DATA_FREE, Recipe
+from wush_jax.transforms import BlockTransform, moments
+from wush_jax.transforms.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class TransformRule:
     """From the moments of blocks to their transform, rounded for run time; static and hashable.
 
     Attributes:
-      name: one of `wush_jax.recipe.TRANSFORMS`.
+      name: one of `wush_jax.solvers.recipe.TRANSFORMS`.
       dtype: what the run-time transform is rounded to.
 
     >>> TransformRule("wush", "bfloat16")(jnp.eye(4), jnp.eye(4), 1e-2).activation.dtype

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from wush_jax.folder_lock import sole_writer
-from wush_jax.tensor_file import write_tensors
-from wush_jax.tensor_folder import (
+from wush_jax.storage.folder_lock import sole_writer
+from wush_jax.storage.tensor_file import write_tensors
+from wush_jax.storage.tensor_folder import (
     COMPANIONS,
     CONFIG,
     DTYPES,

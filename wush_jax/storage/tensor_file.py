@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax.tensor_folder import CHECKSUMS, DTYPES
+from wush_jax.storage.tensor_folder import CHECKSUMS, DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PART = 2**24  # bytes that are written at once

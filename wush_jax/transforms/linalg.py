@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wush_jax.numerics import TINY
+from wush_jax.formats.elements import TINY
 
 HIGHEST = lax.Precision.HIGHEST
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax import linalg
-from wush_jax.sample import Sample
-from wush_jax.transforms import check_finite
+from wush_jax.transforms import linalg
+from wush_jax.transforms.checks import check_finite
+from wush_jax.transforms.sample import Sample
 
 # Into how many parts rows are split before they are summed: the most devices that give the same
 # bits as one.

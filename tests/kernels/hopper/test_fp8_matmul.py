@@ -12,8 +12,9 @@ from matmul_tools import exact, values, weight_of
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, matmul, mosaic_gpu, plans
-from pallas_kernels.tiles import FEW_TOKENS, Split, Tiling
+from pallas_kernels import fragments
+from pallas_kernels.hopper import matmul, mosaic_gpu, plans
+from pallas_kernels.hopper.tiles import FEW_TOKENS, Split, Tiling
 
 NEEDS_MOSAIC = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"

@@ -10,8 +10,9 @@ from matmul_tools import exact, values, weight_of
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, matmul, reference
-from pallas_kernels.tiles import Tiling
+from pallas_kernels import fragments, reference
+from pallas_kernels.hopper import matmul
+from pallas_kernels.hopper.tiles import Tiling
 
 NEEDS_MOSAIC = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"

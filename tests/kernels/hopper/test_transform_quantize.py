@@ -10,9 +10,11 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import mosaic_gpu, repack, xla
-from pallas_kernels.cases import Case
-from pallas_kernels.tiles import FEW_TOKENS, Tiles, choose
+from pallas_kernels import repack
+from pallas_kernels.benchmarks.cases import Case
+from pallas_kernels.hopper import mosaic_gpu
+from pallas_kernels.hopper.tiles import FEW_TOKENS, Tiles, choose
+from pallas_kernels.library import xla
 from wush_jax import formats
 
 NEEDS_MOSAIC = pytest.mark.skipif(
@@ -139,7 +141,7 @@ def test_what_the_kernel_lacks_is_not_implemented(make, reason):
 @pytest.mark.usefixtures("eight_devices")
 def test_row_shards_stay_where_they_are(monkeypatch):
     """The partitioning alone: the definition stands in for the launch."""
-    quantize_kernel = pytest.importorskip("pallas_kernels.quantize_kernel")
+    quantize_kernel = pytest.importorskip("pallas_kernels.hopper.quantize_kernel")
     seen = []
 
     def stand_in(x, t, fmt, *, global_scale, layout, tiles, unit, interpret, after, early):

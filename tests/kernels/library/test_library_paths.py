@@ -10,7 +10,9 @@ from weights import normal
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fp8_kernel, fragments, repack, scaled_dot, xla, xla_fp8
+from pallas_kernels import fragments, repack
+from pallas_kernels.hopper import fp8_kernel
+from pallas_kernels.library import scaled_dot, xla, xla_fp8
 
 FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
 

@@ -1,9 +1,9 @@
 """Layouts of quantized layers in files: our own and those of other libraries."""
 
-from wush_jax.layouts import compressed_tensors, fp_quant, modelopt, wush
-from wush_jax.layouts.layout import Layout
-from wush_jax.layouts.layout import quantization_config as _quantization_config
-from wush_jax.tensor_folder import CONFIG, TensorFolder
+from wush_jax.checkpoints.layouts import compressed_tensors, fp_quant, modelopt, wush
+from wush_jax.checkpoints.layouts.layout import Layout
+from wush_jax.checkpoints.layouts.layout import quantization_config as _quantization_config
+from wush_jax.storage.tensor_folder import CONFIG, TensorFolder
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout

@@ -9,7 +9,8 @@ Of a layer with N outputs and K inputs:
   0.14 (9 January 2026). No global scale.
 
 Transforms are not in the files. Names of known ones are in ``transform_config``
-(`wush_jax.layouts.hadamard_config`): the identity and one Hadamard matrix for all blocks.
+(`wush_jax.checkpoints.layouts.hadamard_config`): the identity and one Hadamard matrix for all
+blocks.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wush_jax.checkpoints.layouts import hadamard_config as hadamard
+from wush_jax.checkpoints.layouts import layout as shared
+from wush_jax.checkpoints.layouts.layout import Content, Layout
+from wush_jax.checkpoints.packed_layout import Place
+from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import MXFP4, NVFP4, Format
-from wush_jax.layouts import hadamard_config as hadamard
-from wush_jax.layouts import layout as shared
-from wush_jax.layouts.layout import Content, Layout
-from wush_jax.packed_layout import Place
-from wush_jax.quantization_config import LayerRecord
-from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import TensorFolder
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.tensor_folder import TensorFolder
 
 METHOD = "compressed-tensors"
 NV, MX = "nvfp4-pack-quantized", "mxfp4-pack-quantized"

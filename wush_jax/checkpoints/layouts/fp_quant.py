@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wush_jax.checkpoints.layouts import layout as shared
+from wush_jax.checkpoints.layouts.layout import Content, Layout
+from wush_jax.checkpoints.packed_layout import Place
+from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import MXFP4, NVFP4
-from wush_jax.layouts import layout as shared
-from wush_jax.layouts.layout import Content, Layout
-from wush_jax.linalg import hadamard_matrix
-from wush_jax.packed_layout import Place
-from wush_jax.quantization_config import LayerRecord
-from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import TensorFolder
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.tensor_folder import TensorFolder
+from wush_jax.transforms.linalg import hadamard_matrix
 
 NAME = "fp_quant"
 DTYPES = {"mxfp4": MXFP4, "nvfp4": NVFP4}

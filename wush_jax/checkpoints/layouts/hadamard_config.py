@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from wush_jax.linalg import hadamard_numpy
+from wush_jax.transforms.linalg import hadamard_numpy
 
 LARGEST = 1024
 NAMES = "a Hadamard matrix of a power of two for all blocks"

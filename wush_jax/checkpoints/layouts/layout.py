@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax.formats import SCALE_DTYPES, Format, QuantizedArray
-from wush_jax.packed_layout import Place
-from wush_jax.quantization_config import LayerRecord, is_scale
-from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import TensorFolder
+from wush_jax.checkpoints.packed_layout import Place
+from wush_jax.checkpoints.quantization_config import LayerRecord, is_scale
+from wush_jax.formats import Format, QuantizedArray
+from wush_jax.formats.format import SCALE_DTYPES
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.tensor_folder import TensorFolder
 
 
 class Read(Protocol):

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wush_jax.checkpoints.layouts import layout as shared
+from wush_jax.checkpoints.layouts.layout import Layout
+from wush_jax.checkpoints.packed_layout import Place
+from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import NVFP4
-from wush_jax.layouts import layout as shared
-from wush_jax.layouts.layout import Layout
-from wush_jax.packed_layout import Place
-from wush_jax.quantization_config import LayerRecord
-from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import TensorFolder, read_json
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.tensor_folder import TensorFolder, read_json
 
 NAME = "modelopt"
 FILE = "hf_quant_config.json"

@@ -1,4 +1,5 @@
-"""The native layout (`wush_jax.packed_layout`), and files of it that the WUSH authors' code wrote.
+"""The native layout (`wush_jax.checkpoints.packed_layout`), and files of it that the WUSH authors'
+code wrote.
 
 Theirs have the same tensors without records in the config: what can be missing is then derived
 from dtypes, shapes and constants.
@@ -12,13 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wush_jax.checkpoints.layouts import layout as shared
+from wush_jax.checkpoints.layouts.layout import Content, Layout
+from wush_jax.checkpoints.packed_layout import Place, layer_tensors, read_packed
+from wush_jax.checkpoints.quantization_config import (
+    METHOD,
+    LayerRecord,
+    records_from_json,
+    records_to_json,
+)
 from wush_jax.formats import MXFP4, NVFP4
-from wush_jax.layouts import layout as shared
-from wush_jax.layouts.layout import Content, Layout
-from wush_jax.packed_layout import Place, layer_tensors, read_packed
-from wush_jax.quantization_config import METHOD, LayerRecord, records_from_json, records_to_json
-from wush_jax.site import PackedWeight
-from wush_jax.tensor_folder import CONFIG, TensorFolder, some
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.storage.tensor_folder import CONFIG, TensorFolder, some
 
 NAME = "wush"
 FORMATS = {np.dtype(jnp.float8_e8m0fnu): MXFP4, np.dtype(jnp.float8_e4m3fn): NVFP4}

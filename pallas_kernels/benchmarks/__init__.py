@@ -1,0 +1,1 @@
+"""Measuring kernels on a GPU: ``python -m pallas_kernels.benchmarks``."""

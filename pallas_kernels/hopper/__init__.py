@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA Hopper, written for Pallas' Mosaic GPU backend, and their parts."""

@@ -1,0 +1,25 @@
+"""A whole model: observe its inputs, plan, quantize, report."""
+
+from wush_jax.calibration.auto import choose_recipes
+from wush_jax.calibration.model import quantize_model
+from wush_jax.calibration.observe import Site, collect_moments, find_sites
+from wush_jax.calibration.planning import ModelPlan, SitePlan, plan
+from wush_jax.calibration.report import LayerReport, Report
+from wush_jax.calibration.sequential import Sequential, Stack
+from wush_jax.calibration.streaming import quantize_folder
+
+__all__ = [
+    "LayerReport",
+    "ModelPlan",
+    "Report",
+    "Sequential",
+    "Site",
+    "SitePlan",
+    "Stack",
+    "choose_recipes",
+    "collect_moments",
+    "find_sites",
+    "plan",
+    "quantize_folder",
+    "quantize_model",
+]

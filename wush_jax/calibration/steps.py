@@ -1,0 +1,117 @@
+"""The single steps of quantizing a planned model: quantize, swap, measure, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import jax
+from flax import nnx
+
+from wush_jax.calibration.losses import LayerLoss
+from wush_jax.calibration.planning import SitePlan, dry_rows, site_gain
+from wush_jax.calibration.replicas import on_one_device
+from wush_jax.calibration.report import LayerReport, Report
+from wush_jax.formats import elements
+from wush_jax.layers.kernel_layout import pack_for_kernels
+from wush_jax.layers.nnx import (
+    Dense,
+    Packed,
+    QuantizedDense,
+    replace_modules,
+)
+from wush_jax.solvers.batched import quantize_batched
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.transforms.moments import Moments
+
+
+def quantize_planned(
+    item: SitePlan, layers: Mapping[str, Dense], moments: Moments, prefix: str = ""
+) -> dict[str, PackedWeight]:
+    """Quantize the layers of one planned site; returns when the arrays are there.
+
+    Args:
+      item: the site and its recipe.
+      layers: dense layers by path.
+      moments: of the site's input.
+      prefix: put before the paths in messages.
+
+    Raises:
+      ValueError: naming the layer: non-finite weights, or a moment that is not positive definite.
+    """
+    weights = [layers[path].weight for path in item.site.layers]
+    names = [prefix + path for path in item.site.layers]
+    for name, weight in zip(names, weights, strict=True):
+        if elements.not_finite(weight):
+            raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
+    try:
+        packed = on_one_device(quantize_batched, weights, moments, recipe=item.recipe, names=names)
+    except ValueError as error:
+        raise ValueError(f"layers {', '.join(names)}: {error}") from error
+    # One site at a time: temporaries of several would not fit a device.
+    return jax.block_until_ready(dict(zip(item.site.layers, packed, strict=True)))
+
+
+def swap(
+    model: nnx.Module,
+    layers: dict[str, Dense],
+    packed: dict[str, PackedWeight],
+    implementation: str | None = None,
+) -> nnx.Module:
+    """Return the model with `QuantizedDense` layers in place of those that were packed.
+
+    Layers whose packed weights hold the very same transform array share one variable.
+    """
+    shared: dict[int, Packed] = {}
+
+    def quantized(path: str, module: nnx.Module) -> nnx.Module | None:
+        if path not in packed:
+            return None
+        transform = packed[path].transform
+        variable = None
+        if transform is not None:
+            variable = shared.setdefault(id(transform), Packed(transform))
+        return QuantizedDense(
+            layers[path], packed[path], transform=variable, implementation=implementation
+        )
+
+    return replace_modules(model, quantized)
+
+
+def finish(
+    model: nnx.Module,
+    layers: dict[str, Dense],
+    packed: dict[str, PackedWeight],
+    implementation: str | None,
+    rows: Sequence[LayerReport],
+    dry: Report,
+) -> tuple[nnx.Module, Report]:
+    """Return the quantized model, laid out for this device's kernels, and its report.
+
+    ``packed`` is emptied, so that every weight is freed once it is laid out.
+    """
+    quantized = swap(model, layers, packed, implementation)
+    packed.clear()
+    gained = pack_for_kernels(quantized)
+    rows = [replace(row, bytes_after=row.bytes_after + gained.get(row.path, 0)) for row in rows]
+    return quantized, Report(rows, dry.skipped, dry.unused_rules, dry.details)
+
+
+def measured_rows(
+    item: SitePlan,
+    layers: Mapping[str, Dense],
+    moments: Moments,
+    losses: Mapping[str, LayerLoss],
+) -> list[LayerReport]:
+    """Return the report's rows of one quantized site."""
+    gain = site_gain(item, layers, moments)
+    return [
+        replace(
+            row,
+            predicted_gain=gain,
+            loss=losses[row.path].loss,
+            relative_loss=losses[row.path].relative,
+            typical_loss=losses[row.path].typical,
+        )
+        for row in dry_rows(item, layers)
+    ]

@@ -1,0 +1,34 @@
+"""Quantized layers: the linear map, its Flax modules, and what dense layers look like."""
+
+from wush_jax.layers.finetune import pack, unpack
+from wush_jax.layers.kernel_layout import pack_for_kernels, unpack_from_kernels
+from wush_jax.layers.linear import gated_dot, layer_loss, quantized_dot
+from wush_jax.layers.linen import LinenModel
+from wush_jax.layers.nnx import (
+    DENSE_TYPES,
+    Contraction,
+    Dense,
+    DenseTypes,
+    QuantizedDense,
+    dense_layers,
+)
+from wush_jax.layers.siblings import call_gated, call_together
+
+__all__ = [
+    "DENSE_TYPES",
+    "Contraction",
+    "Dense",
+    "DenseTypes",
+    "LinenModel",
+    "QuantizedDense",
+    "call_gated",
+    "call_together",
+    "dense_layers",
+    "gated_dot",
+    "layer_loss",
+    "pack",
+    "pack_for_kernels",
+    "quantized_dot",
+    "unpack",
+    "unpack_from_kernels",
+]

@@ -1,0 +1,49 @@
+"""What a moment and a constructed transform must be, said at the call."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from wush_jax.formats import elements
+
+
+def check_moments(weight_moment, activation_moment, damping) -> None:
+    """Raise ValueError unless the two moments are finite, square blocks of one size."""
+    for name, m in (("weight_moment", weight_moment), ("activation_moment", activation_moment)):
+        if jnp.ndim(m) < 2 or m.shape[-1] != m.shape[-2] or m.shape[-1] == 0:
+            raise ValueError(f"{name} has shape {jnp.shape(m)}; it must be (..., d, d)")
+        check_finite(name, m)
+    if weight_moment.shape[-1] != activation_moment.shape[-1]:
+        raise ValueError(
+            f"weight_moment {weight_moment.shape} and activation_moment {activation_moment.shape} "
+            "have different block sizes d"
+        )
+    if not isinstance(damping, jax.Array) and not damping >= 0:
+        raise ValueError(f"damping={damping} must be non-negative")
+
+
+def check_finite(name: str, x: jax.Array) -> None:
+    """Raise ValueError when a concrete array holds NaN or infinities (tracers pass)."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # a constant under jit is no tracer
+        bad = int(elements.not_finite(x))
+    if bad:
+        raise ValueError(
+            f"{name} {jnp.shape(x)} has {bad} non-finite values; find the layer or batch that "
+            "produced them and remove it"
+        )
+
+
+def check_finite_result(name: str, x: jax.Array, damping) -> None:
+    """Raise ValueError when a construction failed for want of damping (tracers pass)."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        bad = bool(elements.not_finite(x))
+    if bad:
+        raise ValueError(
+            f"{name}={damping} leaves a moment that is not positive definite; use a larger "
+            "damping, such as 1e-2"
+        )
