@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import fragments, reference
+from pallas_kernels import exactly, fragments, reference
 from pallas_kernels.benchmarks.measure import device_time, prepare_all, read_rate
 from pallas_kernels.hopper import matmul, mosaic_gpu, plans
 from pallas_kernels.hopper.tiles import Split, Tiling
-from pallas_kernels.library import xla_fp8
 
 # (K, N) of Llama-3.1-8B: q, k, v together; o; gate and up together; down.
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
@@ -83,7 +82,7 @@ def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
     for fmt, (k, n) in ((f, s) for f in formats for s in shapes):
         weight = random_weight(fmt, k, n)
         laid_out = fragments.lay_out(weight)
-        of_layer = fragments.lay_out(weight, "float8") if xla_fp8.holds(fmt) else laid_out
+        of_layer = fragments.lay_out(weight, "float8") if exactly.in_float8(fmt) else laid_out
         dense = reference.dequantize(weight).astype(jnp.bfloat16)
         inputs = {m: operands(fmt, k, n, m) for m in tokens}
 

@@ -8,10 +8,9 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels import fragments, repack
+from pallas_kernels import exactly, fragments, repack
 from pallas_kernels.hopper import mosaic_gpu, plans
 from pallas_kernels.hopper.tiles import Split, Tiling, sharing
-from pallas_kernels.library import xla, xla_fp8
 
 
 def quantized_matmul(x, weight, *, out_dtype=None):
@@ -68,7 +67,7 @@ def transform_quantize_matmul(
         products = multiply_float8(left, global_scale, weights, out_dtype, **options)
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
     codes, scales = quantize(x, transform, fmt, layout="values" if exact else "interchange")
-    parts = (codes,) if exact else xla.exact_parts(codes, scales, fmt)
+    parts = (codes,) if exact else exactly.bfloat16_parts(codes, scales, fmt)
     options |= {"out_dtype": out_dtype, "global_scale": global_scale}
     return launch_all(parts, weights, device=device, **options)
 
@@ -105,7 +104,7 @@ def launch_all(
             left = repack.to_float8(repack.to_lanes(codes), scales, columns)
             products = multiply_float8(left, global_scale, weights, out_dtype, plan)
             return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
-        x = xla.exact_parts(x.codes, x.scales, x.format)
+        x = exactly.bfloat16_parts(x.codes, x.scales, x.format)
     elif not isinstance(x, tuple):
         if x.dtype != jnp.bfloat16:
             raise NotImplementedError(f"x has dtype {x.dtype}: the kernels multiply bfloat16")
@@ -138,8 +137,8 @@ def _in_float8(fmt, weights) -> bool:
     """Whether a product is one of FP8 numbers: weights laid out for it, and such activations."""
     if not any(weight.operand == "float8" for weight in weights):
         return False
-    xla_fp8.check(weights)
-    if not xla_fp8.holds(fmt):
+    exactly.check_float8(weights)
+    if not exactly.in_float8(fmt):
         raise NotImplementedError(f"the weight is laid out for MXFP4 activations, not {fmt.name}")
     return True
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import reference
+from pallas_kernels.exactly import bfloat16_parts
 
 
 def transform_quantize(x, transform, fmt, *, global_scale=None):
@@ -52,7 +52,7 @@ def quantized_matmul(x, weight, *, out_dtype=None):
       NotImplementedError: other dtypes of x.
     """
     if hasattr(x, "codes"):
-        left = exact_parts(x.codes, x.scales, x.format)
+        left = bfloat16_parts(x.codes, x.scales, x.format)
         return _matmul(left, 1 / x.global_scale, weight, out_dtype or jnp.float32)
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"x has dtype {x.dtype}, not bfloat16")
@@ -76,40 +76,15 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
             f"x has dtype {x.dtype}, global_scale={global_scale}: needs bfloat16 and a given scale"
         )
     codes, scales = transform_quantize(x, transform, fmt, global_scale=global_scale)
-    left = exact_parts(codes, scales, fmt)
+    left = bfloat16_parts(codes, scales, fmt)
     return _matmul(left, 1 / jnp.float32(global_scale), weight, out_dtype or x.dtype)
 
 
 def _matmul(left, factor, weight, out_dtype):
-    right = exact_parts(*reference.interchange(weight), weight.format)
+    right = bfloat16_parts(*reference.interchange(weight), weight.format)
     products = [
         jnp.einsum("...k,nk->...n", a, b, preferred_element_type=jnp.float32)
         for a in left
         for b in right
     ]
     return (sum(products) * (factor / weight.global_scale)).astype(out_dtype)
-
-
-def exact_parts(codes, scales, fmt) -> tuple:
-    """Quantized values times their global scale as a sum of bfloat16 arrays, without error.
-
-    Args:
-      codes: packed codes uint8 (..., K/2).
-      scales: (..., K/g).
-      fmt: a format of 4 bits: E2M1 with scales of at most 4 significant bits is one bfloat16
-        number, INT4 with bfloat16 scales two.
-
-    Returns:
-      One or two bfloat16 arrays (..., K).
-
-    Raises:
-      NotImplementedError: a format of more bits.
-    """
-    if fmt.element.bits != 4:
-        raise NotImplementedError(f"{fmt.name} is no sum of two bfloat16 numbers")
-    values = fmt.decode(fmt.unpack(codes), scales, jnp.float32(1))
-    if fmt.element.name == "e2m1":
-        return (values.astype(jnp.bfloat16),)
-    # Rounding by arithmetic: compilers may delete a cast to bfloat16 and back.
-    first = lax.reduce_precision(values, 8, 7)
-    return first.astype(jnp.bfloat16), (values - first).astype(jnp.bfloat16)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fragments, repack
+from pallas_kernels import exactly, repack
 from pallas_kernels.hopper import mosaic_gpu
 
 HIGHEST = 13  # `fp8_kernel.activations` brings the largest scale to 2**13
@@ -80,28 +80,14 @@ def fast(precision, columns: int) -> bool:
     return columns <= SHORT and str(getattr(precision, "name", precision)).lower() in FAST
 
 
-def holds(fmt) -> bool:
-    """Whether a format's values are FP8 numbers times one power of two, within its octaves."""
-    return fmt.element.name == "e2m1" and fmt.scale_dtype == "e8m0"
-
-
-def check(weights) -> None:
-    """Raise NotImplementedError for weights that are not laid out for FP8."""
-    fragments.check(weights)
-    if not all(weight.operand == "float8" for weight in weights):
-        raise NotImplementedError(
-            "the weight is laid out for bfloat16: `lay_out(weight, 'float8')` it once"
-        )
-
-
 def _check(fmt) -> None:
-    if not holds(fmt):
+    if not exactly.in_float8(fmt):
         raise NotImplementedError(f"activations in {fmt.name} are not exact in FP8")
 
 
 def _matmul(left, x, global_scale, weight, out_dtype, precision):
     """As `quantized_matmul`, from `activations` of x."""
-    check((weight,))
+    exactly.check_float8((weight,))
     y = multiply(left, global_scale, weight, out_dtype, precision)
     return y.reshape(*x.shape[:-1], y.shape[1])
 

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import fragments
+from pallas_kernels import exactly, fragments
 from pallas_kernels.fragments import Fragments
 from pallas_kernels.hopper import mosaic_gpu
-from pallas_kernels.library import xla_fp8
 from wush_jax.formats import QuantizedArray, dequantize
 from wush_jax.layers.linear import quantized_dot
 from wush_jax.layers.nnx import QuantizedDense, dotted
@@ -89,7 +88,7 @@ def _laid_out(packed: PackedWeight) -> Fragments | None:
 def _operands(packed: PackedWeight) -> tuple[str, ...]:
     """What records may expand to, best first: FP8 where both operands are exact in it."""
     both = packed.weight.format, packed.input_format
-    float8 = all(fmt is not None and xla_fp8.holds(fmt) for fmt in both)
+    float8 = all(fmt is not None and exactly.in_float8(fmt) for fmt in both)
     return ("float8", "bfloat16") if float8 else ("bfloat16",)
 
 

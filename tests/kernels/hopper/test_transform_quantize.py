@@ -10,11 +10,10 @@ import pytest
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import repack
+from pallas_kernels import exactly, repack
 from pallas_kernels.benchmarks.cases import Case
 from pallas_kernels.hopper import mosaic_gpu
 from pallas_kernels.hopper.tiles import FEW_TOKENS, Tiles, choose
-from pallas_kernels.library import xla
 from wush_jax import formats
 
 NEEDS_MOSAIC = pytest.mark.skipif(
@@ -65,7 +64,7 @@ def test_values_are_those_of_the_codes(fmt):
     run = functools.partial(launch, x, t, fmt, tiles=Tiles(1, 1, ctas=2), interpret=True)
     codes, scales = run("interchange")
     values, same_scales = run("values")
-    np.testing.assert_array_equal(values, xla.exact_parts(codes, scales, fmt)[0])
+    np.testing.assert_array_equal(values, exactly.bfloat16_parts(codes, scales, fmt)[0])
     np.testing.assert_array_equal(same_scales, scales)
 
 
@@ -214,7 +213,7 @@ def test_a_single_tile_of_columns_on_gpu(layout, rows, width):
         if layout == "float8":
             wanted, _ = repack.to_float8(*run(x, t, layout="lanes"), 128)
         else:
-            wanted = xla.exact_parts(*run(x, t, layout="interchange"), wush.MXFP4)[0]
+            wanted = exactly.bfloat16_parts(*run(x, t, layout="interchange"), wush.MXFP4)[0]
         np.testing.assert_array_equal(*(np.float32(v) for v in (found, wanted)))
     for _ in range(50):
         again = run(x, t, layout=layout)[0]
@@ -265,7 +264,7 @@ def test_values_are_those_of_the_codes_on_gpu(m, fmt):
     run = jax.jit(functools.partial(launch, fmt=fmt), static_argnames="layout")
     codes, scales = run(x, t, layout="interchange")
     values, same_scales = run(x, t, layout="values")
-    wanted = xla.exact_parts(codes, scales, fmt)[0]
+    wanted = exactly.bfloat16_parts(codes, scales, fmt)[0]
     # In float32: numpy takes two NaN for different in bfloat16.
     np.testing.assert_array_equal(np.float32(values), np.float32(wanted))
     np.testing.assert_array_equal(*(np.asarray(s).view(np.uint8) for s in (same_scales, scales)))

@@ -10,9 +10,9 @@ from weights import normal
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, repack
+from pallas_kernels import exactly, fragments, repack
 from pallas_kernels.hopper import fp8_kernel
-from pallas_kernels.library import scaled_dot, xla, xla_fp8
+from pallas_kernels.library import scaled_dot, xla_fp8
 
 FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
 
@@ -65,7 +65,7 @@ def test_bfloat16_operands_are_exact(fmt, layout):
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_a_quantized_value_is_a_sum_of_bfloat16_numbers(fmt):
     q = quantize(normal(0, (8, 64)) * 1e-3, fmt)
-    parts = jax.jit(lambda q: xla.exact_parts(q.codes, q.scales, fmt))(q)
+    parts = jax.jit(lambda q: exactly.bfloat16_parts(q.codes, q.scales, fmt))(q)
     whole = sum(np.asarray(part, np.float64) for part in parts)
     np.testing.assert_array_equal(whole, scaled(q))
 
