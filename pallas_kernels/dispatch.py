@@ -52,7 +52,7 @@ def transform_quantize(
       ValueError: shapes that do not fit, or an unknown implementation or layout.
       NotImplementedError: no permitted implementation can serve the call; all reasons are listed.
     """
-    _check_operands(x, transform, fmt.group_size)
+    _check_operands(x, transform, fmt)
     if layout not in repack.LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose from {repack.LAYOUTS}")
     x, transform, global_scale = jax.lax.stop_gradient((x, transform, global_scale))
@@ -173,7 +173,7 @@ def transform_quantize_matmul(
             raise ValueError("packed is a bare weight: pass fmt, the format of the activations")
         fmt, global_scale = several[0].input_format, several[0].input_global_scale
     weights: tuple = tuple(getattr(p, "weight", p) for p in several)
-    _check_operands(x, transform, 1 if fmt is None else fmt.group_size)
+    _check_operands(x, transform, fmt)
     for weight in weights:
         _check_inner(x.shape, weight.shape)
     if gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
@@ -237,11 +237,12 @@ def _first_able(
     )
 
 
-def _check_operands(x, transform, group_size: int) -> None:
+def _check_operands(x, transform, fmt) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}; it must be floating point: cast it first")
     k = x.shape[-1] if x.ndim else 0
-    if k == 0 or k % group_size:
+    if k == 0 or (fmt is not None and not fmt.holds(k)):
+        group_size = 1 if fmt is None else fmt.group_size
         raise ValueError(
             f"x has shape {x.shape}; its last axis must be a positive multiple of the group size "
             f"{group_size}: pad it"

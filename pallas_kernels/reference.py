@@ -1,7 +1,7 @@
 """Every operation stated in plain JAX: the definition, the fallback, the oracle of all kernels.
 
-The number format is an argument: a frozen object with ``group_size``, ``encode``, ``decode``,
-``pack`` and ``unpack`` in pure jax.numpy (see `wush_jax.formats.Format`).
+The number format is an argument: a frozen object with ``group_size``, ``holds``, ``encode``,
+``decode``, ``pack`` and ``unpack`` in pure jax.numpy (see `wush_jax.formats.Format`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def transform_quantize(x, transform, fmt, *, global_scale=None):
       global_scale: scalar; None takes the format's own.
 
     Returns:
-      Packed codes uint8 (..., K * bits / 8) and scales (..., K / g) in the format's scale type.
+      Packed codes uint8 (..., K * bits / 8) and scales (..., ceil(K / g)) in the format's type.
     """
     codes, scales = fmt.encode(apply_transform(x, transform), global_scale)
     return fmt.pack(codes), scales

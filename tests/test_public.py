@@ -92,7 +92,7 @@ CASES = {
         keeps=True,
     ),
 }
-FORMATS = {"MXFP4", "NVFP4", "INT4", "INT8", "MXFP8", "MXFP6"}
+FORMATS = {"MXFP4", "NVFP4", "INT4", "NVINT4", "INT8", "MXFP8", "FP8", "MXFP6"}
 STATIC = {"Format", "Recipe", "PAPER", "BEST", "BEST_WIDE"} | FORMATS
 RESULTS = {"QuantizedArray", "PackedWeight"}  # what the cases above take and return
 # Models and files; tested with them.

@@ -8,12 +8,14 @@ from wush_jax.checkpoints.checkpoint import load as load
 from wush_jax.checkpoints.checkpoint import save as save
 from wush_jax.evaluation.evaluate import kl_divergence as kl_divergence
 from wush_jax.evaluation.evaluate import perplexity as perplexity
+from wush_jax.formats import FP8 as FP8
 from wush_jax.formats import INT4 as INT4
 from wush_jax.formats import INT8 as INT8
 from wush_jax.formats import MXFP4 as MXFP4
 from wush_jax.formats import MXFP6 as MXFP6
 from wush_jax.formats import MXFP8 as MXFP8
 from wush_jax.formats import NVFP4 as NVFP4
+from wush_jax.formats import NVINT4 as NVINT4
 from wush_jax.formats import Format as Format
 from wush_jax.formats import QuantizedArray as QuantizedArray
 from wush_jax.formats import dequantize as dequantize

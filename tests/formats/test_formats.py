@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import wush_jax as wush
-from wush_jax.formats import FORMATS, INT4_ABSMAX, SCALE_DTYPES
+from wush_jax.formats import FORMATS, INT4_ABSMAX
 from wush_jax.formats.elements import E3M2, E5M2
+from wush_jax.formats.format import SCALE_DTYPES
 from wush_jax.formats.scales import E8M0_RANGE, GAUSSIAN_CLIP, RULES
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -36,7 +37,11 @@ CASES = {
     "NVFP4 three": (NV.replace(rule="three_candidates"), 17 / 96),  # up to 7.125: 0.158
     "INT4": (wush.INT4, 0.5565),  # one value alone: clips to 7.5 * 2.5139 * 2/15 / sqrt(32) amax
     "INT4_ABSMAX": (INT4_ABSMAX, 0.5 / 7 * (1 + 2**-8)),
+    # On -8 / (1 + 1/16) at least: what lies as far on the other side clips from 8.5 to 7.
+    "NVINT4": (wush.NVINT4, 3 / 17),
+    "NVINT4 tuned": (wush.NVINT4.replace(rule="signed_candidates"), 65 / 289),  # 2.03 of 9.03
     "INT8": (wush.INT8, 0.5 / 127 * (1 + 2**-8)),
+    "FP8": (wush.FP8.replace(group_size=32), 1 / 14),  # (224, 448]: half of 32 over 224
     "MXFP8": (wush.MXFP8, 1 / 8),  # [256, 512): clips 512 to 448
     "MXFP8 e5m2": (wush.MXFP8.replace(element=E5M2), 1 / 8),
     "MXFP6": (wush.MXFP6, 1 / 16),  # [4, 8): clips 8 to 7.5
@@ -161,8 +166,14 @@ def test_gaussian_clip_is_the_best_clip(bits):
         (wush.NVFP4, [0.6, -0.3, 0.025, 0.5], "d760" + "00" * 6, "38"),
         # all +-1: rms 1, s = bf16(.3351908) = .335938; 1/s = 2.98 -> k = 2, -1/s -> k = -3
         (wush.INT4, [1, -1] * 16, "d2" * 16, "ac3e"),
+        # amax .8 is positive: s = -1; codes of -10x = -8, 4, 7.6 -> 7 (clips), -.6, 1.4
+        (wush.NVINT4, [0.8, -0.4, -0.76, 0.06, -0.14], "48 f7 01" + "00" * 5, "b8"),
+        # amax .8 is negative, s = 1: codes of 10x
+        (wush.NVINT4, [-0.8, 0.4, 0.7], "48 07" + "00" * 6, "38"),
+        # amax 449 > 448: e = 1, codes of x/2: 224.5 -> 224, -448 -> -224, 2**-9 -> 1 of 2**-9
+        (wush.FP8.replace(group_size=4), [449, -448, 2**-8, 2**-10], "76f60100", "80"),
     ],
-    ids=["MXFP4", "NVFP4", "INT4"],
+    ids=["MXFP4", "NVFP4", "INT4", "NVINT4 negative", "NVINT4", "FP8"],
 )
 def test_golden_bytes(fmt, values, codes, scales):
     x = np.zeros(fmt.group_size, np.float32)
@@ -170,6 +181,33 @@ def test_golden_bytes(fmt, values, codes, scales):
     q = quantize(x, fmt)
     assert np.asarray(q.codes).tobytes() == bytes.fromhex(codes)
     assert np.asarray(q.scales).tobytes() == bytes.fromhex(scales)
+
+
+@pytest.mark.parametrize("k", [1, 64, 512, 576, 1100])
+def test_a_short_last_group_is_a_group(k):
+    """FP8: what a row of K columns gives is what its groups give, each alone."""
+    rng = np.random.default_rng(k)
+    x = (rng.standard_normal((4, k)) * np.exp2(rng.uniform(-12, 12, (1, k)))).astype(np.float32)
+    x[3] = 0
+    q = quantize(x, wush.FP8)
+    assert (q.shape, q.codes.shape, q.scales.shape) == ((4, k), (4, k), (4, -(-k // 512)))
+    values = dequantize(q)
+    for group, start in enumerate(range(0, k, 512)):
+        part = x[:, start : start + 512]
+        codes, scales, expected, decided = oracle.quantize(
+            np.where(part == 0, 1e-30, part).astype(np.float64)[:3], wush.FP8, 1.0
+        )
+        assert decided.all()
+        np.testing.assert_array_equal(q.codes[:3, start : start + 512], codes)
+        np.testing.assert_array_equal(np.float32(q.scales[:3, group]), scales)
+        np.testing.assert_array_equal(values[:3, start : start + 512], expected)
+    assert (values[3] == 0).all()
+    x[1, -1] = np.inf
+    hurt = dequantize(quantize(x, wush.FP8))
+    last = (k - 1) // 512 * 512
+    assert np.isnan(hurt[1, last:]).all()
+    np.testing.assert_array_equal(hurt[1, :last], values[1, :last])
+    np.testing.assert_array_equal(np.delete(hurt, 1, 0), np.delete(values, 1, 0))
 
 
 # ------------------------------------------------------------------ properties
@@ -361,6 +399,8 @@ def test_fake_quantize_passes_gradients_straight_through(fmt, bound):
         (lambda: NV.replace(rule="ceil"), "rule='ceil' does not fit scale_dtype='e4m3'"),
         (lambda: wush.INT8.replace(rule="four_over_six"), "'four_over_six'.*E2M1.*E4M3"),
         (lambda: wush.INT8.replace(rule="gaussian_mse"), "gaussian_mse.*mid-rise"),
+        (lambda: wush.NVFP4.replace(rule="signed_absmax"), "signed_absmax.*full integer.*E4M3"),
+        (lambda: wush.NVFP4.replace(short_last=True), "short_last=True.*'ceil'.*not 'absmax'"),
         (lambda: MX.replace(group_size=0), "group_size=0 must be at least 1"),
         (lambda: MX.replace(global_scale=-1.0), "global_scale=-1.0 must be positive"),
         (lambda: MX.replace(global_scale=float("nan")), "global_scale=nan must be positive"),
@@ -376,7 +416,9 @@ def test_named_formats():
         "MXFP4": 4.25,
         "NVFP4": 4.5,
         "INT4": 4.5,
+        "NVINT4": 4.5,
         "INT8": 8.5,
+        "FP8": 8 + 8 / 512,
         "MXFP8": 8.25,
         "MXFP6": 6.25,
         "INT4_ABSMAX": 4.5,

@@ -37,7 +37,7 @@ def element_grid(element):
     if element.midrise:
         k = np.arange(-limit, limit)
         return k + 0.5, k % (2 * limit)
-    k = np.arange(1 - limit, limit)
+    k = np.arange(1 - limit - element.full, limit)
     return k.astype(np.float64), k % (2 * limit)
 
 
@@ -116,6 +116,20 @@ def _three_candidates(y, g, fmt):
     return [six, four, below]
 
 
+def _signed(y, g, fmt, *tops):
+    """The value of largest magnitude, of two the negative one, on -top."""
+    negative = y.max(-1) > -y.min(-1)
+    return [np.where(negative, -1, 1) * e4m3(g * np.abs(y).max(-1) / top) for top in tops]
+
+
+def _signed_absmax(y, g, fmt):
+    return _signed(y, g, fmt, 8.0)
+
+
+def _signed_candidates(y, g, fmt):
+    return _signed(y, g, fmt, 8.0, 8.5, 7.0)
+
+
 def _gaussian_mse(y, g, fmt):
     step = 2.513930568578423 * 2 / 15
     return [_rounded(step * np.sqrt((y**2).mean(-1)), fmt)]
@@ -129,6 +143,8 @@ RULES = {
     "absmax": _absmax,
     "four_over_six": _four_over_six,
     "three_candidates": _three_candidates,
+    "signed_absmax": _signed_absmax,
+    "signed_candidates": _signed_candidates,
     "gaussian_mse": _gaussian_mse,
 }
 
@@ -155,7 +171,8 @@ def quantize(y, fmt, g):
     values = grid[position] * (scales / g)[..., None]
     errors = ((y - values) ** 2).sum(-1)
     best = errors.argmin(0)  # the first on a tie
-    others = np.where(np.arange(len(errors))[:, None] == best, np.inf, errors)
+    chosen = np.take_along_axis(scales, best[None], 0)
+    others = np.where(scales == chosen, np.inf, errors)  # one scale twice is one candidate
     decided &= (others - errors.min(0) > 1e-5 * errors.min(0)).all(0)
     # Zeros, and ties of exact products, are the same decision in any precision.
     exact = (y == 0) | ((margin == 0) & (fmt.scale_dtype == "e8m0"))

@@ -4,6 +4,7 @@ from wush_jax.formats.arrays import QuantizedArray, dequantize, fake_quantize, q
 from wush_jax.formats.elements import FloatElement, IntElement
 from wush_jax.formats.format import (
     FORMATS,
+    FP8,
     INT4,
     INT4_ABSMAX,
     INT8,
@@ -11,11 +12,13 @@ from wush_jax.formats.format import (
     MXFP6,
     MXFP8,
     NVFP4,
+    NVINT4,
     Format,
 )
 
 __all__ = [
     "FORMATS",
+    "FP8",
     "INT4",
     "INT4_ABSMAX",
     "INT8",
@@ -23,6 +26,7 @@ __all__ = [
     "MXFP6",
     "MXFP8",
     "NVFP4",
+    "NVINT4",
     "FloatElement",
     "Format",
     "IntElement",

@@ -22,7 +22,7 @@ class QuantizedArray:
     Invariants, with K the last axis of the array and g the group size:
 
     - ``codes`` is uint8 (..., K * bits / 8), packed by `wush_jax.formats.elements.pack`;
-    - ``scales`` is (..., K / g) in the format's scale type;
+    - ``scales`` is (..., ceil(K / g)) in the format's scale type;
     - ``global_scale`` is float32, a scalar or one per leading index, and divides;
     - the array is ``code_value * scale / global_scale``.
 
@@ -57,7 +57,7 @@ def quantize(
     Per group, with the rule's scale s: ``code = round(x * global_scale / s)``, ties to even.
 
     Args:
-      x: (..., K) floating point, K a multiple of ``fmt.group_size``.
+      x: (..., K) floating point, K a multiple of ``fmt.group_size`` (any K for `FP8`).
       fmt: the format.
       global_scale: scalar that replaces the format's own.
 
@@ -125,7 +125,7 @@ def fake_quantize(
 
 
 def _check_groups(x: jax.Array, fmt: Format) -> None:
-    if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % fmt.group_size:
+    if x.ndim == 0 or not fmt.holds(x.shape[-1]):
         raise ValueError(
             f"x has shape {x.shape}; {fmt.name} needs a last axis that is a positive multiple of "
             f"group_size={fmt.group_size}: pad it, or use fmt.replace(group_size=...)"

@@ -184,18 +184,21 @@ class FloatElement:
 class IntElement:
     """A uniform grid of two's-complement codes k.
 
-    Symmetric: value k, ``|k| <= 2**(bits-1) - 1``. Mid-rise: value ``k + 1/2``,
-    ``-2**(bits-1) <= k < 2**(bits-1)``, which has no zero but uses every code.
+    Symmetric: value k, ``|k| <= 2**(bits-1) - 1``. Full: value k, ``-2**(bits-1) <= k <
+    2**(bits-1)``, for scales that have a sign. Mid-rise: value ``k + 1/2`` of the same codes,
+    which has no zero.
 
     Attributes:
-      name: "int4", "int8", "int4_midrise", ...
+      name: "int4", "int8", "int4_midrise", "int4_full", ...
       bits: bits of a code.
-      midrise: which of the two grids.
+      midrise: whether values lie half a step above the codes.
+      full: whether a grid that is not mid-rise has the lowest code.
     """
 
     name: str
     bits: int
     midrise: bool = False
+    full: bool = False
 
     @property
     def max(self) -> float:
@@ -213,8 +216,9 @@ class IntElement:
             tie = (x == k.astype(jnp.float32)) & ((k & 1) == 1)
             k = jnp.clip(k - tie.astype(jnp.int32), -limit, limit - 1)
         else:
-            n = round_half_even(jnp.minimum(jnp.abs(x), self.max))
+            n = round_half_even(jnp.minimum(jnp.abs(x), self.max + self.full))
             k = jnp.where(x < 0, -n, n)
+            k = jnp.minimum(k, int(self.max)) if self.full else k
         return (k & (2**self.bits - 1)).astype(jnp.uint8)
 
     def decode(self, code: jax.Array) -> jax.Array:

@@ -51,6 +51,7 @@ class Format:
     scale_dtype: str
     rule: str
     global_scale: float | None = 1.0
+    short_last: bool = False
 
     def __post_init__(self):
         if self.rule not in scales.RULES:
@@ -70,6 +71,15 @@ class Format:
             raise ValueError(f"rule={self.rule!r} is defined for E2M1 elements with E4M3 scales")
         if self.rule == "gaussian_mse" and not getattr(self.element, "midrise", False):
             raise ValueError("rule='gaussian_mse' needs a mid-rise integer element")
+        if self.rule in scales.SIGNED_RULES and (
+            self.scale_dtype != "e4m3" or not getattr(self.element, "full", False)
+        ):
+            raise ValueError(f"rule={self.rule!r} is for full integer grids with E4M3 scales")
+        if self.short_last and self.rule not in scales.POW2_RULES:
+            raise ValueError(
+                f"short_last=True needs a rule that zeros do not change, one of "
+                f"{scales.POW2_RULES}, not {self.rule!r}"
+            )
         if self.group_size < 1:
             raise ValueError(f"group_size={self.group_size} must be at least 1")
         if self.global_scale is not None and not 0 < self.global_scale < float("inf"):
@@ -80,6 +90,18 @@ class Format:
     def replace(self, **changes) -> Format:
         """Return this format with some fields changed: ``MXFP4.replace(rule="ceil", ...)``."""
         return replace(self, **changes)
+
+    def holds(self, k: int) -> bool:
+        """Whether groups tile K columns."""
+        return k > 0 and (self.short_last or k % self.group_size == 0)
+
+    def groups(self, k: int) -> int:
+        """Return the number of groups of K columns: ``ceil(K / g)``.
+
+        >>> FP8.groups(576), MXFP4.groups(64)
+        (2, 2)
+        """
+        return -(-k // self.group_size)
 
     @property
     def bits_per_value(self) -> float:
@@ -150,30 +172,40 @@ class Format:
     def encode(
         self, x: jax.Array, global_scale: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Quantize along the last axis: uint8 codes (..., K), one a value, and scales (..., K/g).
+        """Quantize along the last axis: uint8 codes (..., K), one a value, and scales.
 
         Args:
-          x: (..., K), K a multiple of the group size.
+          x: (..., K), K a multiple of the group size, or any with ``short_last``.
           global_scale: float32, scalar or one per leading index; None takes the format's constant
             or derives it from ``x``.
 
         Returns:
-          Unpacked codes, and scales in the format's own scale type.
+          Unpacked codes, and scales (..., ceil(K / g)) in the format's own scale type.
         """
-        groups = _grouped(x.astype(jnp.float32), self.group_size)
+        groups = self._grouped(x.astype(jnp.float32))
         if global_scale is None:
             global_scale = self.derive_global_scale(jnp.max(jnp.abs(groups), initial=0.0))
         codes, scale = self.encode_groups(groups, _align(global_scale, groups.ndim - 1))
-        return codes.reshape(x.shape), self.store_scales(scale)
+        return self._rows(codes, x.shape), self.store_scales(scale)
 
     def decode(
         self, codes: jax.Array, stored_scales: jax.Array, global_scale: jax.Array
     ) -> jax.Array:
         """Undo `encode`: float32 values (..., K) of unpacked codes and stored scales."""
-        groups = _grouped(codes, self.group_size)
         scale = self.load_scales(stored_scales)
-        values = self.decode_with(groups, scale, _align(global_scale, scale.ndim))
-        return values.reshape(codes.shape)
+        values = self.decode_with(self._grouped(codes), scale, _align(global_scale, scale.ndim))
+        return self._rows(values, codes.shape)
+
+    def _grouped(self, x: jax.Array) -> jax.Array:
+        """(..., K) as groups (..., ceil(K / g), g), a short one filled with zeros."""
+        *lead, k = x.shape
+        missing = self.groups(k) * self.group_size - k
+        x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, missing)]) if missing else x
+        return x.reshape(*lead, self.groups(k), self.group_size)
+
+    def _rows(self, groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Undo `_grouped`."""
+        return groups.reshape(*groups.shape[:-2], -1)[..., : shape[-1]]
 
     def pack(self, codes: jax.Array) -> jax.Array:
         """Pack codes (..., K) into bytes (..., K * bits / 8): `wush_jax.formats.elements.pack`."""
@@ -206,10 +238,6 @@ class Format:
         return stored.astype(jnp.float32)
 
 
-def _grouped(x: jax.Array, group_size: int) -> jax.Array:
-    return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
-
-
 def _align(global_scale: jax.Array, ndim: int) -> jax.Array:
     """Give a global scale, one per leading index, trailing axes up to ``ndim``."""
     global_scale = jnp.asarray(global_scale, jnp.float32)
@@ -224,5 +252,10 @@ MXFP8 = Format("MXFP8", E4M3, 32, "e8m0", "ocp_floor")
 MXFP6 = Format("MXFP6", E2M3, 32, "e8m0", "ocp_floor")
 # The symmetric 4-bit integer format of most other libraries.
 INT4_ABSMAX = Format("INT4_ABSMAX", IntElement("int4", 4), 32, "bfloat16", "absmax")
+# Integers with the groups and scales of NVFP4; a scale's sign puts the largest value on code -8.
+NVINT4 = Format("NVINT4", IntElement("int4_full", 4, full=True), 16, "e4m3", "signed_absmax", 10.0)
+# Of activations: one power of two for a token and 512 columns. The largest value lands in
+# (224, 448], so that nothing clips and the fewest values are subnormal.
+FP8 = Format("FP8", E4M3, 512, "e8m0", "ceil", short_last=True)
 
-FORMATS = {f.name: f for f in (MXFP4, NVFP4, INT4, INT8, MXFP8, MXFP6, INT4_ABSMAX)}
+FORMATS = {f.name: f for f in (MXFP4, NVFP4, INT4, NVINT4, INT8, MXFP8, FP8, MXFP6, INT4_ABSMAX)}

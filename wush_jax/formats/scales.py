@@ -103,6 +103,24 @@ def three_candidates(y, amax, g, spec):
     return [six, four, below]
 
 
+def signed_absmax(y, amax, g, spec):
+    """``|s| = g * amax / 8`` (4 bits), signed so that the value of largest magnitude is code -8.
+
+    s < 0 where ``max(y) > -min(y)``. Values near amax of the other sign clip to 7: of Gaussian
+    values the error has 0.80 of the power that a symmetric grid leaves.
+    """
+    return [_signed(y, amax, g, spec, 2.0 ** (spec.element.bits - 1))]
+
+
+def signed_candidates(y, amax, g, spec):
+    """`signed_absmax`, or amax on -8.5 (it clips a little), or on -7 (nothing clips).
+
+    Of all pairs of quarters beside 8 the squared error of Gaussian values is within 0.2 % of the
+    least, that of Laplace values the least: 0.90 and 0.93 of what `signed_absmax` leaves.
+    """
+    return [_signed(y, amax, g, spec, top) for top in (8.0, 8.5, 7.0)]
+
+
 def gaussian_mse(y, amax, g, spec):
     """``s = 2 c_b / (2**b - 1) * rms(group)`` with c_b from `GAUSSIAN_CLIP`."""
     bits = spec.element.bits
@@ -122,11 +140,15 @@ RULES: dict[str, Rule] = {
     "absmax": absmax,
     "four_over_six": four_over_six,
     "three_candidates": three_candidates,
+    "signed_absmax": signed_absmax,
+    "signed_candidates": signed_candidates,
     "gaussian_mse": gaussian_mse,
 }
 
 # Which rules make sense with which scale type.
 POW2_RULES = ("pow2_div3", "ocp_floor", "round_175", "ceil")
+# Rules that read the sign of a scale off the group.
+SIGNED_RULES = ("signed_absmax", "signed_candidates")
 
 
 def checked_global_scale(global_scale: jax.Array | float) -> jax.Array:
@@ -142,6 +164,12 @@ def checked_global_scale(global_scale: jax.Array | float) -> jax.Array:
 def _product(g: jax.Array, amax: jax.Array) -> jax.Array:
     """``g * amax``, rounded: a compiler may not merge a constant g with a later division."""
     return lax.optimization_barrier(g * amax)
+
+
+def _signed(y, amax, g, spec: RuleSpec, top: float) -> jax.Array:
+    """The scale with the value of largest magnitude on ``-top``."""
+    s = _representable(elements.divide(_product(g, amax), top), spec)
+    return jnp.where(jnp.max(y, axis=-1) > -jnp.min(y, axis=-1), -s, s)
 
 
 def _representable(s: jax.Array, spec: RuleSpec) -> jax.Array:

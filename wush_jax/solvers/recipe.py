@@ -93,10 +93,15 @@ class Recipe:
             raise ValueError(
                 f"format={self.format!r} is not a Format; use wush_jax.MXFP4 and the like"
             )
+        if self.format.short_last:
+            raise ValueError(
+                f"format={self.format.name} is for activations, activation_format="
+                f"{self.format.name}; for weights of 8 bits use MXFP8"
+            )
         for fmt in (self.format, self.input_format):
             if fmt is not None and not isinstance(fmt, Format):
                 raise ValueError(f"format={fmt!r} is not a Format; use wush_jax.MXFP4 and the like")
-            if fmt is not None and (self.block < 1 or self.block % fmt.group_size):
+            if fmt is not None and not (self.block > 0 and fmt.holds(self.block)):
                 raise ValueError(
                     f"block_size={self.block_size} must be a multiple of group_size="
                     f"{fmt.group_size} of {fmt.name}"

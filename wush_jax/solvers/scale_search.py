@@ -40,9 +40,9 @@ def offsets(fmt: Format, scale_search: str) -> tuple[int, ...]:
 
 
 def neighbour(fmt: Format, scale: jax.Array, step: jax.Array) -> jax.Array:
-    """Return the scale ``step`` places away, representable and positive.
+    """Return the scale ``step`` places away, representable and of the same sign.
 
-    E8M0: ``s 2^step``. E4M3: the step-th next value. Others: ``s 2^(step/8)``, rounded.
+    E8M0: ``s 2^step``. E4M3: the step-th next magnitude. Others: ``s 2^(step/8)``, rounded.
 
     Args:
       fmt: gives the scale's type.
@@ -58,8 +58,9 @@ def neighbour(fmt: Format, scale: jax.Array, step: jax.Array) -> jax.Array:
     """
     step = jnp.asarray(step, jnp.int32)
     if fmt.scale_dtype == "e4m3":
-        code = jnp.clip(E4M3.encode(scale).astype(jnp.int32) + step, 1, E4M3.max_code)
-        moved = E4M3.decode(code.astype(jnp.uint8))
+        magnitude = E4M3.encode(jnp.abs(scale)).astype(jnp.int32)
+        moved = E4M3.decode(jnp.clip(magnitude + step, 1, E4M3.max_code).astype(jnp.uint8))
+        moved = jnp.where(scale < 0, -moved, moved)
     else:
         per_octave = 1 if fmt.scale_dtype == "e8m0" else 8
         factor = jnp.exp2(step.astype(jnp.float32) / per_octave)
