@@ -18,7 +18,9 @@ from wush_jax.models.generation import CHUNK
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 
-WINDOW = dataclasses.replace(CONFIG, sliding_window=5, max_window_layers=1)
+WINDOW = dataclasses.replace(
+    CONFIG, sliding_window=5, layer_types=("full_attention", "sliding_attention")
+)
 OTHERS = dataclasses.replace(CONFIG, qk_norm=True, attention_bias=True, tie_word_embeddings=False)
 LENGTHS = np.array([9, 4], np.int32)
 PROMPTS = tokens(1, (2, 9))[0]

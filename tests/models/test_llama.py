@@ -9,7 +9,7 @@ from flax import nnx
 from weights import random_model
 
 from wush_jax.models import LlamaConfig, RopeScaling, from_tensors, to_tensors
-from wush_jax.models.attention import apply_rope, rope_frequencies
+from wush_jax.models.rope import apply_rope, rope_frequencies
 
 SMALL = LlamaConfig(
     vocab_size=13,
@@ -211,6 +211,7 @@ def test_config_reads_hugging_face_dictionaries():
         "intermediate_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
     }
     qwen2 = LlamaConfig.from_dict(sizes | {"model_type": "qwen2", "tie_word_embeddings": True})
     assert (qwen2.attention_bias, qwen2.output_bias, qwen2.qk_norm) == (True, False, False)
@@ -220,8 +221,8 @@ def test_config_reads_hugging_face_dictionaries():
     for name, value in (("model_type", "gemma"), ("hidden_act", "gelu"), ("mlp_bias", True)):
         with pytest.raises(NotImplementedError, match=name):
             LlamaConfig.from_dict(sizes | {name: value})
-    with pytest.raises(NotImplementedError, match="yarn"):
-        LlamaConfig.from_dict(sizes | {"rope_scaling": {"rope_type": "yarn"}})
+    with pytest.raises(NotImplementedError, match="longrope"):
+        LlamaConfig.from_dict(sizes | {"rope_scaling": {"rope_type": "longrope"}})
 
 
 def test_mistakes_are_named():

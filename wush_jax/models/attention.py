@@ -9,51 +9,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from wush_jax.layers.siblings import call_together
 from wush_jax.models.config import LlamaConfig
-
-
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Return the rotary frequencies theta^(-2i / head_dim), stretched if the config says so.
-
-    Returns:
-        float64 (head_dim / 2,), radians per position.
-
-    Source: Su et al., RoFormer (2021); scaling as in Hugging Face transformers.
-    """
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    context = scaling.original_max_position_embeddings
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    if context is None or low is None or high is None:
-        return frequencies / scaling.factor
-    turns = context * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast rotation, left alone
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-def apply_rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """Rotate the pairs (i, i + head_dim / 2) of every head by position * frequency.
-
-    Args:
-        x: (..., length, heads, head_dim).
-        positions: (length,) or (..., length) integers.
-        frequencies: (head_dim / 2,).
-
-    Returns:
-        The rotated array, computed in float32, of the shape and dtype of ``x``.
-    """
-    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+from wush_jax.models.rope import apply_rope, rope_frequencies
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
@@ -164,6 +124,7 @@ class Attention(nnx.Module):
         query, key, value = (heads.reshape(split) for heads in projections)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        frequencies = rope_frequencies(self.config)
-        query, key = (apply_rope(heads, positions, frequencies) for heads in (query, key))
+        frequencies, scaling = rope_frequencies(self.config), self.config.rope_scaling
+        factor = 1.0 if scaling is None else scaling.attention_factor
+        query, key = (apply_rope(heads, positions, frequencies, factor) for heads in (query, key))
         return query, key, value

@@ -1,24 +1,22 @@
 """Sizes and constants of a decoder, read from Hugging Face's ``config.json``."""
 
+from __future__ import annotations
+
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from wush_jax.models.families import FAMILIES, FULL, SIZES, read_fields
+from wush_jax.models.rope import RopeScaling
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of rotary wavelengths to a longer context: ``llama3``, or by one factor.
-
-    With a ``factor`` alone every wavelength is stretched by it (``linear``); otherwise only those
-    longer than a part of the original context, as the other three say (``llama3``).
-
-    Source: Hugging Face transformers, ``rope_type`` "linear" and "llama3".
-    """
-
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+# What `LlamaConfig.to_dict` may write anew: all other keys of a source are kept as they are.
+OWNED = (
+    *("model_type", "architectures", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("partial_rotary_factor", "original_max_position_embeddings"),
+    *{key for family in FAMILIES.values() for key in family.defaults},
+    *("output_bias", "qk_norm", "layer_types", "max_window_layers", "use_sliding_window"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +25,9 @@ class LlamaConfig:
 
     ``attention_bias`` is the bias of the query, key and value projections (Qwen 2),
     ``output_bias`` that of the attention output; ``qk_norm`` normalises each query and key
-    head (Qwen 3). Layers from number ``max_window_layers`` on see ``sliding_window`` positions,
-    their own the last (Mistral); None sees all.
+    head (Qwen 3). Layers that ``layer_types`` calls "sliding_attention", or all of them without
+    types, see ``sliding_window`` positions, their own the last (Mistral); None sees all.
+    ``source`` is the text of the ``config.json`` that it was read from.
 
     >>> LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128,
     ...             num_hidden_layers=2, num_attention_heads=4).head_dim
@@ -52,95 +51,82 @@ class LlamaConfig:
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 2048
     sliding_window: int | None = None
-    max_window_layers: int = 0
+    layer_types: tuple[str, ...] | None = None
+    source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        heads = self.num_attention_heads
+        heads, faults = self.num_attention_heads, []
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", heads)
         if heads % self.num_key_value_heads:
-            raise ValueError(
+            faults.append(
                 f"num_key_value_heads = {self.num_key_value_heads} does not divide "
-                f"num_attention_heads = {heads}; choose a divisor."
+                f"num_attention_heads = {heads}; choose a divisor"
             )
         if self.head_dim is None:
             if self.hidden_size % heads:
-                raise ValueError(
+                faults.append(
                     f"hidden_size = {self.hidden_size} is no multiple of num_attention_heads = "
-                    f"{heads}; give head_dim."
+                    f"{heads}; give head_dim"
                 )
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} is odd; rotary embedding needs pairs.")
+            object.__setattr__(self, "head_dim", max(self.hidden_size // heads, 1))
+        if self.head_dim % 2 and not faults:
+            faults.append(f"head_dim = {self.head_dim} is odd; rotary embedding needs pairs")
+        if faults:
+            raise ValueError(". ".join(faults) + ".")
+
+    def window(self, layer: int) -> int | None:
+        """Return how many positions a layer sees; None for all."""
+        full = self.layer_types is not None and self.layer_types[layer] == FULL
+        return None if full else self.sliding_window
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> LlamaConfig:
         """Read the content of a Hugging Face ``config.json`` (or of :meth:`to_dict`).
 
+        Missing keys have the defaults of their family (`wush_jax.models.families`).
+
         Raises:
+            ValueError: values that are missing, of a wrong kind or contradict each other.
             NotImplementedError: if the file asks for mathematics that this decoder lacks.
         """
-        kind = values.get("model_type", "llama")
-        refused = {
-            "model_type": kind not in ("llama", "mistral", "qwen2", "qwen3"),
-            "hidden_act": values.get("hidden_act", "silu") != "silu",
-            "mlp_bias": bool(values.get("mlp_bias")),
-        }
-        for name in (name for name, bad in refused.items() if bad):
-            raise NotImplementedError(f"{name} = {values.get(name)!r} is not supported by Llama.")
-        given = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
-        given.setdefault("tie_word_embeddings", False)  # Hugging Face's defaults
-        given.setdefault("rms_norm_eps", 1e-6)
-        bias = bool(values.get("attention_bias", kind == "qwen2"))
-        given["attention_bias"] = bias
-        given["output_bias"] = bool(values.get("output_bias", bias and kind != "qwen2"))
-        given["qk_norm"] = bool(values.get("qk_norm", kind == "qwen3"))
-        # transformers 5 keeps theta and the scaling together in ``rope_parameters``.
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if "rope_theta" in rope:
-            given["rope_theta"] = rope["rope_theta"]
-        given["rope_scaling"] = _rope_scaling(rope)
-        return cls(**given | _window(values, kind))
+        fields = read_fields(values)
+        own = {k: v for k, v in values.items() if k != "quantization_config"}
+        return cls(**fields, source=json.dumps(own))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary that :meth:`from_dict` and Hugging Face read back."""
-        kind = "mistral" if self.sliding_window else "llama"
-        if self.qk_norm:
-            kind = "qwen3"
-        elif self.attention_bias and not self.output_bias:
-            kind = "qwen2"
-        values = dataclasses.asdict(self) | {
-            "model_type": kind,
-            "architectures": [f"{kind.capitalize()}ForCausalLM"],
-            "use_sliding_window": self.sliding_window is not None,
-        }
+        """Return a JSON-ready dictionary that :meth:`from_dict` and Hugging Face read back.
+
+        What was read is returned as it was; a config that was changed since has its own keys
+        anew, and everything else of its source.
+        """
+        source = {} if self.source is None else json.loads(self.source)
+        if source and LlamaConfig.from_dict(source) == self:
+            return source
+        kind = self._family()
+        rope: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_scaling": None}
         if self.rope_scaling is not None:
-            linear = self.rope_scaling.low_freq_factor is None
-            found = {k: v for k, v in values["rope_scaling"].items() if v is not None}
-            values["rope_scaling"] = found | {"rope_type": "linear" if linear else "llama3"}
-        return values
+            rope["rope_scaling"] = self.rope_scaling.to_dict()
+        kept = {key: value for key, value in source.items() if key not in OWNED}
+        names = (*SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+        architecture = {"architectures": [f"{kind.capitalize()}ForCausalLM"]}
+        return {
+            **kept,
+            "model_type": kind,
+            **({} if kind == "wush_llama" else architecture),
+            **{name: getattr(self, name) for name in names},
+            **rope,
+            **FAMILIES[kind].written(self),
+        }
 
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(rope["factor"])
-    if kind != "llama3":
-        raise NotImplementedError(f"rope_type = {kind!r} is not supported by Llama.")
-    return RopeScaling(**{f.name: rope[f.name] for f in dataclasses.fields(RopeScaling)})
-
-
-def _window(values: Mapping[str, Any], kind: str) -> dict[str, int | None]:
-    """Return the size of the sliding window and the first layer that has it."""
-    size = values.get("sliding_window")
-    if not (size and values.get("use_sliding_window", kind == "mistral")):
-        return {"sliding_window": None, "max_window_layers": 0}
-    first = values.get("max_window_layers", 0) if kind != "mistral" else 0
-    kinds = values.get("layer_types")
-    if kinds:
-        first = list(kinds).count("full_attention")
-        if any(name != "sliding_attention" for name in kinds[first:]):
-            raise NotImplementedError(f"layer_types = {kinds!r} is not supported by Llama.")
-    return {"sliding_window": size, "max_window_layers": first}
+    def _family(self) -> str:
+        """Return the family of transformers that has this mathematics, or our own."""
+        biases = self.attention_bias, self.output_bias
+        if self.qk_norm:
+            return "qwen3" if biases in ((False, False), (True, True)) else "wush_llama"
+        if biases == (True, False):
+            return "qwen2"
+        if self.sliding_window is None:
+            return "llama" if biases in ((False, False), (True, True)) else "wush_llama"
+        plain = biases == (False, False) and self.layer_types is None
+        return "mistral" if plain else "wush_llama"

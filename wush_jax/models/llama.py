@@ -119,7 +119,7 @@ class Llama(nnx.Module):
             DecoderLayer(
                 config,
                 implementation=attention_implementation,
-                window=config.sliding_window if i >= config.max_window_layers else None,
+                window=config.window(i),
                 **kinds,
             )
             for i in range(config.num_hidden_layers)

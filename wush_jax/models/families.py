@@ -1,0 +1,212 @@
+"""What ``config.json`` means, family by family: keys, their defaults, and what we lack.
+
+A `Family` has the defaults of transformers' configuration class of the same name (a test compares
+them key by key) and a function from typed values to the fields of `LlamaConfig`. A key that stands
+in a file and that transformers' class for the family ignores is ignored here, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from wush_jax.models.rope import read_rope
+from wush_jax.models.typed_values import TypedValues
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one ``model_type`` is read.
+
+    Attributes:
+        defaults: of keys that a file may leave out, as in transformers' configuration class.
+        fields: what is the family's own, from its values; notes there what it lacks.
+        theta: ``rope_theta`` where the file has none.
+        written: keys that a file of this family needs to mean a `LlamaConfig`, from its fields.
+    """
+
+    defaults: Mapping[str, Any]
+    fields: Callable[[TypedValues], Fields]
+    theta: float = 10_000.0
+    written: Callable[[Any], Fields] = field(default=lambda config: {})
+
+
+def read_fields(given: Mapping[str, Any]) -> Fields:
+    """Return the fields of a `LlamaConfig` from the content of a ``config.json``.
+
+    Raises:
+        ValueError: values that are missing or of a wrong kind, all of them.
+        NotImplementedError: a config that asks for mathematics that we lack, in all its points.
+    """
+    kind = _model_type(given)
+    values = TypedValues(given, FAMILIES[kind].defaults if kind in FAMILIES else LLAMA)
+    if kind not in FAMILIES:
+        values.lack(f"model_type = {kind!r}", f"is not one of {', '.join(FAMILIES)}")
+    family = FAMILIES.get(kind, FAMILIES["llama"])
+    values.need("is_causal", True)
+    values.need("per_layer_config", None, {})
+    fields = {name: values.size(name) for name in SIZES}
+    fields |= {
+        "num_key_value_heads": values.size("num_key_value_heads", optional=True),
+        "head_dim": values.size("head_dim", optional=family.defaults.get("head_dim") is None),
+        "rms_norm_eps": values.number("rms_norm_eps", zero=True),
+        "tie_word_embeddings": values.flag("tie_word_embeddings"),
+    }
+    fields |= family.fields(values) | read_rope(values, family.theta)
+    values.check()
+    return fields
+
+
+def _model_type(given: Mapping[str, Any]) -> Any:
+    """Return the family's name; files without one are told by their architecture, or Llama's."""
+    if "model_type" in given:
+        return given["model_type"] if isinstance(given["model_type"], str) else repr(given)[:40]
+    names = given.get("architectures") or ["LlamaForCausalLM"]
+    first = names[0] if isinstance(names, list) else names
+    return str(first).removesuffix("ForCausalLM").lower()
+
+
+def _llama(values: TypedValues) -> Fields:
+    values.need("hidden_act", "silu", "swish")
+    values.need("mlp_bias", False)
+    bias = values.flag("attention_bias")
+    _need_layers(values, FULL)
+    return {"attention_bias": bias, "output_bias": bias}
+
+
+def _mistral(values: TypedValues) -> Fields:
+    values.need("hidden_act", "silu", "swish")
+    window = values.size("sliding_window", optional=True)
+    _need_layers(values, FULL if window is None else SLIDING)
+    return {"sliding_window": window}
+
+
+def _need_layers(values: TypedValues, kind: str) -> None:
+    """Refuse kinds of layers that transformers' code for the family would not look at."""
+    names = values.names("layer_types") or ()
+    if any(name != kind for name in names):
+        values.lack(f"layer_types = {list(names)!r}"[:80], f"where all layers are of {kind!r}")
+
+
+def _qwen(values: TypedValues) -> Fields:
+    values.need("hidden_act", "silu", "swish")
+    return read_layer_types(values, windowed=values.flag("use_sliding_window"))
+
+
+def _qwen2(values: TypedValues) -> Fields:
+    return {"attention_bias": True} | _qwen(values)
+
+
+def _qwen3(values: TypedValues) -> Fields:
+    bias = values.flag("attention_bias")
+    return {"attention_bias": bias, "output_bias": bias, "qk_norm": True} | _qwen(values)
+
+
+def read_layer_types(values: TypedValues, *, windowed: bool) -> Fields:
+    """Return which layers see a window: as listed, or those from ``max_window_layers`` on."""
+    window = values.size("sliding_window", optional=True) if windowed else None
+    count = values.size("num_hidden_layers")
+    types = values.names("layer_types")
+    if types is None:
+        first = values.number("max_window_layers", zero=True)
+        types = tuple(FULL if i < first or window is None else SLIDING for i in range(count))
+    if len(types) != count or set(types) - {FULL, SLIDING}:
+        values.faults.append(
+            f"layer_types = {list(types)!r}"[:80]
+            + f", expected {count} of {FULL!r} and {SLIDING!r}"
+        )
+    if window is None and SLIDING in types:
+        values.faults.append("layer_types has windows, but sliding_window is null or not in use")
+    if SLIDING not in types:
+        return {}
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _own(values: TypedValues) -> Fields:
+    """Read what no family of transformers has: every field of `LlamaConfig` by its own name."""
+    names = ("attention_bias", "output_bias", "qk_norm")
+    windows = {
+        "sliding_window": values.size("sliding_window", optional=True),
+        "layer_types": values.names("layer_types"),
+    }
+    return {name: values.flag(name) for name in names} | windows
+
+
+def _write_qwen(config: Any) -> Fields:
+    """Say which layers see a window, for versions that look at types and those that count."""
+    types = config.layer_types or (SLIDING,) * config.num_hidden_layers
+    if config.sliding_window is None:
+        return {"use_sliding_window": False, "sliding_window": None}
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.sliding_window,
+        "layer_types": list(types),
+        "max_window_layers": types.index(SLIDING) if SLIDING in types else len(types),
+    }
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+LLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+MISTRAL: dict[str, Any] = {
+    k: v for k, v in LLAMA.items() if k not in ("attention_bias", "mlp_bias")
+} | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+QWEN2: dict[str, Any] = {k: v for k, v in MISTRAL.items() if k != "head_dim"} | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+QWEN3 = QWEN2 | {"head_dim": 128, "attention_bias": False}
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(LLAMA, _llama, written=lambda c: {"attention_bias": c.attention_bias}),
+    "mistral": Family(MISTRAL, _mistral, written=lambda c: {"sliding_window": c.sliding_window}),
+    "qwen2": Family(QWEN2, _qwen2, written=_write_qwen),
+    "qwen3": Family(
+        QWEN3,
+        _qwen3,
+        written=lambda c: {"attention_bias": c.attention_bias} | _write_qwen(c),
+    ),
+    "wush_llama": Family(
+        LLAMA | {"output_bias": False, "qk_norm": False, "sliding_window": None},
+        _own,
+        written=lambda c: {
+            "attention_bias": c.attention_bias,
+            "output_bias": c.output_bias,
+            "qk_norm": c.qk_norm,
+            "sliding_window": c.sliding_window,
+            "layer_types": None if c.layer_types is None else list(c.layer_types),
+        },
+    ),
+}
