@@ -148,7 +148,11 @@ def test_rope_depends_on_distance_only():
 
     def score(at, distance):
         turned = [
-            apply_rope(x, jnp.array([position]), rope_frequencies(SMALL))
+            apply_rope(
+                x,
+                jnp.array([position]),
+                rope_frequencies(SMALL.head_dim, SMALL.rope_theta, SMALL.rope_scaling),
+            )
             for x, position in ((query, at + distance), (key, at))
         ]
         return float(jnp.vdot(*turned))

@@ -124,7 +124,8 @@ class Attention(nnx.Module):
         query, key, value = (heads.reshape(split) for heads in projections)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        frequencies, scaling = rope_frequencies(self.config), self.config.rope_scaling
+        scaling = self.config.rope_scaling
+        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, scaling)
         factor = 1.0 if scaling is None else scaling.attention_factor
         query, key = (apply_rope(heads, positions, frequencies, factor) for heads in (query, key))
         return query, key, value

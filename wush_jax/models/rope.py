@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from wush_jax.models.typed_values import TypedValues
-
-if TYPE_CHECKING:
-    from wush_jax.models.config import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -70,17 +67,16 @@ class RopeScaling:
         return {"rope_type": self.rope_type} | {n: getattr(self, n) for n in ("factor", *names)}
 
 
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Return the rotary frequencies theta^(-2i / head_dim), stretched if the config says so.
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Return the rotary frequencies theta^(-2i / head_dim), stretched if there is a scaling.
 
     Returns:
         float64 (head_dim / 2,), radians per position.
 
     Source: Su et al., RoFormer (2021); scaling as in Hugging Face transformers.
     """
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    scaling = config.rope_scaling
+    half = head_dim // 2
+    frequencies = theta ** (-np.arange(half, dtype=np.float64) / half)
     if scaling is None:
         return frequencies
     kept = np.zeros(half)  # the part of each frequency that is left alone
@@ -93,7 +89,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
         turns = context * frequencies / (2 * math.pi)
         kept = np.clip((turns - low) / (high - low), 0, 1)
     elif scaling.rope_type == "yarn":
-        kept = 1 - _yarn_ramp(config.head_dim, config.rope_theta, scaling)
+        kept = 1 - _yarn_ramp(head_dim, theta, scaling)
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
