@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import ONE_ORDER
+from folders import write
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_hugging_face import write
 from tiny import codes
 from weights import random_model
 

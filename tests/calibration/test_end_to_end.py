@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from comparison import ONE_ORDER
 from flax import nnx
-from test_hugging_face import write
+from folders import write
 from weights import random_model
 
 import wush_jax as wush

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import memory_run
 import numpy as np
 import pytest
-from test_hugging_face import write
+from folders import contents, write
 from tiny import CONFIG, tokens
 from weights import random_model
 
 import wush_jax as wush
 from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.models import load_pretrained, to_tensors
-from wush_jax.storage.tensor_folder import TensorFolder
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
@@ -42,12 +41,6 @@ def streamed(source, tmp_path_factory):
     seen = []
     report = quantize_folder(source, out, BATCHES, BODY, progress=lambda *now: seen.append(now))
     return out, report, seen
-
-
-def contents(path):
-    folder = TensorFolder(path)
-    tensors = {n: folder.read(n, [e.dtype], [e.shape]) for n, e in folder.entries.items()}
-    return folder.config, {n: (str(t.dtype), t.shape, t.tobytes()) for n, t in tensors.items()}
 
 
 def test_files_equal_those_of_the_whole_model(source, streamed, tmp_path):

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folders import contents
 from safetensors.numpy import save_file
-from test_streaming import contents
 from tiny import BYTES
 from weights import random_model
 

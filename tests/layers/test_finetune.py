@@ -105,7 +105,7 @@ def test_what_cannot_be_unpacked(net, quantized):
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).parents[1] / "examples" / "03_fine_tune.py"
+    path = Path(__file__).parents[2] / "examples" / "03_fine_tune.py"
     spec = importlib.util.spec_from_file_location("fine_tune_example", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where its dataclass looks up its annotations

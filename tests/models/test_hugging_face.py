@@ -1,15 +1,14 @@
 """Model folders as Hugging Face writes them: shards, types, and weights straight onto a mesh."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from folders import write
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
 from tiny import CONFIG, tokens
 from weights import random_model
 
@@ -19,20 +18,6 @@ from wush_jax.models import load_pretrained, tensor_parallel, to_tensors
 pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
 
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=True)
-
-
-def write(folder, config, tensors, files=1, **extra):
-    """Tensors in turn over some files, with an index as Hugging Face writes it."""
-    names = [f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)]
-    where = {name: names[i % files] for i, name in enumerate(tensors)}
-    if files == 1:
-        where = dict.fromkeys(tensors, "model.safetensors")
-    else:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    for file in set(where.values()):
-        save_file({n: t for n, t in tensors.items() if where[n] == file}, folder / file)
-    (folder / "config.json").write_text(json.dumps(config.to_dict() | extra))
-    return folder
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

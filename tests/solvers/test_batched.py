@@ -13,6 +13,7 @@ from wush_jax.calibration.observe import collect_moments, find_sites
 from wush_jax.layers.contraction import Contraction
 from wush_jax.layers.nnx import QuantizedDense, dense_layers
 from wush_jax.solvers.site import quantize_site
+from wush_jax.transforms import linalg
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
@@ -71,7 +72,7 @@ def test_each_expert_is_quantized_by_itself(experts, recipe):
     moments = jnp.einsum("eci,ecj->eij", x, x, precision="highest") / 128
     moments = moments.at[3].set(jnp.mean(moments[:3], axis=0))
     if recipe is RTN:
-        moments = jax.vmap(lambda m: wush.linalg.diagonal_blocks(m, 32))(moments)
+        moments = jax.vmap(lambda m: linalg.diagonal_blocks(m, 32))(moments)
     for e in range(4):
         weights = [layers[name].weight[e] for name in ("gate", "up")]
         for name, packed in zip(
