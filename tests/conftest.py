@@ -4,6 +4,7 @@ Eight virtual devices let the tests of sharding run without hardware.
 """
 
 import gc
+import os
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 MANY_MAPS = 32_000
+MUCH_MEMORY = 2 << 30  # a worker stays under 3 GiB
 
 # Before the first array: the number is fixed once the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -51,13 +53,17 @@ def float32_matmuls():
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """Let compiled programs go before their memory maps reach Linux's limit of 65,530 a process.
+    """Let compiled programs go before they fill the memory, or the memory maps of a process.
 
-    Beyond it compiling one more ends in a segmentation fault.
+    Beyond Linux's limit of 65,530 maps compiling one more ends in a segmentation fault.
     """
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+    process = Path("/proc/self")
+    if not process.exists():
+        return
+    maps = (process / "maps").read_bytes().count(b"\n")
+    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if maps > MANY_MAPS or resident > MUCH_MEMORY:
         jax.clear_caches()
         gc.collect()
 
