@@ -89,7 +89,7 @@ def test_ablation_walks_from_paper_to_best(fmt):
     assert settings["paper"] == wush.PAPER.replace(format=fmt)
     assert settings["best"] == wush.BEST.replace(format=fmt)
     parts = [name for name in settings if name.startswith("  + ")]
-    assert len(parts) == sum(name.startswith("  without ") for name in settings) == 6
+    assert len(parts) == sum(name.startswith("  without ") for name in settings) == 5
     assert settings["  + descent=4"].descent == 4
     assert settings["  without descent"] == settings["best"].replace(descent=0)
 

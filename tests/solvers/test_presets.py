@@ -40,6 +40,8 @@ def test_best_costs_at_run_time_what_the_paper_costs(fmt):
     for name in ("transform_bytes", "transform_flops", "passes"):
         assert getattr(best, name) == getattr(paper, name)
     assert best.solver_flops > paper.solver_flops
+    # What aims at quantized inputs lowers layer losses and raises a language model's KL.
+    assert best.recipe.input_error == "ignore"
     assert best.recipe.format == paper.recipe.format
     assert best.recipe.input_format.bits_per_value == fmt.bits_per_value
     assert wush.BEST_WIDE.replace(format=fmt).block == 128
@@ -68,11 +70,15 @@ def test_costs_count_what_runs():
     assert SiteCost(wush.BEST, 128, sizes, 3, 10).moment_bytes == 3 * 4 * 128 * (128 + 10)
     assert total_costs(costs)["input_passes"] == 5
     # Two rounds: three more factors and targets, two descents and two fits of two sweeps.
-    none, two = (SiteCost(wush.BEST.replace(refit=r), 128, sizes) for r in (0, 2))
+    aiming = wush.BEST.replace(input_error="sample")
+    none, two = (SiteCost(aiming.replace(refit=r), 128, sizes) for r in (0, 2))
     aims = 3 * (2 * (128**3 // 3) + 4 * 128 * sum(sizes))
     sweeps = 2 * (4 * 2 * 128 + 2 * (2 * 128 + 6 * 32)) * sum(sizes)
     assert two.solver_flops - none.solver_flops == aims + sweeps
-    plain = wush.BEST.replace(refit=0)
+    # Without the error of the inputs the target is the weight itself.
+    none, two = (SiteCost(wush.BEST.replace(refit=r), 128, sizes) for r in (0, 2))
+    assert two.solver_flops - none.solver_flops == 3 * 2 * (128**3 // 3) + sweeps
+    plain = aiming.replace(refit=0)
     bare, sampled = (SiteCost(plain, 128, sizes, rows=rows) for rows in (0, 10))
     assert sampled.solver_flops - bare.solver_flops == 2 * 2 * 10 * sum(sizes)
     assert sampled.solver_bytes - bare.solver_bytes == 4 * 128 * 10 * 3
