@@ -93,7 +93,7 @@ CASES = {
     ),
 }
 FORMATS = {"MXFP4", "NVFP4", "INT4", "NVINT4", "INT8", "MXFP8", "FP8", "MXFP6"}
-STATIC = {"Format", "Recipe", "PAPER", "BEST", "BEST_WIDE"} | FORMATS
+STATIC = {"Format", "Recipe", "FAST", "PAPER", "BEST", "BEST_WIDE"} | FORMATS
 RESULTS = {"QuantizedArray", "PackedWeight"}  # what the cases above take and return
 # Models and files; tested with them.
 HOST = {

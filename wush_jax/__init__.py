@@ -25,6 +25,7 @@ from wush_jax.layers.linear import layer_loss as layer_loss
 from wush_jax.layers.linear import quantized_dot as quantized_dot
 from wush_jax.solvers.presets import BEST as BEST
 from wush_jax.solvers.presets import BEST_WIDE as BEST_WIDE
+from wush_jax.solvers.presets import FAST as FAST
 from wush_jax.solvers.presets import PAPER as PAPER
 from wush_jax.solvers.recipe import Recipe as Recipe
 from wush_jax.solvers.site import PackedWeight as PackedWeight

@@ -54,6 +54,18 @@ def test_layers_are_swapped_and_share_their_transform(net, result):
     assert 0 < float(jnp.abs(y - exact).max()) < float(jnp.abs(exact).max())
 
 
+def test_every_layer_gets_the_widest_block_that_divides_it(net):
+    recipe = wush.Recipe(block_size="widest", format=wush.NVFP4)
+    planned = wush.plan(net, recipe, BATCHES[0])
+    blocks = {item.site.name: item.recipe.block for item in planned.sites}
+    assert blocks == {"left": 64, "twice": 32}
+    assert {row.path: row.block for row in planned.report.layers} == {
+        "left": 64,
+        "right": 64,
+        "twice": 32,
+    }
+
+
 def test_codes_are_those_of_quantizing_the_site_by_itself(net, result):
     layers, _ = dense_layers(net)
     moment = wush.second_moment(jnp.tanh(jnp.concatenate(BATCHES)), 32)

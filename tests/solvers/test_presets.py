@@ -44,7 +44,27 @@ def test_best_costs_at_run_time_what_the_paper_costs(fmt):
     assert best.recipe.input_error == "ignore"
     assert best.recipe.format == paper.recipe.format
     assert best.recipe.input_format.bits_per_value == fmt.bits_per_value
-    assert wush.BEST_WIDE.replace(format=fmt).block == 128
+    assert wush.BEST_WIDE.replace(format=fmt).fitted(1024).block == 128
+
+
+def test_the_widest_block_of_every_layer():
+    wide = wush.BEST_WIDE
+    assert [wide.fitted(k).block for k in (1536, 2880, 576, 96, 32)] == [128, 64, 64, 32, 32]
+    assert [wide.replace(format=wush.NVFP4).fitted(k).block for k in (48, 80)] == [16, 16]
+    assert wide.fitted(1536) == wush.BEST.replace(block_size=128)
+    assert wush.BEST.fitted(1536) is wush.BEST
+    # Groups of 32 do not tile 48: d = group, which the layer then refuses by its name.
+    assert wide.fitted(48).block == 32
+    with pytest.raises(ValueError, match=r"block_size='widest' hangs on K; use fitted\(K\).block"):
+        _ = wide.block
+
+
+def test_fast_rounds_with_the_better_rules():
+    fast = wush.FAST
+    assert (fast.solver, fast.transform, fast.needs_sample) == ("rtn", "wush", False)
+    assert (fast.scale_search, fast.input_format) == ("sweep", tuned(wush.MXFP4))
+    paper = SiteCost(wush.PAPER, 128, (64 * 128, 32 * 128))
+    assert SiteCost(fast, 128, (64 * 128, 32 * 128)).passes == paper.passes
 
 
 def test_activations_know_their_format():

@@ -41,6 +41,13 @@ def test_defaults_follow_the_format():
         ({"transform_dtype": "int8"}, "transform_dtype='int8' is unknown; choose one of bfloat16"),
         ({"block_size": 48}, "block_size=48 must be a multiple of group_size=32 of MXFP4"),
         ({"block_size": 0}, "block_size=0 must be a multiple of group_size=32"),
+        ({"block_size": "wide"}, "block_size='wide' is unknown; choose one of widest"),
+        ({"balance": 2.5}, "balance=2.5 must be from 0 (all of S on the activations) to 2"),
+        ({"balance": float("nan")}, "balance=nan must be from 0"),
+        (
+            {"balance": 0.5, "transform": "hadamard"},
+            "balance=0.5 is of transform='wush' and 'wus', not 'hadamard'",
+        ),
         ({"format": wush.NVFP4, "activation_format": wush.MXFP4}, "group_size=32 of MXFP4"),
         ({"descent": 3}, "descent=3 revisits GPTQ's codes; use solver='gptq'"),
         ({"solver": "gptq", "descent": -1}, "descent=-1 must be a number of sweeps"),

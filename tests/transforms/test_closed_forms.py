@@ -83,6 +83,38 @@ def test_second_moments_become_h_s_h():
             )
 
 
+@pytest.mark.parametrize("balance", [0.0, 0.75, 2.0])
+def test_balance_shares_s_between_both_sides(balance):
+    w32, x32, w64, x64 = moments()
+    pair = jax.jit(lambda w, x: wush.wush_transform(w, x, damping=0.0, balance=balance))(w32, x32)
+    s, h = singular(w64, x64), oracle.hadamard(D)
+    for t, m, power in ((pair.activation, x64, 2 - balance), (pair.weight, w64, balance)):
+        for b in range(B):
+            t64, expected = np.asarray(t[b], np.float64), s[b] ** power
+            # Entries of M reach S^2 whatever the balance: float32 factors lose relative to that.
+            size = np.linalg.norm(t64, 2) ** 2 * np.linalg.norm(m[b], 2)
+            np.testing.assert_allclose(
+                t64 @ m[b] @ t64.T, h @ np.diag(expected) @ h.T, atol=CLOSE * size
+            )
+    for b in range(B):
+        np.testing.assert_allclose(
+            np.asarray(pair.activation[b], np.float64) @ np.asarray(pair.weight[b], np.float64).T,
+            np.eye(D),
+            atol=2e-7 * np.prod([np.linalg.norm(t[b], 2) for t in (pair.activation, pair.weight)]),
+        )
+
+
+def test_balances_of_zero_and_one_are_known_transforms():
+    w32, x32, *_ = moments()
+    for balance, known in (
+        (0.0, transforms.calibrated_hadamard_transform(w32, x32)),
+        (1.0, wush.wush_transform(w32, x32)),
+    ):
+        found = wush.wush_transform(w32, x32, balance=balance)
+        np.testing.assert_array_equal(found.activation, known.activation)
+        np.testing.assert_array_equal(found.weight, known.weight)
+
+
 # Losses of the floating-point model: only both factors together reach tr(S)^2 / d.
 FP = {
     "wush": lambda s: s.sum(-1) ** 2 / D,
@@ -363,6 +395,7 @@ BAD = np.diag(np.float32([1, np.inf, np.nan, 1]))
         (lambda: wush.wush_transform(EYE, BAD), "activation_moment .* 2 non-finite .*remove it"),
         (lambda: wush.predicted_gain(BAD, EYE), "weight_moment .* 2 non-finite"),
         (lambda: wush.wush_transform(EYE, EYE, damping=-0.1), "damping=-0.1 must be non-negative"),
+        (lambda: wush.wush_transform(EYE, EYE, balance=-1), "balance=-1 must be from 0 .* to 2"),
         (
             lambda: wush.wush_transform(np.eye(6, dtype="f4"), np.eye(6, dtype="f4")),
             "n=6.*power of",

@@ -134,7 +134,7 @@ def plan(
         for recipe in dict.fromkeys(recipes[path] for path in site.layers):
             if recipe is not None:
                 chosen = tuple(path for path in site.layers if recipes[path] == recipe)
-                planned.append(SitePlan(Site(chosen, site.size), recipe))
+                planned.append(SitePlan(Site(chosen, site.size), recipe.fitted(site.size)))
     if not planned:
         raise ValueError(f"rules quantize none of the {len(layers)} dense layers: {skipped}")
     for item in planned:

@@ -46,11 +46,12 @@ def _recipe_flags() -> dict[str, Any]:
 RecipeFlags = TypedDict("RecipeFlags", _recipe_flags(), total=False)  # type: ignore[misc]  # made
 PRESETS: Mapping[str, Recipe] = {
     "default": Recipe(),
+    "fast": presets.FAST,
     "paper": presets.PAPER,
     "best": presets.BEST,
     "best-wide": presets.BEST_WIDE,
 }
-Preset = Literal["default", "paper", "best", "best-wide"]
+Preset = Literal["default", "fast", "paper", "best", "best-wide"]
 
 
 def recipe_of(preset: str, flags: Mapping[str, Any]) -> Recipe:

@@ -9,11 +9,14 @@ from typing import Literal
 
 from wush_jax.formats import MXFP4, Format
 from wush_jax.formats.elements import E2M1
+from wush_jax.transforms.checks import check_balance
 
 TRANSFORMS = ("identity", "random", "hadamard", "calibrated_hadamard", "whitening", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
 SCALE_SEARCHES = ("rule", "sweep")
 INPUT_ERRORS = ("ignore", "model", "sample")
+# Blocks that "widest" chooses from.
+WIDTHS = (128, 64, 32, 16)
 # Transforms that are one matrix for all blocks, whatever the data.
 DATA_FREE = ("identity", "random", "hadamard")
 
@@ -29,7 +32,10 @@ class Recipe:
         unquantized (W4A16).
       transform: one of `TRANSFORMS`.
       solver: "rtn" or "gptq".
-      block_size: channels per block d, a multiple of the group size; None means d = group.
+      block_size: channels per block d, a multiple of the group size; None means d = group;
+        "widest", for each layer the largest of 128, 64, 32 and 16 that divides its K.
+      balance: lambda of KBBQ: ``T_X = H S^(-balance/2) U^T W'^T``, for WUSH and WUS, which have 1;
+        less leaves more of the range to the activations.
       damping: lambda of the transform (and of GPTQ's Hessian).
       transform_dtype: "bfloat16" or "float32": what the run-time transform is rounded to, before
         the weights meet its inverse transpose.
@@ -63,7 +69,8 @@ class Recipe:
     activation_format: Format | Literal["same", "tuned"] | None = "same"
     transform: str = "wush"
     solver: str = "rtn"
-    block_size: int | None = None
+    block_size: int | Literal["widest"] | None = None
+    balance: float = 1.0
     damping: float = 1e-2
     transform_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     share_transform: bool = True
@@ -101,18 +108,31 @@ class Recipe:
         for fmt in (self.format, self.input_format):
             if fmt is not None and not isinstance(fmt, Format):
                 raise ValueError(f"format={fmt!r} is not a Format; use wush_jax.MXFP4 and the like")
+        self._check_block()
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping={self.damping} must be finite and non-negative; try 1e-2")
+        check_balance(self.balance)
+        self._check_combination()
+
+    def _check_block(self):
+        """Refuse blocks that groups do not tile."""
+        if isinstance(self.block_size, str):
+            _check_choice("block_size", self.block_size, ("widest",))
+            return
+        for fmt in (self.format, self.input_format):
             if fmt is not None and not (self.block > 0 and fmt.holds(self.block)):
                 raise ValueError(
                     f"block_size={self.block_size} must be a multiple of group_size="
                     f"{fmt.group_size} of {fmt.name}"
                 )
-        if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping={self.damping} must be finite and non-negative; try 1e-2")
-        self._check_combination()
 
     def _check_combination(self):
         """Refuse fields that contradict each other."""
         gptq = self.solver == "gptq"
+        if self.balance != 1 and self.transform not in ("wush", "wus"):
+            raise ValueError(
+                f"balance={self.balance} is of transform='wush' and 'wus', not {self.transform!r}"
+            )
         if not isinstance(self.descent, int) or self.descent < 0:
             raise ValueError(f"descent={self.descent!r} must be a number of sweeps, 0 for none")
         if self.descent and not gptq:
@@ -142,7 +162,13 @@ class Recipe:
 
     @property
     def block(self) -> int:
-        """Block size d."""
+        """Block size d.
+
+        Raises:
+          ValueError: the widest, which only a layer's K can tell.
+        """
+        if isinstance(self.block_size, str):
+            raise ValueError(f"block_size={self.block_size!r} hangs on K; use fitted(K).block")
         return self.format.group_size if self.block_size is None else self.block_size
 
     @property
@@ -161,6 +187,20 @@ class Recipe:
     def needs_sample(self) -> bool:
         """Whether calibration has to keep a sample of rows."""
         return self.block_gain or self.input_error == "sample"
+
+    def fitted(self, k: int) -> Recipe:
+        """Return the recipe of a layer with K inputs: "widest" becomes a number.
+
+        Where no width divides K, d = group is left, as for None.
+
+        >>> [Recipe(block_size="widest").fitted(k).block for k in (1024, 576, 96)]
+        [128, 64, 32]
+        """
+        if self.block_size != "widest":
+            return self
+        formats = [fmt for fmt in (self.format, self.input_format) if fmt is not None]
+        fits = [d for d in WIDTHS if not k % d and all(fmt.holds(d) for fmt in formats)]
+        return self.replace(block_size=fits[0] if fits else None)
 
     def replace(self, **changes) -> Recipe:
         """Return this recipe with some fields changed."""

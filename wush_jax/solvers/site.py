@@ -106,10 +106,11 @@ def quantize_weight(
     >>> quantize_weight(w, jnp.eye(64), Recipe()).shape
     (8, 64)
     """
+    recipe = recipe.fitted(weight.shape[-1])
     blocks = _check_site([weight], activation_moment, recipe)
     solver_transform: BlockTransform | TransformRule | None = transform
     if transform is None:
-        own = TransformRule(recipe.transform, recipe.transform_dtype)
+        own = TransformRule.of(recipe)
         built = None if recipe.interleaved else build_transform([weight], blocks, recipe, sample)
         solver_transform = own if built is None else built
     known = _Known(activation_moment, blocks, sample)
@@ -150,6 +151,7 @@ def quantize_site(
             quantize_weight(w, activation_moment, recipe, sample=sample, name=name)
             for w, name in zip(weights, names, strict=True)
         ]
+    recipe = recipe.fitted(weights[0].shape[-1])
     blocks = _check_site(weights, activation_moment, recipe)
     transform = build_transform(weights, blocks, recipe, sample)
     known = _Known(activation_moment, blocks, sample)

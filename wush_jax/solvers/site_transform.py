@@ -23,6 +23,7 @@ class TransformRule:
     Attributes:
       name: one of `wush_jax.solvers.recipe.TRANSFORMS`.
       dtype: what the run-time transform is rounded to.
+      balance: of WUSH and WUS.
 
     >>> TransformRule("wush", "bfloat16")(jnp.eye(4), jnp.eye(4), 1e-2).activation.dtype
     dtype(bfloat16)
@@ -30,6 +31,12 @@ class TransformRule:
 
     name: str
     dtype: str
+    balance: float = 1.0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> TransformRule:
+        """Return the rule that a recipe names."""
+        return cls(recipe.transform, recipe.transform_dtype, recipe.balance)
 
     @property
     def needs_data(self) -> bool:
@@ -38,9 +45,10 @@ class TransformRule:
 
     def __call__(self, weight_moment, activation_moment, damping) -> BlockTransform:
         """Return the transform of moments (..., d, d)."""
+        wush = functools.partial(transforms.wush_transform, balance=self.balance)
         table: dict[str, Callable[..., BlockTransform]] = {
-            "wush": transforms.wush_transform,
-            "wus": functools.partial(transforms.wush_transform, hadamard=False),
+            "wush": wush,
+            "wus": functools.partial(wush, hadamard=False),
             "calibrated_hadamard": transforms.calibrated_hadamard_transform,
             "whitening": transforms.whitening_transform,
         }
@@ -77,8 +85,7 @@ def build_transform(
     if activation_blocks is None:
         raise ValueError(f"activation_blocks=None: transform={recipe.transform!r} needs moments")
     m_w = site_weight_moment(weights, activation_blocks)
-    rule = TransformRule(recipe.transform, recipe.transform_dtype)
-    built = rule(m_w, activation_blocks, recipe.damping)
+    built = TransformRule.of(recipe)(m_w, activation_blocks, recipe.damping)
     return _with_gains(built, m_w, activation_blocks, recipe, sample)
 
 

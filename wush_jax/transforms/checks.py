@@ -23,6 +23,15 @@ def check_moments(weight_moment, activation_moment, damping) -> None:
         raise ValueError(f"damping={damping} must be non-negative")
 
 
+def check_balance(balance: float) -> None:
+    """Raise ValueError unless a balance is from 0 to 2."""
+    if not 0 <= balance <= 2:
+        raise ValueError(
+            f"balance={balance} must be from 0 (all of S on the activations) to 2 (all of it on "
+            "the weights); 1 is WUSH"
+        )
+
+
 def check_finite(name: str, x: jax.Array) -> None:
     """Raise ValueError when a concrete array holds NaN or infinities (tracers pass)."""
     if isinstance(x, jax.core.Tracer):

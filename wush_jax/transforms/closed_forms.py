@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from wush_jax.transforms import linalg
-from wush_jax.transforms.checks import check_finite_result, check_moments
+from wush_jax.transforms.checks import check_balance, check_finite_result, check_moments
 from wush_jax.transforms.linalg import hadamard_matrix
 from wush_jax.transforms.pair import BlockTransform
 
@@ -59,37 +59,43 @@ def wush_transform(
     *,
     damping: float = 1e-2,
     hadamard: bool = True,
+    balance: float = 1.0,
 ) -> BlockTransform:
     """Return the near-optimal transform pair of the WUSH paper in closed form.
 
     With ``W' W'^T = M_W`` and ``X' X'^T = M_X`` (damped) and ``W'^T X' = U S V^T``::
 
-        T_X = H S^(-1/2) U^T W'^T        T_W = H S^(-1/2) V^T X'^T = T_X^-T
+        T_X = H S^(-b/2) U^T W'^T        T_W = H S^(b/2-1) V^T X'^T = T_X^-T
 
-    Both second moments become ``H S H^T``: weights and activations balanced, every channel with
-    power ``tr(S)/d``. Built in float64, returned as float32.
+    With b = 1 both second moments become ``H S H^T``: weights and activations balanced, every
+    channel with power ``tr(S)/d``. Otherwise activations have ``H S^(2-b) H^T`` and weights
+    ``H S^b H^T``. Built in float64, returned as float32.
 
     Args:
       weight_moment: M_W (..., d, d), second moment of the weights of a block over the outputs.
       activation_moment: M_X (..., d, d), second moment of the inputs of a block over the tokens.
       damping: lambda; ``lambda * mean(diag M)`` is added to both diagonals.
       hadamard: False drops H (the paper's WUS).
+      balance: b, from 0 (weights become white, activations keep all of S) to 2 (the other way
+        round).
 
     Returns:
       `BlockTransform` of two (..., d, d) arrays.
 
     Raises:
       ValueError: shapes differ or are not square, a moment is not finite, there is no Hadamard
-        matrix of size d, or a damped moment is not positive definite.
+        matrix of size d, a balance outside 0 to 2, or a damped moment is not positive definite.
 
-    Source: WUSH (arXiv 2512.00956), eq. 5-8.
+    Source: WUSH (arXiv 2512.00956), eq. 5-8; balance: lambda of KBBQ.
 
     >>> m = jnp.diag(jnp.float32([4.0, 1.0]))
     >>> t = wush_transform(m, m)
     >>> jnp.allclose(linalg.matmul(t.activation, t.weight.T), jnp.eye(2), atol=1e-5).item()
     True
     """
-    return _spectral_transform(weight_moment, activation_moment, damping, -0.5, hadamard)
+    check_balance(balance)
+    power = -0.5 * float(balance)
+    return _spectral_transform(weight_moment, activation_moment, damping, power, hadamard)
 
 
 def calibrated_hadamard_transform(
