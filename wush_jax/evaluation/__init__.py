@@ -9,6 +9,7 @@ from wush_jax.evaluation.evaluate import (
     reference_logits,
     score,
 )
+from wush_jax.evaluation.generation import greedy_text, score_generation
 from wush_jax.evaluation.study import Study, compare
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "compare",
     "compare_draws",
     "cross_entropy",
+    "greedy_text",
     "kl_divergence",
     "perplexity",
     "reference_logits",
     "score",
+    "score_generation",
 ]

@@ -5,7 +5,7 @@ A model is an NNX module or any function that maps integer tokens (batch, length
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,8 @@ def _token_losses(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tu
     return (jax.nn.logsumexp(predicted, axis=-1) - chosen,)
 
 
-def _divergences(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tuple[jax.Array]:
+def divergences(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tuple[jax.Array]:
+    """KL of the second model from the first at every position, (batch, length)."""
     reference, model = (jax.nn.log_softmax(values) for values in logits)
     return (jnp.sum(jnp.exp(reference) * (reference - model), axis=-1),)
 
@@ -42,7 +43,7 @@ def _divergences(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tup
 def _score(
     logits: list[jax.Array], tokens: jax.Array, reference: jax.Array
 ) -> tuple[jax.Array, ...]:
-    return *_token_losses(logits, tokens, None), *_divergences([reference, *logits], tokens, None)
+    return *_token_losses(logits, tokens, None), *divergences([reference, *logits], tokens, None)
 
 
 def _evaluate(
@@ -64,15 +65,24 @@ def _evaluate(
 _compiled = jax.jit(_evaluate, static_argnums=(0, 1))
 
 
-def _means(
+def token_values(
     measure: Measure,
     models: list[Model],
     batches: Iterable[Any],
-    call: Call | None,
-    progress: Progress | None,
+    call: Call | None = None,
+    progress: Progress | None = None,
     extras: Iterable[Any] | None = None,
-) -> list[float]:
-    """Average per-token values over all batches; float64 on the host, so that long sums hold."""
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield what a measure finds in the logits of some models, batch by batch.
+
+    Args:
+        measure: (logits of each model in float32, tokens, extra) to arrays.
+        models: modules, or functions of tokens.
+        batches: integer arrays (batch, length).
+        call: how to run a model; None: ``model(tokens)``.
+        progress: called with the number of batches done, None and "evaluate".
+        extras: what else belongs to each batch.
+    """
     # Modules are split: as constants of a closure, their weights would be compiled in.
     parts = [nnx.split(m) if isinstance(m, nnx.Module) else (Partial(m), None) for m in models]
     graphs, states = zip(*parts, strict=True)
@@ -84,12 +94,25 @@ def _means(
         else partial(_compiled, measure, call or _plain_call, graphs)
     )
     pairs = ((b, None) for b in batches) if extras is None else zip(batches, extras, strict=True)
-    sums = []
     for done, (tokens, extra) in enumerate(pairs, start=1):
-        values = compiled(states, jnp.asarray(tokens), extra)
-        sums.append([(np.asarray(v, np.float64).sum(), v.size) for v in values])
+        yield tuple(map(np.asarray, compiled(states, jnp.asarray(tokens), extra)))
         if progress is not None:
             progress(done, None, "evaluate")
+
+
+def _means(
+    measure: Measure,
+    models: list[Model],
+    batches: Iterable[Any],
+    call: Call | None,
+    progress: Progress | None,
+    extras: Iterable[Any] | None = None,
+) -> list[float]:
+    """Average per-token values over all batches; float64 on the host, so that long sums hold."""
+    sums = [
+        [(v.sum(dtype=np.float64), v.size) for v in values]
+        for values in token_values(measure, models, batches, call, progress, extras)
+    ]
     totals = np.sum(sums, axis=0) if sums else np.zeros((1, 2))
     if not totals[:, 1].all():
         raise ValueError("batches holds no token to predict; give at least one (batch, length).")
@@ -216,7 +239,7 @@ def kl_divergence(
     >>> round(kl_divergence(fair, biased, [np.zeros((1, 4), np.int32)]), 4)
     0.1438
     """
-    return _means(_divergences, [reference, model], batches, call, progress)[0]
+    return _means(divergences, [reference, model], batches, call, progress)[0]
 
 
 @dataclass(frozen=True)
