@@ -38,6 +38,42 @@ def test_what_some_files_repeat_is_left_out(tmp_path):
     assert not hasattr(model, "lm_head")
 
 
+@pytest.mark.parametrize("config", [CONFIG, UNTIED])
+@pytest.mark.parametrize("before", ["", "language_model.model.", "model.language_model."])
+def test_names_may_have_other_prefixes(config, before, tmp_path):
+    tensors = to_tensors(random_model(config))
+    head = before.removesuffix("model.") if before.startswith("language") else ""
+    renamed = {
+        head + name if name == "lm_head.weight" else before + name.removeprefix("model."): tensor
+        for name, tensor in tensors.items()
+    }
+    model = load_pretrained(write(tmp_path, config, renamed))
+    for name, tensor in to_tensors(model).items():
+        np.testing.assert_array_equal(tensor, tensors[name])
+
+
+def test_names_that_are_not_of_one_decoder_are_told(tmp_path):
+    tensors = to_tensors(random_model(CONFIG))
+    folder = write(tmp_path, CONFIG, {"encoder.weight": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match=r"holds 0 tensors .* 'encoder.weight'"):
+        load_pretrained(folder)
+    folder = write(tmp_path, CONFIG, tensors | {"vision.weight": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match=r"left over \['vision.weight'\]"):
+        load_pretrained(folder)
+
+
+def test_an_index_beside_a_single_file_and_a_null_are_read(tmp_path):
+    """As mlx-lm and some quantizers leave folders."""
+    tensors = to_tensors(random_model(CONFIG))
+    folder = write(tmp_path, CONFIG, tensors, quantization_config=None)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    assert load_pretrained(folder).config == CONFIG
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "other.safetensors")}))
+    with pytest.raises(ValueError, match="two models"):
+        load_pretrained(folder)
+
+
 @pytest.mark.usefixtures("eight_devices")
 def test_weights_go_straight_onto_a_mesh(tmp_path):
     folder = write(tmp_path, UNTIED, to_tensors(random_model(UNTIED)), 2)

@@ -40,7 +40,8 @@ from wush_jax.layers.nnx import (
     dotted,
     replace_modules,
 )
-from wush_jax.models import Llama, LlamaConfig
+from wush_jax.models import Llama
+from wush_jax.models.hugging_face import folder_config
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
 from wush_jax.storage.tensor_folder import CONFIG, TensorFolder
@@ -253,7 +254,7 @@ def _llama(folder: TensorFolder) -> Llama:
         raise ValueError(f"{file} describes no Llama; give the model that was saved, or its shapes")
     embedding = folder.entries.get("model.embed_tokens.weight")
     try:
-        config = LlamaConfig.from_dict(folder.config)
+        config = folder_config(folder)
         if not 0 < config.num_hidden_layers <= len(folder.entries) or embedding is None:
             raise ValueError("more layers than the files hold, or no embedding")
         dtype = folder.config.get("dtype", folder.config.get("torch_dtype", embedding.dtype))

@@ -64,7 +64,7 @@ def read_fields(given: Mapping[str, Any]) -> Fields:
 def _model_type(given: Mapping[str, Any]) -> Any:
     """Return the family's name; files without one are told by their architecture, or Llama's."""
     if "model_type" in given:
-        return given["model_type"] if isinstance(given["model_type"], str) else repr(given)[:40]
+        return str(given["model_type"])[:40]
     names = given.get("architectures") or ["LlamaForCausalLM"]
     first = names[0] if isinstance(names, list) else names
     return str(first).removesuffix("ForCausalLM").lower()

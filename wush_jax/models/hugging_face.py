@@ -12,7 +12,7 @@ from flax import nnx
 from wush_jax.models.config import LlamaConfig
 from wush_jax.models.llama import Llama
 from wush_jax.models.placement import Placement, place
-from wush_jax.storage.tensor_folder import TensorFolder
+from wush_jax.storage.tensor_folder import CONFIG, TensorFolder
 
 Module = TypeVar("Module", bound=nnx.Module)
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -148,6 +148,9 @@ def abstract(config: LlamaConfig, **options: Any) -> Llama:
 class FolderTensors(Mapping[str, np.ndarray]):
     """The weights in a Hugging Face model folder, by name; each is a view of its file.
 
+    Names are those of :func:`tensor_name`, whatever stands before them in the files: nothing
+    (``AutoModel``), or the name of the language model in a larger one.
+
     Args:
         folder: with ``config.json`` and safetensors files.
 
@@ -155,7 +158,7 @@ class FolderTensors(Mapping[str, np.ndarray]):
         config: what ``config.json`` describes.
 
     Raises:
-        ValueError: if files are missing or damaged, or hold a quantized model.
+        ValueError: if files are missing or damaged, or hold a quantized model or none of a text.
         NotImplementedError: if the config asks for mathematics that :class:`Llama` lacks.
     """
 
@@ -166,8 +169,9 @@ class FolderTensors(Mapping[str, np.ndarray]):
                 f"folder = {str(folder)!r} holds a quantized model; read it with wush_jax.load, or "
                 "give the folder of the original."
             )
-        self.config = LlamaConfig.from_dict(self._folder.config)
-        self._names = [name for name in self._folder.entries if not self._is_surplus(name)]
+        self.config = folder_config(self._folder)
+        stored = _stored_names(self._folder)
+        self._names = {n: at for n, at in stored.items() if not self._is_surplus(n)}
 
     def _is_surplus(self, name: str) -> bool:
         """Tell what some files repeat: a tied head, and the frequencies of old ones."""
@@ -175,16 +179,48 @@ class FolderTensors(Mapping[str, np.ndarray]):
         return tied or name.endswith(".rotary_emb.inv_freq")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._folder.entries:
-            raise KeyError(name)
-        shape = self._folder.entries[name].shape
-        return self._folder.read(name, FLOATS, [shape])
+        stored = self._names[name]
+        return self._folder.read(stored, FLOATS, [self._folder.entries[stored].shape])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def folder_config(folder: TensorFolder) -> LlamaConfig:
+    """Return what a folder's ``config.json`` describes; errors name the file."""
+    try:
+        return LlamaConfig.from_dict(folder.config)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{folder.path / CONFIG}: {error}") from error
+
+
+def _stored_names(folder: TensorFolder) -> dict[str, str]:
+    """Return the names in the files by ours: all tensors, those of other parts as they are."""
+    end = "embed_tokens.weight"
+    found = [n for n in folder.entries if n == end or n.endswith("." + end)]
+    if len(found) != 1:
+        some = ", ".join(map(repr, [*folder.entries][:3]))
+        raise ValueError(
+            f"{folder.path} holds {len(found)} tensors that are called [...]{end} ({found[:3]}; "
+            f"the first names are {some}), expected one: no decoder of the Llama family, or two"
+        )
+    before = found[0].removesuffix(end)
+    parts = before.split(".")
+    heads = {".".join([*parts[:i], "lm_head.weight"]) for i in range(len(parts))}
+    names: dict[str, str] = {}
+    for stored in folder.entries:
+        name = stored
+        if stored.startswith(before) and stored not in heads:
+            name = "model." + stored.removeprefix(before)
+        elif stored in heads:
+            name = "lm_head.weight"
+        if name in names:
+            raise ValueError(f"{folder.path}: tensors {names[name]!r} and {stored!r} are the same")
+        names[name] = stored
+    return names
 
 
 def load_pretrained(

@@ -184,13 +184,19 @@ class TensorFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a model folder; ValueError if it is none."""
+    """Return the configuration of a model folder; ValueError if it is none.
+
+    A ``quantization_config`` of null, which some libraries write, says as much as none.
+    """
     if not (folder / CONFIG).exists():
         raise ValueError(
             f"{str(folder)!r} is no model folder: it has no {CONFIG}; what `wush quantize` writes "
             "is OUT/checkpoint"
         )
-    return read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    if config.get("quantization_config", config) is None:
+        del config["quantization_config"]
+    return config
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -218,7 +224,10 @@ def check_inside(file: Path) -> None:
         places.append(folder.parent.parent / "blobs")
     target = Path(os.path.realpath(file))
     if file.is_symlink() and target.parent not in places:
-        raise ValueError(f"{file} is a link to {str(target)!r}, outside of its folder")
+        raise ValueError(
+            f"{file} is a link to {str(target)!r}, outside of its folder: give the folder in which "
+            "the files themselves are, or copy them"
+        )
 
 
 def _parse_json(text: bytes) -> Any:
@@ -242,12 +251,12 @@ def some(names: Any) -> str:
 def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
     """Return the files of a folder, each with the names it must hold where an index says so."""
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists() == index.exists():
+    if not single.exists() and not index.exists():
         raise ValueError(
-            f"{folder} holds {'both' if single.exists() else 'neither'} {SINGLE} and {INDEX}, "
-            "expected one of them; other containers (.bin, .pt, pickles) are never opened"
+            f"{folder} holds neither {SINGLE} nor {INDEX}, expected one of them; other containers "
+            "(.bin, .pt, pickles) are never opened"
         )
-    if single.exists():
+    if not index.exists():
         return {single: None}
     files: dict[Path, set[str] | None] = {}
     weight_map = read_json(index).get("weight_map")
@@ -262,6 +271,11 @@ def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
         names = files.setdefault(folder / file, set())
         assert names is not None
         names.add(name)
+    if single.exists() and set(files) != {single}:
+        raise ValueError(
+            f"{folder} holds both {SINGLE} and an {INDEX} that leads to other files: two models; "
+            "remove the one that is not meant"
+        )
     return files
 
 
