@@ -1,6 +1,7 @@
 """Model folders as Hugging Face writes them: shards, types, and weights straight onto a mesh."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp

@@ -44,7 +44,8 @@ from wush_jax.models import Llama
 from wush_jax.models.hugging_face import folder_config
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
-from wush_jax.storage.tensor_folder import CONFIG, TensorFolder
+from wush_jax.storage.json_file import CONFIG
+from wush_jax.storage.tensor_folder import TensorFolder
 
 Placement = Mesh | Sharding | Callable[[str], Sharding | None] | None
 

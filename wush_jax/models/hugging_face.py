@@ -12,7 +12,8 @@ from flax import nnx
 from wush_jax.models.config import LlamaConfig
 from wush_jax.models.llama import Llama
 from wush_jax.models.placement import Placement, place
-from wush_jax.storage.tensor_folder import CONFIG, TensorFolder
+from wush_jax.storage.json_file import CONFIG
+from wush_jax.storage.tensor_folder import TensorFolder
 
 Module = TypeVar("Module", bound=nnx.Module)
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)

@@ -2,8 +2,9 @@
 
 from wush_jax.storage.folder_lock import sole_writer
 from wush_jax.storage.folder_writer import copy_companions, write_folder
+from wush_jax.storage.json_file import read_config, read_json
 from wush_jax.storage.tensor_file import write_tensors
-from wush_jax.storage.tensor_folder import TensorFolder, read_config, read_json
+from wush_jax.storage.tensor_folder import TensorFolder
 
 __all__ = [
     "TensorFolder",

@@ -14,16 +14,14 @@ import jax
 import numpy as np
 
 from wush_jax.storage.folder_lock import sole_writer
+from wush_jax.storage.json_file import CONFIG, check_inside, read_json
 from wush_jax.storage.tensor_file import write_tensors
 from wush_jax.storage.tensor_folder import (
     COMPANIONS,
-    CONFIG,
     DTYPES,
     INDEX,
     OWN_FILE,
     SINGLE,
-    check_inside,
-    read_json,
     some,
 )
 

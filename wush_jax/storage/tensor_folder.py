@@ -7,7 +7,6 @@ fit is a ValueError with the file and the tensor, before memory is taken for it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,7 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-CONFIG = "config.json"
+from wush_jax.storage.json_file import (
+    JSON_BYTES,
+    check_inside,
+    parse_json,
+    read_config,
+    read_json,
+)
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What a model's folder has beside weights and config, in nobody's layout.
@@ -41,8 +47,6 @@ OWN_FILE = re.compile(
     + "|".join(map(re.escape, (INDEX, *COMPANIONS)))
 )
 SHARD_FILE = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
-# A header entry or an index line is some 150 bytes: room for 200,000 tensors.
-JSON_BYTES = 2**25
 # Metadata of a file, JSON in a string: CRC-32 by tensor.
 CHECKSUMS = "crc32"
 
@@ -183,64 +187,6 @@ class TensorFolder:
             )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a model folder; ValueError if it is none.
-
-    A ``quantization_config`` of null, which some libraries write, says as much as none.
-    """
-    if not (folder / CONFIG).exists():
-        raise ValueError(
-            f"{str(folder)!r} is no model folder: it has no {CONFIG}; what `wush quantize` writes "
-            "is OUT/checkpoint"
-        )
-    config = read_json(folder / CONFIG)
-    if config.get("quantization_config", config) is None:
-        del config["quantization_config"]
-    return config
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; ValueError with the file's name if there is none."""
-    try:
-        check_inside(file)
-        if not file.is_file() or file.stat().st_size > JSON_BYTES:
-            raise ValueError("it is missing, not a regular file, or huge")
-        content = _parse_json(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not readable JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def check_inside(file: Path) -> None:
-    """Refuse links out of a folder, but for those of Hugging Face's cache, whose files are links.
-
-    There ``models--x/snapshots/<revision>/config.json`` leads to ``models--x/blobs/<hash>``.
-    """
-    folder = Path(os.path.realpath(file.parent))
-    places = [folder]
-    if folder.parent.name == "snapshots":
-        places.append(folder.parent.parent / "blobs")
-    target = Path(os.path.realpath(file))
-    if file.is_symlink() and target.parent not in places:
-        raise ValueError(
-            f"{file} is a link to {str(target)!r}, outside of its folder: give the folder in which "
-            "the files themselves are, or copy them"
-        )
-
-
-def _parse_json(text: bytes) -> Any:
-    return json.loads(text, object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return content
-
-
 def some(names: Any) -> str:
     """Return the first few of some names, and how many more there are."""
     names = sorted(names)
@@ -295,7 +241,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
             status = os.fstat(stream.fileno())
             if length > min(JSON_BYTES, status.st_size - 8):
                 raise ValueError(f"its header claims {length} bytes")
-            header = _parse_json(stream.read(length))
+            header = parse_json(stream.read(length))
         with safe_open(file, framework="numpy") as content:
             names = set(content.keys())
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -323,7 +269,7 @@ def _checksums(file: Path, metadata: Any, names: set[str]) -> dict[str, int]:
     if text is None:
         return {}
     try:
-        sums = _parse_json(text.encode())
+        sums = parse_json(text.encode())
         if set(sums) != names or not all(type(sums[name]) is int for name in names):
             raise ValueError("not one number a tensor")
     except (AttributeError, TypeError, ValueError, RecursionError) as error:

@@ -3,7 +3,8 @@
 from wush_jax.checkpoints.layouts import compressed_tensors, fp_quant, modelopt, wush
 from wush_jax.checkpoints.layouts.layout import Layout
 from wush_jax.checkpoints.layouts.layout import quantization_config as _quantization_config
-from wush_jax.storage.tensor_folder import CONFIG, TensorFolder
+from wush_jax.storage.json_file import CONFIG
+from wush_jax.storage.tensor_folder import TensorFolder
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout

@@ -21,7 +21,8 @@ from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import NVFP4
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.storage.tensor_folder import TensorFolder, read_json
+from wush_jax.storage.json_file import read_json
+from wush_jax.storage.tensor_folder import TensorFolder
 
 NAME = "modelopt"
 FILE = "hf_quant_config.json"

@@ -24,7 +24,8 @@ from wush_jax.checkpoints.quantization_config import (
 )
 from wush_jax.formats import MXFP4, NVFP4
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.storage.tensor_folder import CONFIG, TensorFolder, some
+from wush_jax.storage.json_file import CONFIG
+from wush_jax.storage.tensor_folder import TensorFolder, some
 
 NAME = "wush"
 FORMATS = {np.dtype(jnp.float8_e8m0fnu): MXFP4, np.dtype(jnp.float8_e4m3fn): NVFP4}

@@ -1,0 +1,71 @@
+"""JSON files of a folder, read without trust: ``config.json`` and the like."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.json"
+# A header entry or an index line is some 150 bytes: room for 200,000 tensors.
+JSON_BYTES = 2**25
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a model folder; ValueError if it is none.
+
+    A ``quantization_config`` of null, which some libraries write, says as much as none.
+    """
+    if not (folder / CONFIG).exists():
+        raise ValueError(
+            f"{str(folder)!r} is no model folder: it has no {CONFIG}; what `wush quantize` writes "
+            "is OUT/checkpoint"
+        )
+    config = read_json(folder / CONFIG)
+    if config.get("quantization_config", config) is None:
+        del config["quantization_config"]
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; ValueError with the file's name if there is none."""
+    try:
+        check_inside(file)
+        if not file.is_file() or file.stat().st_size > JSON_BYTES:
+            raise ValueError("it is missing, not a regular file, or huge")
+        content = parse_json(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not readable JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def check_inside(file: Path) -> None:
+    """Refuse links out of a folder, but for those of Hugging Face's cache, whose files are links.
+
+    There ``models--x/snapshots/<revision>/config.json`` leads to ``models--x/blobs/<hash>``.
+    """
+    folder = Path(os.path.realpath(file.parent))
+    places = [folder]
+    if folder.parent.name == "snapshots":
+        places.append(folder.parent.parent / "blobs")
+    target = Path(os.path.realpath(file))
+    if file.is_symlink() and target.parent not in places:
+        raise ValueError(
+            f"{file} is a link to {str(target)!r}, outside of its folder: give the folder in which "
+            "the files themselves are, or copy them"
+        )
+
+
+def parse_json(text: bytes) -> Any:
+    """Return the content of a JSON text; ValueError where an object has a name twice."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return content
