@@ -1,88 +1,33 @@
 """Scale rules, formats and quantized arrays: oracles in float64, golden bytes, properties."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from format_cases import (
+    CASES,
+    MX,
+    NV,
+    contents,
+    dequantize,
+    each_format,
+    fake_quantize,
+    few_formats,
+    quantize,
+    round_trip,
+    samples,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import wush_jax as wush
-from wush_jax.formats import FORMATS, INT4_ABSMAX
-from wush_jax.formats.elements import E3M2, E5M2
+from wush_jax.formats import FORMATS
 from wush_jax.formats.format import SCALE_DTYPES
 from wush_jax.formats.scales import E8M0_RANGE, GAUSSIAN_CLIP, RULES
 
 pytestmark = pytest.mark.usefixtures("strict")
-
-MX = wush.MXFP4.replace(global_scale=1.0)
-NV = wush.NVFP4.replace(global_scale=None)
-# Name -> (format, largest error of a value in units of its group's largest magnitude).
-# The amax of a group lands, before rounding, in an interval [lo, hi] of the element's grid (given
-# by the rule, widened by the half ulp of E4M3, 1/16, or bfloat16, 2**-8). The error is at most
-# that of 5 (E2M1's widest gap, 1) over the least amax at least 5, or the clipping of hi.
-CASES = {
-    "MXFP4": (wush.MXFP4, 1 / 5),  # [3, 6)
-    "MXFP4 floor": (MX.replace(rule="ocp_floor"), 1 / 4),  # [4, 8): clips 8 to 6
-    "MXFP4 round": (MX.replace(rule="round_175"), 1 / 5),  # [3.5, 7): 1/7 at the top
-    "MXFP4 ceil": (MX.replace(rule="ceil"), 1 / 5),  # (3, 6]
-    "NVFP4": (wush.NVFP4, 17 / 96),  # 6 / (1 + 1/16) = 96/17 at least
-    "NVFP4 derived": (NV, 17 / 96),
-    "NVFP4 4/6": (NV.replace(rule="four_over_six"), 17 / 96),
-    "NVFP4 three": (NV.replace(rule="three_candidates"), 17 / 96),  # up to 7.125: 0.158
-    "INT4": (wush.INT4, 0.5565),  # one value alone: clips to 7.5 * 2.5139 * 2/15 / sqrt(32) amax
-    "INT4_ABSMAX": (INT4_ABSMAX, 0.5 / 7 * (1 + 2**-8)),
-    # On -8 / (1 + 1/16) at least: what lies as far on the other side clips from 8.5 to 7.
-    "NVINT4": (wush.NVINT4, 3 / 17),
-    "NVINT4 tuned": (wush.NVINT4.replace(rule="signed_candidates"), 65 / 289),  # 2.03 of 9.03
-    "INT8": (wush.INT8, 0.5 / 127 * (1 + 2**-8)),
-    "FP8": (wush.FP8.replace(group_size=32), 1 / 14),  # (224, 448]: half of 32 over 224
-    "MXFP8": (wush.MXFP8, 1 / 8),  # [256, 512): clips 512 to 448
-    "MXFP8 e5m2": (wush.MXFP8.replace(element=E5M2), 1 / 8),
-    "MXFP6": (wush.MXFP6, 1 / 16),  # [4, 8): clips 8 to 7.5
-    "MXFP6 e3m2": (wush.MXFP6.replace(element=E3M2), 1 / 8),  # [16, 32): clips 32 to 28
-}
-each_format = pytest.mark.parametrize(("fmt", "bound"), CASES.values(), ids=CASES)
-
-# Where the element and the rule do not matter: constant, derived and chosen scales.
-FEW = {name: CASES[name] for name in ("MXFP4", "NVFP4 derived", "NVFP4 three", "INT4")}
-few_formats = pytest.mark.parametrize(("fmt", "bound"), FEW.values(), ids=FEW)
-
-quantize = jax.jit(wush.quantize, static_argnums=1)
-dequantize = jax.jit(wush.dequantize)
-fake_quantize = jax.jit(wush.fake_quantize, static_argnums=1)
-
-
-@jax.jit
-def contents(q):
-    """Codes, scales and values."""
-    return q.format.unpack(q.codes), q.format.load_scales(q.scales), wush.dequantize(q)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _round_trip(x, fmt, g):
-    return wush.dequantize(wush.quantize(x, fmt, global_scale=g))
-
-
-def round_trip(x, fmt, g=None):
-    """One compilation a format and shape, whatever the global scale."""
-    if g is None:
-        g = fmt.derive_global_scale(np.abs(x).max())
-    return np.asarray(_round_trip(x, fmt, np.float32(g)))
-
-
-def samples(shape=(3, 32), seed=0):
-    """Rows of every magnitude, heavy tails, exact ties and zeros among them."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_t(3, shape)
-    x[::7] = np.round(x[::7] * 4) / 4
-    x[..., ::9] = 0
-    return np.ldexp(x, rng.integers(-6, 7, (*shape[:-1], 1))).astype(np.float32)
 
 
 @each_format
@@ -333,53 +278,6 @@ def test_shapes_and_storage(fmt, bound):
     deep = jax.eval_shape(lambda v: wush.quantize(v, fmt), jnp.zeros((2, 5, 64)))
     assert deep.shape == (2, 5, 64)
     assert jax.eval_shape(wush.dequantize, deep).shape == (2, 5, 64)
-
-
-# ------------------------------------------------------------------ pytrees and transformations
-
-
-@few_formats
-def test_vmap_is_a_tensor_at_a_time(fmt, bound):
-    x = samples((2, 3, 32))
-    mapped = jax.jit(jax.vmap(lambda v: wush.quantize(v, fmt)))(x)
-    # One global scale per leading index reaches its own slice.
-    assert mapped.global_scale.shape == (2,)
-    np.testing.assert_array_equal(dequantize(mapped), [round_trip(v, fmt) for v in x])
-
-
-def test_quantized_array_is_a_pytree():
-    x = samples((2, 3, 32))
-    q = quantize(x, wush.MXFP4)
-    leaves, tree = jax.tree.flatten(q)
-    assert len(leaves) == 3
-    back = jax.tree.unflatten(tree, leaves)
-    assert back.format is wush.MXFP4
-    assert jax.tree.structure(jax.eval_shape(lambda: q)) == tree
-    assert jax.eval_shape(lambda v: wush.quantize(v, wush.MXFP4), x).shape == x.shape
-    assert hash(wush.MXFP4) == hash(wush.MXFP4.replace())
-
-    def step(total, one):
-        return total + wush.dequantize(one), None
-
-    stacked = dataclasses.replace(q, global_scale=jnp.full(2, 3.0))
-    total, _ = jax.lax.scan(step, jnp.zeros((3, 32)), stacked)
-    np.testing.assert_allclose(total, dequantize(q).sum(0), rtol=1e-6, atol=1e-6)  # two addends
-
-
-@few_formats
-def test_fake_quantize_passes_gradients_straight_through(fmt, bound):
-    x = jnp.asarray(samples())
-    tangent = jnp.asarray(samples(seed=1))
-
-    @jax.jit
-    def both_ways(v, t):
-        out, pull = jax.vjp(lambda u: wush.fake_quantize(u, fmt), v)
-        return out, pull(t)[0], jax.jvp(lambda u: wush.fake_quantize(u, fmt), (v,), (t,))[1]
-
-    out, back, forth = both_ways(x, tangent)
-    np.testing.assert_array_equal(out, round_trip(samples(), fmt))
-    np.testing.assert_array_equal(back, tangent)
-    np.testing.assert_array_equal(forth, tangent)
 
 
 # ------------------------------------------------------------------ mistakes

@@ -1,12 +1,11 @@
 """The closed forms against float64, the theorem's predictions, degenerate moments."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from constructions import CONSTRUCTIONS, B, D, build, every, moments, singular
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,31 +13,6 @@ import wush_jax as wush
 from wush_jax import transforms
 
 pytestmark = pytest.mark.usefixtures("strict")
-
-D, B = 8, 3
-CONSTRUCTIONS = {
-    "wush": wush.wush_transform,
-    "wus": functools.partial(wush.wush_transform, hadamard=False),
-    "calibrated_hadamard": transforms.calibrated_hadamard_transform,
-    "whitening": transforms.whitening_transform,
-}
-build = {name: jax.jit(lambda w, x, f=f: f(w, x, damping=0.0)) for name, f in CONSTRUCTIONS.items()}
-every = pytest.mark.parametrize("name", CONSTRUCTIONS)
-
-
-def moments(seed=0, condition=1e3):
-    """Two stacks of B float32 moments, and the same in float64."""
-    rng = np.random.default_rng(seed)
-    pair = [
-        np.stack([oracle.random_moment(rng, D, condition) for _ in range(B)]).astype(np.float32)
-        for _ in range(2)
-    ]
-    return *pair, *(m.astype(np.float64) for m in pair)
-
-
-def singular(m_w, m_x):
-    return np.stack([oracle.wush(w, x)[2] for w, x in zip(m_w, m_x, strict=True)])
-
 
 # The library builds in float64 and rounds once to float32 (6e-8); entries of H T are sums of D of
 # them; the eigh route of the oracle squares the condition of S (here at most 1e3).
@@ -294,65 +268,6 @@ def test_damping_is_relative_to_the_mean_diagonal():
         t_x, _, _ = oracle.wush(*damped)
         gram = np.asarray(pair.activation[b], np.float64)
         np.testing.assert_allclose(gram.T @ gram, t_x.T @ t_x, rtol=1e-5, atol=1e-5)
-
-
-# ------------------------------------------------------------------ the other transforms, applying
-
-
-def test_orthogonal_transforms():
-    random = wush.random_transform(jax.random.key(0), D)
-    for pair in (wush.identity_transform(D), wush.hadamard_transform(D), random):
-        activation, weight = np.asarray(pair.activation), np.asarray(pair.weight)
-        np.testing.assert_allclose(activation @ weight.T, np.eye(D), atol=1e-6)
-        np.testing.assert_array_equal(activation, weight)
-        assert pair.block_size == D
-    again = wush.random_transform(jax.random.key(0), D)
-    np.testing.assert_array_equal(again.activation, random.activation)
-    other = wush.random_transform(jax.random.key(1), D)
-    assert np.abs(other.activation - random.activation).max() > 0.1
-
-
-def test_rounded_pair_stays_an_inverse_pair():
-    """bfloat16 T_X, and the weight's transform is the inverse transpose of what T_X became."""
-    w32, x32, *_ = moments()
-    pair = build["wush"](w32, x32).astype(jnp.bfloat16)
-    assert pair.activation.dtype == jnp.bfloat16
-    for b in range(B):
-        t_x, t_w = (np.asarray(t[b], np.float64) for t in (pair.activation, pair.weight))
-        np.testing.assert_allclose(
-            t_w, np.linalg.inv(t_x).T, rtol=1e-6, atol=1e-6 * np.abs(t_w).max()
-        )
-    assert pair.astype(jnp.bfloat16) is pair
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_apply_transform(shared, dtype):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((2, 5, B * D)), dtype)
-    t = jnp.asarray(rng.standard_normal((D, D) if shared else (B, D, D)), jnp.float32)
-    y = jax.jit(wush.apply_transform)(x, t)
-    assert y.dtype == dtype
-    full = np.broadcast_to(t, (B, D, D)).astype(np.float64)
-    blocks = np.asarray(x, np.float64).reshape(2, 5, B, D)
-    expected = np.einsum("...bi,bji->...bj", blocks, full).reshape(x.shape)
-    # float32 sums of 8 products; bfloat16 rounds the result (2**-9 of at most 10).
-    np.testing.assert_allclose(
-        np.asarray(y, np.float64), expected, atol=2e-6 if dtype == "float32" else 0.03
-    )
-
-
-def test_pairs_preserve_products():
-    w32, x32, *_ = moments()
-    pair = build["wush"](w32, x32)
-    rng = np.random.default_rng(0)
-    x, w = (rng.standard_normal((4, B * D)).astype(np.float32) for _ in range(2))
-    moved = [
-        np.asarray(wush.apply_transform(v, t), np.float64)
-        for v, t in ((x, pair.activation), (w, pair.weight))
-    ]
-    scale = np.linalg.norm(moved[0]) * np.linalg.norm(moved[1])
-    np.testing.assert_allclose(moved[0] @ moved[1].T, x @ w.T.astype(float), atol=1e-6 * scale)
 
 
 @every
