@@ -6,7 +6,6 @@ from wush_jax.evaluation.evaluate import (
     cross_entropy,
     kl_divergence,
     perplexity,
-    reference_logits,
     score,
 )
 from wush_jax.evaluation.generation import greedy_text, score_generation
@@ -21,7 +20,6 @@ __all__ = [
     "greedy_text",
     "kl_divergence",
     "perplexity",
-    "reference_logits",
     "score",
     "score_generation",
 ]

@@ -1,122 +1,100 @@
 """How well a model predicts text, and how far a quantized model has moved from its reference.
 
 A model is an NNX module or any function that maps integer tokens (batch, length) to logits
-(batch, length, vocab). Batches are such token arrays; those of one shape are compiled once.
+(batch, length, vocab). Batches are such token arrays, or pairs of one and a mask of the positions
+that count; those of one shape are compiled once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.tree_util import Partial
 
 from wush_jax.calibration.observe import Progress
-
-Model = Callable[[jax.Array], jax.Array]
-Call = Callable[[Any, jax.Array], jax.Array]
-# Per-token values from the logits of some models, the tokens, and what else belongs to a batch.
-Measure = Callable[[list[jax.Array], jax.Array, Any], tuple[jax.Array, ...]]
+from wush_jax.evaluation.positions import Call, Model, position_values
 
 
-def _plain_call(model: Model, tokens: jax.Array) -> jax.Array:
-    return model(tokens)
-
-
-def _token_losses(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tuple[jax.Array]:
-    predicted = logits[0][:, :-1]
-    chosen = jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1)[..., 0]
-    return (jax.nn.logsumexp(predicted, axis=-1) - chosen,)
-
-
-def divergences(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tuple[jax.Array]:
-    """KL of the second model from the first at every position, (batch, length)."""
-    reference, model = (jax.nn.log_softmax(values) for values in logits)
-    return (jnp.sum(jnp.exp(reference) * (reference - model), axis=-1),)
-
-
-def _score(
-    logits: list[jax.Array], tokens: jax.Array, reference: jax.Array
-) -> tuple[jax.Array, ...]:
-    return *_token_losses(logits, tokens, None), *divergences([reference, *logits], tokens, None)
-
-
-def _evaluate(
-    measure: Measure,
-    call: Call,
-    graphs: tuple[Any, ...],
-    states: tuple[Any, ...],
-    tokens: jax.Array,
-    extra: Any,
-) -> tuple[jax.Array, ...]:
-    models = [
-        nnx.merge(g, s) if isinstance(g, nnx.GraphDef) else g
-        for g, s in zip(graphs, states, strict=True)
-    ]
-    return measure([call(m, tokens).astype(jnp.float32) for m in models], tokens, extra)
-
-
-# Graphs are no static arguments: those are hashed, and configs in a model need not be hashable.
-_compiled = jax.jit(_evaluate, static_argnums=(0, 1))
-
-
-def token_values(
-    measure: Measure,
-    models: list[Model],
-    batches: Iterable[Any],
-    call: Call | None = None,
-    progress: Progress | None = None,
-    extras: Iterable[Any] | None = None,
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield what a measure finds in the logits of some models, batch by batch.
-
-    Args:
-        measure: (logits of each model in float32, tokens, extra) to arrays.
-        models: modules, or functions of tokens.
-        batches: integer arrays (batch, length).
-        call: how to run a model; None: ``model(tokens)``.
-        progress: called with the number of batches done, None and "evaluate".
-        extras: what else belongs to each batch.
-    """
-    # Modules are split: as constants of a closure, their weights would be compiled in.
-    parts = [nnx.split(m) if isinstance(m, nnx.Module) else (Partial(m), None) for m in models]
-    graphs, states = zip(*parts, strict=True)
-    # What a plain function closes over may change between calls: never reuse its compilation.
-    plain = not all(isinstance(graph, nnx.GraphDef) for graph in graphs)
-    compiled = (
-        jax.jit(partial(_evaluate, measure, call or _plain_call, graphs))
-        if plain
-        else partial(_compiled, measure, call or _plain_call, graphs)
+def _losses(logits: list[jax.Array], following: jax.Array) -> tuple[jax.Array, ...]:
+    """-log p of the following token, of each model."""
+    chosen = (jnp.take_along_axis(z, following[..., None], axis=-1)[..., 0] for z in logits)
+    return tuple(
+        jax.nn.logsumexp(z, axis=-1) - value for z, value in zip(logits, chosen, strict=True)
     )
-    pairs = ((b, None) for b in batches) if extras is None else zip(batches, extras, strict=True)
-    for done, (tokens, extra) in enumerate(pairs, start=1):
-        yield tuple(map(np.asarray, compiled(states, jnp.asarray(tokens), extra)))
-        if progress is not None:
-            progress(done, None, "evaluate")
+
+
+def divergence(logits: list[jax.Array]) -> jax.Array:
+    """KL(p || q) at every position, p of the first of two models: (..., vocab) to (...)."""
+    log_p, log_q = (jax.nn.log_softmax(values) for values in logits)
+    p = jnp.exp(log_p)
+    # Tokens of probability zero add nothing, even where their log p - log q is inf - inf.
+    return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), axis=-1)
+
+
+def _divergences(logits: list[jax.Array], following: jax.Array) -> tuple[jax.Array]:
+    return (divergence(logits),)
+
+
+def _scores(logits: list[jax.Array], following: jax.Array) -> tuple[jax.Array, ...]:
+    return *_losses(logits, following), divergence(logits)
 
 
 def _means(
-    measure: Measure,
+    measure: Any,
     models: list[Model],
     batches: Iterable[Any],
     call: Call | None,
     progress: Progress | None,
-    extras: Iterable[Any] | None = None,
 ) -> list[float]:
-    """Average per-token values over all batches; float64 on the host, so that long sums hold."""
-    sums = [
-        [(v.sum(dtype=np.float64), v.size) for v in values]
-        for values in token_values(measure, models, batches, call, progress, extras)
-    ]
+    """Average values over all positions that count; float64 on the host, so that long sums hold."""
+    sums = []
+    found = position_values(measure, models, batches, call, progress)
+    for index, (values, mask) in enumerate(found):
+        following = mask & np.pad(mask[:, 1:], ((0, 0), (0, 1)))
+        # The last value is KL, which needs no next token, unless all are losses.
+        masks = [following] * len(values)
+        if measure is not _losses:
+            masks[-1] = mask
+        pairs = zip(values, masks, strict=True)
+        sums.append([_sum(value, counted, f"batches[{index}]") for value, counted in pairs])
     totals = np.sum(sums, axis=0) if sums else np.zeros((1, 2))
     if not totals[:, 1].all():
         raise ValueError("batches holds no token to predict; give at least one (batch, length).")
     return [float(total / count) for total, count in totals]
+
+
+def _sum(values: np.ndarray, counted: np.ndarray, name: str) -> tuple[float, int]:
+    """Return the sum and the number of the values that count."""
+    chosen = values[counted]
+    finite = np.isfinite(chosen)
+    if not finite.all():
+        row, column = np.argwhere(counted)[~finite][0].tolist()
+        raise ValueError(
+            f"{name}: the figure at row {row}, position {column} is {chosen[~finite][0]}: the "
+            "logits of a model are not finite there; look at its weights, or run it in float32"
+        )
+    return float(chosen.sum(dtype=np.float64)), chosen.size
+
+
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss), if float64 has it.
+
+    Raises:
+        ValueError: a loss above 709 nats, with what to look at.
+
+    >>> perplexity_of(0.0)
+    1.0
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise ValueError(
+            f"the cross entropy is {loss:.6g} nats a token, whose perplexity is beyond float64: "
+            "the model predicts nothing; look at its weights, and at the tokenizer"
+        ) from None
 
 
 def cross_entropy(
@@ -130,7 +108,8 @@ def cross_entropy(
 
     Args:
         model: tokens (batch, length) to logits (batch, length, vocab).
-        batches: integer arrays (batch, length), length at least 2; read once.
+        batches: integers (batch, length), length at least 2, or pairs of those and a mask of
+            what counts, bool (batch, length); read once.
         call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
         progress: called with the number of batches done, None and "evaluate".
 
@@ -138,13 +117,14 @@ def cross_entropy(
         The mean, summed in float64.
 
     Raises:
-        ValueError: if ``batches`` holds no position with a next token.
+        ValueError: no position with a next token; what is no token of the model; logits that are
+            not finite.
 
     >>> uniform = lambda tokens: jnp.zeros((*tokens.shape, 8))
     >>> round(cross_entropy(uniform, [np.zeros((2, 5), np.int32)]) / math.log(2), 5)
     3.0
     """
-    return _means(_token_losses, [model], batches, call, progress)[0]
+    return _means(_losses, [model], batches, call, progress)[0]
 
 
 def perplexity(
@@ -158,7 +138,8 @@ def perplexity(
 
     Args:
         model: tokens (batch, length) to logits (batch, length, vocab).
-        batches: integer arrays (batch, length), length at least 2; read once.
+        batches: integers (batch, length), length at least 2, or pairs of those and a mask of
+            what counts, bool (batch, length); read once.
         call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
         progress: called with the number of batches done, None and "evaluate".
 
@@ -166,13 +147,14 @@ def perplexity(
         A number from 1 up.
 
     Raises:
-        ValueError: if ``batches`` holds no position with a next token.
+        ValueError: no position with a next token; what is no token of the model; logits that are
+            not finite.
 
     >>> uniform = lambda tokens: jnp.zeros((*tokens.shape, 8))
     >>> round(perplexity(uniform, [np.zeros((2, 5), np.int32)]), 4)
     8.0
     """
-    return math.exp(cross_entropy(model, batches, call=call, progress=progress))
+    return perplexity_of(cross_entropy(model, batches, call=call, progress=progress))
 
 
 def bits_per_byte(
@@ -187,7 +169,8 @@ def bits_per_byte(
 
     Args:
         model: tokens (batch, length) to logits (batch, length, vocab).
-        batches: integer arrays (batch, length), length at least 2; read once.
+        batches: integers (batch, length), length at least 2, or pairs of those and a mask of
+            what counts, bool (batch, length); read once.
         bytes_per_token: mean length of a token of this text; 1 for byte-level models.
         call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
         progress: called with the number of batches done, None and "evaluate".
@@ -196,7 +179,8 @@ def bits_per_byte(
         Bits to a byte of text; 8 for a model that knows nothing.
 
     Raises:
-        ValueError: if ``batches`` holds no position with a next token.
+        ValueError: no position with a next token; what is no token of the model; logits that are
+            not finite.
 
     >>> uniform = lambda tokens: jnp.zeros((*tokens.shape, 256))
     >>> round(bits_per_byte(uniform, [np.zeros((2, 5), np.int32)]), 4)
@@ -222,7 +206,7 @@ def kl_divergence(
         reference: tokens (batch, length) to logits (batch, length, vocab), such as the
             full-precision model.
         model: the same of the quantized model.
-        batches: integer arrays (batch, length); read once.
+        batches: integers (batch, length), or pairs of those and a mask; read once.
         call: how to run a model, ``call(model, tokens)``; None: ``model(tokens)``.
         progress: called with the number of batches done, None and "evaluate".
 
@@ -230,7 +214,8 @@ def kl_divergence(
         The mean; 0 only if both models agree everywhere.
 
     Raises:
-        ValueError: if ``batches`` is empty.
+        ValueError: no batches; what is no token of the models; logits that are not finite, or of
+            two vocabularies.
 
     Source: Kullback and Leibler, On Information and Sufficiency (1951).
 
@@ -239,7 +224,7 @@ def kl_divergence(
     >>> round(kl_divergence(fair, biased, [np.zeros((1, 4), np.int32)]), 4)
     0.1438
     """
-    return _means(divergences, [reference, model], batches, call, progress)[0]
+    return _means(_divergences, [reference, model], batches, call, progress)[0]
 
 
 @dataclass(frozen=True)
@@ -249,15 +234,17 @@ class Score:
     Attributes:
         cross_entropy: mean of -log p of the next token, nats.
         kl: mean KL divergence from the reference, nats.
+        reference_cross_entropy: the reference's own cross entropy.
     """
 
     cross_entropy: float
     kl: float
+    reference_cross_entropy: float
 
     @property
     def perplexity(self) -> float:
         """exp of the cross entropy."""
-        return math.exp(self.cross_entropy)
+        return perplexity_of(self.cross_entropy)
 
     @property
     def bits_per_token(self) -> float:
@@ -265,24 +252,10 @@ class Score:
         return self.cross_entropy / math.log(2)
 
 
-def reference_logits(
-    model: nnx.Module, batches: Iterable[Any], *, call: Call | None = None
-) -> list[jax.Array]:
-    """Return a model's float32 logits on every batch, to be compared with again and again.
-
-    Args:
-        model: an NNX module, tokens (batch, length) to logits (batch, length, vocab).
-        batches: integer arrays (batch, length).
-        call: how to run a model; None: ``model(tokens)``.
-    """
-    graph, state = nnx.split(model)
-    return [_logits(call or _plain_call, graph, state, jnp.asarray(b)) for b in batches]
-
-
 def score(
-    model: nnx.Module,
+    model: Model,
     batches: Iterable[Any],
-    reference: Iterable[jax.Array],
+    reference: Model,
     *,
     call: Call | None = None,
     progress: Progress | None = None,
@@ -290,19 +263,18 @@ def score(
     """Measure :func:`cross_entropy` and :func:`kl_divergence` in one pass over the text.
 
     Args:
-        model: an NNX module, tokens (batch, length) to logits (batch, length, vocab).
-        batches: integer arrays (batch, length).
-        reference: logits of the reference on the same batches: :func:`reference_logits`.
+        model: tokens (batch, length) to logits (batch, length, vocab).
+        batches: integers (batch, length), or pairs of those and a mask; read once.
+        reference: the same, such as the full-precision model.
         call: how to run a model; None: ``model(tokens)``.
         progress: called with the number of batches done, None and "evaluate".
 
     Raises:
-        ValueError: if ``batches`` holds no position with a next token.
+        ValueError: as `cross_entropy` and `kl_divergence`.
+
+    >>> uniform = lambda tokens: jnp.zeros((*tokens.shape, 8))
+    >>> score(uniform, [np.zeros((2, 5), np.int32)], uniform).kl
+    0.0
     """
-    logits = map(jnp.asarray, reference)
-    return Score(*_means(_score, [model], batches, call, progress, logits))
-
-
-@partial(jax.jit, static_argnums=(0,))
-def _logits(call, graph, state, tokens):
-    return call(nnx.merge(graph, state), tokens).astype(jnp.float32)
+    original, loss, kl = _means(_scores, [reference, model], batches, call, progress)
+    return Score(loss, kl, original)

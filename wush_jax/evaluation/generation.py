@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax.evaluation.evaluate import Call, Model, divergences, token_values
+from wush_jax.evaluation.evaluate import divergence
+from wush_jax.evaluation.positions import Call, Model, position_values
 from wush_jax.models.generation import generate
 from wush_jax.models.llama import Llama
 
@@ -115,20 +116,18 @@ def score_generation(
     if start < 1:
         raise ValueError(f"start={start} must be at least 1")
     length = text.prompts.shape[1]
-    found = token_values(_follow, [reference, model], text.batches(batch), call)
-    same, kl = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    same, kl = same[:, length - 1 :], kl[:, length - 1 :]
+    found = [v for v, _ in position_values(_follow, [reference, model], text.batches(batch), call)]
+    same, kl = (np.concatenate(parts)[:, length - 1 : -1] for parts in zip(*found, strict=True))
     match = np.cumprod(same, axis=1).sum(axis=1)
     whole = np.all(same[:, :start], axis=1)
     means, errors = zip(*map(_mean, (match, whole, kl.mean(axis=1, dtype=np.float64))), strict=True)
     return GenerationScore(*means, *errors)
 
 
-def _follow(logits: list[jax.Array], tokens: jax.Array, extra: None) -> tuple[jax.Array, jax.Array]:
-    """At every position but the last: is the next token the model's choice, and the KL."""
-    before = [values[:, :-1] for values in logits]
-    chosen = jnp.argmax(before[1], axis=-1).astype(tokens.dtype)
-    return chosen == tokens[:, 1:], *divergences(before, tokens, None)
+def _follow(logits: list[jax.Array], following: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """At every position: is the following token the model's choice, and the KL."""
+    chosen = jnp.argmax(logits[1], axis=-1).astype(following.dtype)
+    return chosen == following, divergence(logits)
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from wush_jax.calibration.model import quantize_with
 from wush_jax.calibration.observe import Call, collect_moments, find_sites, plain_call
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import Report
-from wush_jax.evaluation.evaluate import Score, reference_logits, score
+from wush_jax.evaluation.evaluate import Score, cross_entropy, score
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes
 from wush_jax.solvers.recipe import Recipe, Rules
 
@@ -144,8 +144,8 @@ def compare(
     }
     rows = max((p.sample_rows for p in planned.values()), default=0)
     moments = collect_moments(model, calibration, dict.fromkeys(sites), rows=rows, **options)
-    reference = reference_logits(model, evaluation, call=call)
-    original = score(model, evaluation, reference, call=call)
+    loss = cross_entropy(model, evaluation, call=call)
+    original = Score(loss, 0.0, loss)
     outcomes, models = [], {}
     for name in settings:
         step(name)
@@ -153,7 +153,7 @@ def compare(
         todo = planned[name]
         chosen = {item.site: moments[_site_of(item.site, sites)] for item in todo.sites}
         models[name], report = quantize_with(model, todo, chosen, evaluation[0], **options)
-        measured = score(models[name], evaluation, reference, call=call)
+        measured = score(models[name], evaluation, model, call=call)
         seconds = time.perf_counter() - start
         losses = [(r.relative_loss, r.typical_loss) for r in report.layers]
         layer_loss, typical = np.mean(np.array(losses, float), axis=0).tolist()

@@ -141,12 +141,16 @@ class Llama(nnx.Module):
         embedding = self.embed_tokens.embedding[...].astype(hidden.dtype)
         return jnp.einsum("blh,vh->blv", hidden, embedding, preferred_element_type=jnp.float32)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Return next-token logits: (batch, length) integers to float32 (batch, length, vocab)."""
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """Return what `head` reads: (batch, length) integers to (batch, length, hidden)."""
         hidden = self.embed(tokens)
         for layer in self.layers:
             hidden = layer(hidden)
-        return self.head(hidden)
+        return hidden
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Return next-token logits: (batch, length) integers to float32 (batch, length, vocab)."""
+        return self.head(self.hidden(tokens))
 
     def prefill(
         self, tokens: jax.Array, lengths: jax.Array, max_length: int

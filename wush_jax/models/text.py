@@ -1,13 +1,22 @@
-"""Text as tokens: by the tokenizer of a model's folder, or byte by byte."""
+"""Text as tokens: by the tokenizer of a model's folder, as in transformers, or byte by byte."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wush_jax.models.chat import ChatTemplate
 from wush_jax.storage.tensor_folder import read_config, read_json
+
+TOKENIZER, SETTINGS, GENERATION = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -17,6 +26,9 @@ class Tokenizer:
     Attributes:
       inner: a tokenizer of the ``tokenizers`` package; None takes bytes as tokens.
       stop_tokens: those that end a text.
+      bos: the token that begins a text, where the folder names one.
+      front: what goes before every text in place of the tokenizer's own rule; None keeps that.
+      chat: how a conversation is written, where the folder says so.
 
     >>> Tokenizer().decode(Tokenizer().encode("text"))
     'text'
@@ -24,46 +36,182 @@ class Tokenizer:
 
     inner: Any = None
     stop_tokens: tuple[int, ...] = ()
+    bos: int | None = None
+    front: tuple[int, ...] | None = None
+    chat: ChatTemplate | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Tokenizer:
         """Read ``tokenizer.json`` of a model's folder; without one, bytes are tokens.
 
+        As transformers does, the truncation and padding that the file may hold are not applied, and
+        ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` go before its rule.
+
         Raises:
-          ValueError: no tokenizer and a vocabulary that is not of 256 bytes; the package that
-            reads it is missing.
+          ValueError: no tokenizer and a vocabulary that is not of 256 bytes; a file that is none;
+            the package that reads it is missing.
         """
         folder = Path(folder)
         config = read_config(folder)
-        file, generation = folder / "tokenizer.json", folder / "generation_config.json"
-        if generation.is_file():
-            config = {**config, **read_json(generation)}
-        stop = config.get("eos_token_id")
-        stops = tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
-        if not file.is_file():
+        if (folder / GENERATION).is_file():
+            config = {**config, **read_json(folder / GENERATION)}
+        settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+        stops = _ids(config.get("eos_token_id"), f"{folder}: eos_token_id")
+        bos = next(iter(_ids(config.get("bos_token_id"), f"{folder}: bos_token_id")), None)
+        if not (folder / TOKENIZER).is_file():
             if config.get("vocab_size") != 256:
                 raise ValueError(
                     f"{folder} has no tokenizer.json, and {config.get('vocab_size')} tokens are no "
                     "bytes: add the tokenizer's file, or give tokens in place of text"
                 )
-            return cls(None, stops)
+            return cls(None, stops, bos)
+        inner = _read_inner(folder / TOKENIZER)
+        names = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
+        ids = {name: inner.token_to_id(text) for name, text in names.items() if text is not None}
+        _apply_settings(inner, settings, names, ids)
+        # The tokenizer's own token goes first, as in transformers; generation's decides on ends.
+        bos = ids["bos_token"] if ids.get("bos_token") is not None else bos
+        if not stops and ids.get("eos_token") is not None:
+            stops = (ids["eos_token"],)
+        return cls(inner, stops, bos, chat=ChatTemplate.read(folder, settings))
+
+    @property
+    def prefix(self) -> list[int]:
+        """What goes before every text."""
+        if self.front is not None or self.inner is None:
+            return list(self.front or ())
+        found = self._inner_encode("a", special=True)
+        return found.ids[: [*found.special_tokens_mask, 0].index(0)]
+
+    def with_bos(self, rule: str) -> Tokenizer:
+        """Return the tokenizer with BOS before texts "always", "never", or "auto": by its own rule.
+
+        Raises:
+          ValueError: always, but the folder names no such token.
+        """
+        if rule == "auto":
+            return self
+        if rule == "always" and self.bos is None:
+            raise ValueError("bos='always': neither config.json nor the tokenizer names that token")
+        front = (self.bos,) if rule == "always" and self.bos is not None else ()
+        return dataclasses.replace(self, front=front)
+
+    def encode(self, text: str, *, special: bool = True, split_special: bool = False) -> list[int]:
+        """Return the tokens of a text.
+
+        Args:
+          text: valid Unicode.
+          special: whether with what goes around a text; what it brings along does not come twice.
+          split_special: whether names of special tokens within the text are text; else, as in
+            transformers, they are those tokens.
+
+        Raises:
+          ValueError: half of a surrogate pair, as of arguments that are no UTF-8; what the
+            tokenizer has no token for.
+        """
         try:
-            from tokenizers import Tokenizer as Inner
-        except ImportError as error:
-            raise ValueError(
-                f"{file} needs the tokenizers package: pip install 'wush-jax[hf]', or give tokens "
-                "in place of text"
-            ) from error
-        return cls(Inner.from_file(str(file)), stops)
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the tokens of a text, with what the tokenizer puts around one if ``special``."""
+            raw = text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text is no valid Unicode ({error.reason}); give UTF-8") from error
+        own = special and self.front is None
         if self.inner is None:
-            return list(text.encode())
-        return self.inner.encode(text, add_special_tokens=special).ids
+            tokens = list(raw)
+        else:
+            self.inner.encode_special_tokens = split_special
+            tokens = self._inner_encode(text, special=own).ids
+        front = self.prefix if special else []
+        if not own:
+            tokens = [*front, *tokens]
+        twice = bool(front) and tokens[: 2 * len(front)] == front * 2
+        return tokens[len(front) :] if twice else tokens
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones."""
+    def _inner_encode(self, text: str, *, special: bool) -> Any:
+        try:
+            return self.inner.encode(text, add_special_tokens=special)
+        except Exception as error:  # the package raises nothing more special
+            raise ValueError(
+                f"the tokenizer has no tokens for the text ({error}); use that of the model"
+            ) from error
+
+    def begins_itself(self, text: str) -> bool:
+        """Whether a text brings along what the tokenizer would put before it.
+
+        >>> Tokenizer().begins_itself("text")
+        False
+        """
+        prefix = self.prefix
+        return bool(prefix) and self.encode(text, special=False)[: len(prefix)] == prefix
+
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of tokens, special ones only on request."""
         if self.inner is None:
             return bytes(tokens).decode(errors="replace")
-        return self.inner.decode(list(tokens))
+        return self.inner.decode(list(tokens), skip_special_tokens=not special)
+
+    def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        """Return the text that new tokens add to a prompt's: both are decoded together.
+
+        Alone, many tokenizers would drop the space before the first word, or cut a character.
+        """
+        before, whole = self.decode(prompt), self.decode([*prompt, *new])
+        pairs = zip(before, whole, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return whole[same:]
+
+
+def _ids(value: Any, name: str) -> tuple[int, ...]:
+    """Return ids that a config names: one, some, or none."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(item) is not int or item < 0 for item in values):
+        raise ValueError(f"{name}={value!r}, expected an id of a token, or several")
+    return tuple(values)
+
+
+def _read_inner(file: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer as Inner
+    except ImportError as error:
+        raise ValueError(
+            f"{file} needs the tokenizers package: pip install 'wush-jax[hf]', or give tokens "
+            "in place of text"
+        ) from error
+    read_json(file)  # refuses what is no JSON, and links out of the folder
+    try:
+        inner = Inner.from_file(str(file))
+    except Exception as error:  # the package raises nothing more special
+        raise ValueError(
+            f"{file} is no tokenizer that this version of tokenizers reads ({error}); fetch it "
+            "again, or give tokens in place of text"
+        ) from error
+    inner.no_truncation()
+    inner.no_padding()
+    return inner
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a token in tokenizer_config.json: a string, or an object with it."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _apply_settings(
+    inner: Any,
+    settings: Mapping[str, Any],
+    names: Mapping[str, str | None],
+    ids: Mapping[str, int | None],
+) -> None:
+    """Put BOS and EOS around texts where tokenizer_config.json says so, or says not to."""
+    if not {"add_bos_token", "add_eos_token"} & set(settings):
+        return
+    from tokenizers import processors
+
+    chosen = {
+        name: bool(settings.get(f"add_{name}")) and ids.get(name) is not None for name in names
+    }
+    front = f"{names['bos_token']}:0 " if chosen["bos_token"] else ""
+    back = f" {names['eos_token']}:0" if chosen["eos_token"] else ""
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{front}$A:0{back}",
+        pair=f"{front}$A:0{back} $B:1",
+        special_tokens=[(names[name], ids[name]) for name in names if chosen[name]],
+    )

@@ -1,0 +1,336 @@
+"""Where tokens enter: whatever is no token of the model is refused here, with its place.
+
+Batches from Python, files of tokens, texts and prompts all pass `check_tokens`; rows become windows
+by `cut`, and windows become batches by `in_batches`, in one way for every command.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SHOWN = 5  # places that a message names; of the others it says how many
+ARRAYS = (np.ndarray, jax.Array)
+RUN = 4  # equal ids at the end of a row from which on they look like padding
+
+
+def vocabulary(model: Any) -> int | None:
+    """Return how many tokens a model knows, where its ``config.vocab_size`` says so."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return int(size) if isinstance(size, int) else None
+
+
+def vocabulary_of(config: Mapping[str, Any], place: Any) -> int:
+    """Return the ``vocab_size`` of a config.json.
+
+    Raises:
+        ValueError: it is missing, or no positive integer.
+    """
+    size = config.get("vocab_size")
+    if type(size) is not int or size < 1:
+        raise ValueError(
+            f"{place}: config.json has vocab_size={size!r}, expected a positive integer"
+        )
+    return size
+
+
+def check_tokens(tokens: Any, vocabulary: int | None, *, name: str = "tokens") -> Any:
+    """Return tokens as int32 (batch, length); arrays on devices stay there.
+
+    Args:
+        tokens: integers (batch, length).
+        vocabulary: ids are below it; None where nobody knows.
+        name: of the tokens in messages.
+
+    Raises:
+        ValueError: no integers, another number of axes, nothing in it, ids outside of the
+            vocabulary; with all that is wrong, and where.
+
+    >>> check_tokens([[1, 300], [-100, 2]], 256)
+    Traceback (most recent call last):
+    ...
+    ValueError: tokens: 2 ids are outside of the model's vocabulary of 256 tokens: 300 at row 0,
+    column 1; -100 at row 1, column 0: use the tokenizer of this model; ...
+    """
+    array = _as_array(tokens, name)
+    faults = _faults(array, vocabulary)
+    if faults:
+        raise ValueError(f"{name}: " + "; ".join(faults))
+    return array if isinstance(array, jax.Array) else array.astype(np.int32)
+
+
+def check_batches(
+    batches: Iterable[Any], vocabulary: int | None, name: str = "batches", *, others: bool = False
+) -> Any:
+    """Return batches of tokens, checked: a sequence all at once, an iterator as it goes.
+
+    Args:
+        batches: integers (batch, length).
+        vocabulary: as for `check_tokens`.
+        name: of the batches in messages.
+        others: whether inputs of another kind, such as floats or trees of arrays, pass as they are.
+
+    Returns:
+        A list, or an iterator.
+
+    Raises:
+        ValueError: as `check_tokens`, of all batches of a sequence.
+    """
+
+    def check(index: int, batch: Any) -> Any:
+        if others and not (isinstance(batch, ARRAYS) and not _is_float(batch)):
+            return batch
+        return check_tokens(batch, vocabulary, name=f"{name}[{index}]")
+
+    if not isinstance(batches, Sequence):
+        return (check(index, batch) for index, batch in enumerate(batches))
+    faults, found = [], []
+    for index, batch in enumerate(batches):
+        try:
+            found.append(check(index, batch))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        more = f"\nand {len(faults) - SHOWN} more batches" if len(faults) > SHOWN else ""
+        raise ValueError("\n".join(faults[:SHOWN]) + more)
+    return found
+
+
+def model_inputs(model: Any, batches: Iterable[Any]) -> Any:
+    """Return a model's calibration inputs; integers among those of a language model are checked.
+
+    A model is one if its config has a vocabulary. Other inputs are the caller's own.
+    """
+    size = vocabulary(model)
+    return batches if size is None else check_batches(batches, size, others=True)
+
+
+def _is_float(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def _as_array(tokens: Any, name: str) -> Any:
+    if isinstance(tokens, jax.Array):
+        return tokens
+    try:
+        return np.asarray(tokens)
+    except ValueError as error:
+        raise ValueError(f"{name}: rows of unequal length are no array ({error})") from error
+
+
+def _faults(array: Any, vocabulary: int | None) -> list[str]:
+    """Say all that keeps an array from being tokens."""
+    faults = []
+    if array.ndim != 2:
+        faults.append(f"shape {array.shape}, expected (batch, length)")
+    if array.size == 0:
+        return [*faults, f"shape {array.shape} holds no token"]
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        return [*faults, f"holds {array.dtype}, expected integers"]
+    # Of an array on several hosts all have the extremes, and none has all values.
+    extremes = (array.min(), array.max()) if isinstance(array, np.ndarray) else _extremes(array)
+    top = np.iinfo(np.int32).max + 1 if vocabulary is None else vocabulary
+    low, high = map(int, extremes)
+    if high >= top or (low < 0 and vocabulary is not None):
+        faults.append(_outside(array, top))
+    return faults
+
+
+@jax.jit
+def _extremes(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.min(array), jnp.max(array)
+
+
+def _outside(array: Any, vocabulary: int) -> str:
+    remedy = "use the tokenizer of this model; ids that mark padding, such as -100, are cut off"
+    kind = f"outside of the model's vocabulary of {vocabulary} tokens"
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return f"ids are {kind}: {remedy}"
+    values = np.asarray(array)
+    places = np.argwhere((values < 0) | (values >= vocabulary))
+    names = ("row", "column") if values.ndim == 2 else tuple(f"axis {i}" for i in range(9))
+    shown = [
+        f"{values[tuple(place)]} at "
+        + ", ".join(f"{name} {at}" for name, at in zip(names, place, strict=False))
+        for place in places[:SHOWN]
+    ]
+    more = f"; and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+    ids = "1 id is" if len(places) == 1 else f"{len(places)} ids are"
+    return f"{ids} {kind}: {'; '.join(shown)}{more}: {remedy}"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens cut for a model.
+
+    Attributes:
+        rows: int32 (length,) each; shorter ones are whole documents.
+        left_out: tokens at the ends of documents that fill no window.
+    """
+
+    rows: list[np.ndarray]
+    left_out: int
+
+
+def cut(
+    documents: Sequence[np.ndarray],
+    length: int,
+    *,
+    prefix: Sequence[int] = (),
+    limit: int | None = None,
+    name: str = "tokens",
+) -> Windows:
+    """Cut documents into windows of ``length`` tokens, the prefix of each included.
+
+    A document shorter than a window is one by itself, if there are several; what is left of longer
+    ones is counted. A window whose text brings the prefix along gets it once.
+
+    Args:
+        documents: integers (n,) each.
+        length: tokens in a window.
+        prefix: what the tokenizer puts before every text.
+        limit: the most windows; None for all.
+        name: of the tokens in messages.
+
+    Raises:
+        ValueError: the one document is too short; a prefix that leaves no room.
+
+    >>> cut([np.arange(7)], 4, prefix=[9]).rows
+    [array([9, 0, 1, 2], dtype=int32), array([9, 3, 4, 5], dtype=int32)]
+    """
+    front = np.asarray(prefix, np.int32)
+    if length <= len(front):
+        raise ValueError(
+            f"length={length} leaves no room behind the {len(front)} tokens that the tokenizer "
+            "puts before each window; choose a larger one"
+        )
+    rows, used, total = [], 0, 0
+    for document in documents:
+        body = np.asarray(document)
+        if len(front) and np.array_equal(body[: len(front)], front):
+            body = body[len(front) :]
+        room = length - len(front)
+        whole = len(body) // room * room
+        if whole == 0 and len(documents) == 1:
+            raise ValueError(
+                f"{name}: {len(body)} tokens where one window takes {room}; give more text, or a "
+                "smaller length"
+            )
+        ends = range(room, whole + 1, room) if whole else [len(body)]
+        found = [np.concatenate([front, body[max(0, end - room) : end]]) for end in ends]
+        found = found if limit is None else found[: limit - len(rows)]
+        rows += [row.astype(np.int32) for row in found]
+        if limit is not None and len(rows) == limit:
+            return Windows(rows, 0)  # what was not asked for is not left out
+        used, total = used + ends[-1], total + len(body)
+    return Windows(rows, total - used)
+
+
+def in_batches(rows: Iterable[np.ndarray], batch: int) -> list[np.ndarray]:
+    """Return rows as (batch, length) arrays: one length in each, the last of a length smaller.
+
+    So none is padded, and none is dropped.
+
+    >>> [b.shape for b in in_batches([np.zeros(4)] * 3 + [np.zeros(2)], 2)]
+    [(2, 4), (1, 4), (1, 2)]
+    """
+    kinds: dict[int, list[np.ndarray]] = {}
+    for row in rows:
+        kinds.setdefault(len(row), []).append(row)
+    return [
+        np.stack(alike[start : start + batch])
+        for alike in kinds.values()
+        for start in range(0, len(alike), batch)
+    ]
+
+
+def read_tokens(
+    file: Path, vocabulary: int, *, pad: int | None = None, stops: Sequence[int] = ()
+) -> list[np.ndarray]:
+    """Read documents of tokens from a .npy file: (n,) is one, (rows, n) is one a row.
+
+    Args:
+        file: integers, as `numpy.save` writes them.
+        vocabulary: ids are below it.
+        pad: id that fills rows up, at either end; -1 for none. None refuses rows that look filled.
+        stops: ids that end a text: where one of them is also ``pad``, the first one stays.
+
+    Raises:
+        ValueError: no such file; as `check_tokens`; rows of nothing but padding.
+    """
+    named = f"--tokens {file}"
+    try:
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError, OverflowError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{named} is no .npy file of integers ({_first_line(error)}); write one by numpy.save"
+        ) from error
+    if not isinstance(values, np.ndarray):
+        raise ValueError(f"{named} is an archive of several arrays; save one array by numpy.save")
+    if values.ndim == 1:
+        return [check_tokens(values[None], vocabulary, name=named)[0]]
+    if pad is None or pad == -1 or values.ndim != 2:
+        tokens = check_tokens(values, vocabulary, name=named)
+        if pad is None:
+            _refuse_runs(tokens, named)
+        return list(tokens)
+    real = values != pad
+    text = np.maximum.accumulate(real, 1) & np.maximum.accumulate(real[:, ::-1], 1)[:, ::-1]
+    tokens = check_tokens(np.where(text, values, 0), vocabulary, name=named)
+    empty = np.flatnonzero(~text.any(axis=1))
+    if len(empty):
+        raise ValueError(
+            f"{named}: {len(empty)} rows hold nothing but the padding {pad}: rows "
+            f"{empty[:SHOWN].tolist()}; leave them out"
+        )
+    starts, ends = text.argmax(axis=1), values.shape[1] - text[:, ::-1].argmax(axis=1)
+    tokens = np.where(text, tokens, pad)
+    extra = 1 if pad in stops else 0
+    return [row[a : b + extra] for row, a, b in zip(tokens, starts, ends, strict=True)]
+
+
+def _refuse_runs(tokens: np.ndarray, named: str) -> None:
+    """Refuse rows most of which end, or begin, with one id again and again."""
+    rows, width = tokens.shape
+    if rows < 2 or width <= RUN:
+        return
+    for side, edge in (("end", tokens[:, -RUN:]), ("begin", tokens[:, :RUN])):
+        alike = edge[:, 0][(edge == edge[:, :1]).all(axis=1)]
+        ids, counts = np.unique(alike, return_counts=True)
+        if len(ids) and counts.max() * 2 > rows:
+            pad = int(ids[counts.argmax()])
+            raise ValueError(
+                f"{named}: {counts.max()} of {rows} rows {side} with {RUN} or more ids {pad}; is "
+                f"that padding? give --pad-id {pad}, or --pad-id -1 if it is text"
+            )
+
+
+def read_text(file: Path) -> str:
+    """Return a text file as it is, without a byte order mark.
+
+    Raises:
+        ValueError: it is empty, or no UTF-8.
+    """
+    named = f"--text {file}"
+    try:
+        # Not `read_text`: that would turn line ends of other systems into ours.
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{named} is no UTF-8 text (byte {error.start}: {error.reason}); convert it, as "
+            "iconv -f LATIN1 -t UTF-8 does"
+        ) from error
+    if not text:
+        raise ValueError(f"{named} is empty; give a text")
+    return text
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
