@@ -72,6 +72,9 @@ def test_windows_in_order_cover_the_text_once():
     assert {(b.shape, b.dtype.name) for b in batches} == {((3, 8), "int32")}
     assert np.concatenate(batches).ravel().tolist() == list(range(96))
     assert len(list(demo.token_batches(data, batch=3, length=8, limit=2))) == 2
+    uneven = list(demo.token_batches(data, batch=5, length=8))
+    assert [b.shape for b in uneven] == [(5, 8), (5, 8), (2, 8)]
+    np.testing.assert_array_equal(np.concatenate(uneven), np.concatenate(batches))
 
 
 def test_random_windows_are_reproducible_pieces_of_the_text():
@@ -86,8 +89,8 @@ def test_random_windows_are_reproducible_pieces_of_the_text():
 
 
 def test_token_batches_refuses_at_once():
-    with pytest.raises(ValueError, match="data has 5 tokens"):
-        demo.token_batches(b"abcde", batch=2, length=3)
+    with pytest.raises(ValueError, match="data has 5 tokens where one window takes 6"):
+        demo.token_batches(b"abcde", batch=2, length=6)
     with pytest.raises(ValueError, match="batch = 0"):
         demo.token_batches(b"abcde", batch=0, length=3)
 

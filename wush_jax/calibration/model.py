@@ -16,6 +16,7 @@ from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential, quantize_sequentially
 from wush_jax.calibration.steps import finish, measured_rows, quantize_planned
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.recipe import Rules
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms.moments import Moments
@@ -50,8 +51,8 @@ def quantize_model(
       The quantized model and a `Report` with the loss of every layer on the first batch.
 
     Raises:
-      ValueError: as `plan`; no batches; non-finite weights or activations, naming the layer;
-        moments that cannot fit the devices' memory.
+      ValueError: as `plan`; no batches; what is no token of a language model; non-finite weights
+        or activations, naming the layer; moments that cannot fit the devices' memory.
       MemoryError: it ran out on the way; with what was planned.
 
     >>> import jax
@@ -73,7 +74,7 @@ def quantize_model(
             implementation=implementation,
             progress=progress,
         )
-    batches = iter(batches)
+    batches = iter(model_inputs(model, batches) if call is plain_call else batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("batches is empty; pass at least one calibration batch")

@@ -27,6 +27,7 @@ from wush_jax.layers.nnx import (
     dotted,
     replace_modules,
 )
+from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.batched import empty_moments
 from wush_jax.transforms.moments import Moments
 
@@ -234,7 +235,8 @@ def collect_moments(
     }
     ordered = list(totals.values())
     done = 0
-    for done, batch in enumerate(batches, start=1):
+    inputs = model_inputs(model, batches) if call is plain_call else batches
+    for done, batch in enumerate(inputs, start=1):
         check_sharding(batch)
         ordered = _add_batch(graph, tuple(totals), call, dense_types, state, ordered, batch)
         if progress is not None:

@@ -26,6 +26,7 @@ from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest
 from wush_jax.calibration.steps import finish, swap
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.recipe import Rules
 from wush_jax.solvers.site import PackedWeight
 
@@ -67,7 +68,7 @@ def quantize_sequentially(
 
     Source: WUSH paper, algorithm 2 and section 5 (calibration order).
     """
-    batches = list(batches)
+    batches = list(model_inputs(model, batches) if call is plain_call else batches)
     if not batches:
         raise ValueError("batches is empty; pass at least one calibration batch")
     stack = settings.stack

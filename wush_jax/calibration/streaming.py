@@ -42,6 +42,7 @@ from wush_jax.layers.nnx import DENSE_TYPES, dense_layers
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
 from wush_jax.models.placement import Placement
+from wush_jax.models.tokens import check_batches
 from wush_jax.solvers.recipe import Rules
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import check_replaceable, copy_companions, write_folder
@@ -116,12 +117,13 @@ def quantize_folder(
 
     Source: as `wush_jax.calibration.sequential.quantize_sequentially`.
     """
-    batches = [np.asarray(batch) for batch in batches]
     tensors = FolderTensors(source)
+    batches = check_batches([np.asarray(batch) for batch in batches], tensors.config.vocab_size)
+    if not batches:
+        raise ValueError("batches is empty; pass at least one calibration batch")
     stored = tensors[EMBEDDING].dtype
     model = abstract(tensors.config, dtype=dtype, param_dtype=param_dtype or stored)
     check_names(model, tensors)
-    _check_tokens(batches, tensors.config.vocab_size)
     check_replaceable(Path(out), {"quantization_config": records_to_json({})})
     planned = plan(model, rules, batches[0])
     check_host_memory(model, batches, settings.stack.embed, settings.hidden_dtype)
@@ -141,16 +143,6 @@ def quantize_folder(
     copy_companions(source, out)
     dry = planned.report
     return Report(rows, dry.skipped, dry.unused_rules, dry.details)
-
-
-def _check_tokens(batches: list[np.ndarray], vocab: int) -> None:
-    if not batches:
-        raise ValueError("batches is empty; pass at least one calibration batch")
-    low, high = min(b.min() for b in batches), max(b.max() for b in batches)
-    if low < 0 or high >= vocab:
-        raise ValueError(
-            f"batches holds tokens from {low} to {high}, the model has {vocab}: use its tokenizer"
-        )
 
 
 @contextmanager

@@ -113,25 +113,24 @@ def token_batches(
         length: tokens in a window.
         limit: the largest number of batches; None: all of them, or without end if ``seed`` is
             given.
-        seed: None: windows one after the other, without overlap, an incomplete last batch left
-            out. Otherwise windows at random places.
+        seed: None: windows one after the other, without overlap, fewer in the last batch; what
+            fills no window is left out. Otherwise windows at random places.
 
     Returns:
         Iterator over int32 (batch, length).
 
     Raises:
-        ValueError: if a size is not positive or ``data`` is too short for one batch.
+        ValueError: if a size is not positive or ``data`` is too short for one window.
 
-    >>> [b.tolist() for b in token_batches(b"abcdefg", batch=1, length=3)]
-    [[[97, 98, 99]], [[100, 101, 102]]]
+    >>> [b.tolist() for b in token_batches(b"abcdefghijk", batch=2, length=3)]
+    [[[97, 98, 99], [100, 101, 102]], [[103, 104, 105]]]
     """
     if batch < 1 or length < 1:
         raise ValueError(f"batch = {batch} and length = {length} must be positive.")
-    needed = batch * length if seed is None else length
-    if len(data) < needed:
+    if len(data) < length:
         raise ValueError(
-            f"data has {len(data)} tokens where one batch takes {needed}; give more text, or a "
-            "smaller batch or length."
+            f"data has {len(data)} tokens where one window takes {length}; give more text, or a "
+            "smaller length."
         )
     tokens = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     return _windows(tokens, batch, length, limit, seed)
@@ -140,13 +139,13 @@ def token_batches(
 def _windows(
     tokens: np.ndarray, batch: int, length: int, limit: int | None, seed: int | None
 ) -> Iterator[np.ndarray]:
-    step = batch * length
     random = None if seed is None else np.random.default_rng(seed)
-    end = len(tokens) // step if random is None else None
+    whole = tokens[: len(tokens) // length * length].reshape(-1, length)
+    end = -(-len(whole) // batch) if random is None else None
     count = 0
     while (limit is None or count < limit) and (end is None or count < end):
         if random is None:
-            window = tokens[count * step : (count + 1) * step].reshape(batch, length)
+            window = whole[count * batch : (count + 1) * batch]
         else:
             starts = random.integers(len(tokens) - length + 1, size=(batch, 1))
             window = tokens[starts + np.arange(length)]

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.models.llama import Llama
+from wush_jax.models.tokens import check_tokens
 
 CHUNK = 16  # tokens from one look at whether all rows have ended to the next
 
@@ -83,9 +84,9 @@ def generate(
 ) -> Generated:
     """Continue prompts: one pass over them, then one token after another over a cache.
 
-    Everything runs in one compiled program, again used for prompts of the same shape. Quantized
-    models and weights sharded over a mesh work alike. With stop tokens, whether all rows have ended
-    is looked up every `CHUNK` tokens.
+    Everything runs in one compiled program, again used for prompts of about the same length (see
+    `bucket`) and the same ``max_new_tokens``. Quantized models and weights sharded over a mesh work
+    alike. With stop tokens, whether all rows have ended is looked up every `CHUNK` tokens.
 
     Args:
         model: a :class:`Llama`, quantized or not.
@@ -102,7 +103,8 @@ def generate(
         The new tokens, without the prompts.
 
     Raises:
-        ValueError: an empty prompt, lengths that do not fit, a temperature without a key.
+        ValueError: an empty prompt, ids outside of the model's vocabulary, lengths that do not fit,
+            a temperature without a key.
 
     Warns:
         UserWarning: more positions than the model was made for; it goes on all the same.
@@ -114,7 +116,10 @@ def generate(
     >>> out.tokens.shape, out.lengths.tolist()
     ((2, 5), [5, 5])
     """
-    prompts, lengths = _padded(prompts, lengths)
+    prompts, lengths = _padded(prompts, lengths, model.config.vocab_size)
+    stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
+    if stops:
+        check_tokens([stops], model.config.vocab_size, name="stop_tokens")
     _check_sampling(max_new_tokens, temperature, top_p, key)
     positions, made_for = lengths.max() + max_new_tokens, model.config.max_position_embeddings
     if positions > made_for:
@@ -127,9 +132,9 @@ def generate(
     tokens, count = _generate(
         graph,
         max_new_tokens,
-        (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens),
+        stops,
         state,
-        prompts,
+        np.pad(prompts, ((0, 0), (0, bucket(prompts.shape[1]) - prompts.shape[1]))),
         lengths,
         jax.random.key(0) if key is None else key,
         temperature or None,
@@ -175,17 +180,35 @@ def _generate(graph, limit, stops, state, prompts, lengths, key, temperature, to
     return tokens, jnp.minimum(count, limit)  # the last chunk may go on: tokens beyond are lost
 
 
-def _padded(prompts: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
+def bucket(length: int) -> int:
+    """Return the length that prompts are filled up to: few lengths, few compilations.
+
+    Multiples of 16 up to 128, then four between a power of two and the next: less than a quarter
+    more. What fills a row stands behind its text, where no position of the text looks.
+
+    >>> [bucket(n) for n in (1, 16, 17, 128, 129, 500)]
+    [16, 16, 32, 128, 160, 512]
+    """
+    step = max(16, 2 ** ((length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def _padded(prompts: Any, lengths: Any, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """Return prompts as one array, filled up on the right, and their lengths."""
     if not (hasattr(prompts, "ndim") and prompts.ndim == 2):
         if lengths is not None:
             raise ValueError("lengths belong to an array of prompts; sequences have their own")
-        lengths = [len(row) for row in prompts]
-        rows = np.zeros((len(lengths), max(lengths, default=0)), np.int32)
-        for row, prompt in zip(rows, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        prompts = rows
-    prompts = np.asarray(prompts, np.int32)
+        rows = [np.asarray(row) for row in prompts]
+        kinds = {row.dtype for row in rows if row.size}
+        lengths = [row.size for row in rows]
+        # In the type that they have: one that is no integer, or too large, must not pass.
+        filled = np.zeros(
+            (len(rows), max(lengths, default=0)), np.result_type(*kinds or {np.int32})
+        )
+        for new, row in zip(filled, rows, strict=True):
+            new[: row.size] = row.reshape(-1)
+        prompts = filled
+    prompts = np.asarray(prompts)
     lengths = np.asarray(
         np.full(len(prompts), prompts.shape[1]) if lengths is None else lengths, np.int32
     )
@@ -195,7 +218,8 @@ def _padded(prompts: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
             f"prompts of shape {prompts.shape} with lengths {lengths.tolist()}: give at least one "
             "row, and every row at least one token"
         )
-    return prompts, lengths
+    behind = np.arange(prompts.shape[1]) >= lengths[:, None]
+    return check_tokens(np.where(behind, 0, prompts), vocabulary, name="prompts"), lengths
 
 
 def _check_sampling(
