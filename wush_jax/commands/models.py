@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +17,11 @@ from rich.table import Table
 from wush_jax.checkpoints import checkpoint
 from wush_jax.commands.options import Text
 from wush_jax.commands.terminal import console, progress
-from wush_jax.evaluation.evaluate import cross_entropy, kl_divergence
+from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
 from wush_jax.models import generate as generate_tokens
 from wush_jax.models.hugging_face import load_pretrained
 from wush_jax.models.text import Tokenizer
+from wush_jax.models.tokens import in_batches, vocabulary_of
 from wush_jax.storage.tensor_folder import read_config
 
 Model = tyro.conf.Positional[Path]
@@ -53,60 +55,104 @@ def evaluate(
       dtype: of an unquantized model's weights and activations.
       out: JSON file for the figures.
     """
-    batches = source.batches(model)
+    windows = source.windows(model)
+    batches = in_batches(windows.rows, source.batch)
     if reference is not None:
-        read_config(reference)
+        _check_same_vocabulary(model, reference)
     measured = open_model(model, dtype)
+    figures: dict[str, Any] = {"model": str(model), "tokens": sum(map(len, windows.rows))}
+    if windows.left_out:
+        figures["tokens_left_out"] = windows.left_out
     with progress(len(batches)) as update:
-        loss = cross_entropy(measured, batches, progress=update)
-        figures = {
-            "model": str(model),
-            "tokens": sum(b.size for b in batches),
-            "cross_entropy": loss,
-            "perplexity": math.exp(loss),
-            "bits_per_token": loss / math.log(2),
-        }
-        if reference is not None:
-            original = open_model(reference, dtype)
-            figures["reference"] = str(reference)
-            figures["kl"] = kl_divergence(original, measured, batches, progress=update)
+        if reference is None:
+            loss = cross_entropy(measured, batches, progress=update)
+        else:
+            found = score(measured, batches, open_model(reference, dtype), progress=update)
+            loss = found.cross_entropy
+    figures["cross_entropy"] = loss
+    figures["perplexity"] = perplexity_of(loss)
+    figures["bits_per_token"] = loss / math.log(2)
+    if reference is not None:
+        figures["reference"] = str(reference)
+        figures["reference_perplexity"] = perplexity_of(found.reference_cross_entropy)
+        figures["kl"] = found.kl
     table = Table(show_header=False)
     for name, value in figures.items():
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
     console().print(table)
     if out is not None:
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        out.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
+
+
+def _check_same_vocabulary(model: Path, reference: Path) -> None:
+    """Refuse a reference of another vocabulary before any weight is read."""
+    sizes = [vocabulary_of(read_config(folder), folder) for folder in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"--reference {reference} has a vocabulary of {sizes[1]} tokens and {model} one of "
+            f"{sizes[0]}: compare models of one tokenizer"
+        )
 
 
 def generate(
     model: Model,
     *,
     prompt: str,
+    chat: bool = False,
+    system: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    bos: Literal["auto", "always", "never"] = "auto",
+    special_tokens: bool = False,
     dtype: DType = "bfloat16",
 ) -> None:
-    """Continue a prompt.
+    """Continue a prompt, or answer it.
 
     Args:
       model: folder of a model, quantized or not.
       prompt: the text to continue.
+      chat: take the prompt for a message, in the words of the model's chat template.
+      system: with --chat, the message that comes first.
       max_new_tokens: the most tokens to add.
       temperature: 0 takes the most likely token.
       top_p: draw among the most likely tokens whose probabilities sum to this.
       seed: of the random draws.
+      bos: the token that begins a text: auto, by the tokenizer's own rule; always; never. Never
+        twice: a prompt that begins with it keeps its own.
+      special_tokens: show special tokens in the text.
       dtype: of an unquantized model's weights and activations.
     """
-    tokenizer = Tokenizer.read(model)
+    tokenizer = Tokenizer.read(model).with_bos(bos)
+    if system is not None and not chat:
+        raise ValueError("--system belongs to --chat")
+    if chat:
+        tokens = tokenizer.encode(_as_chat(tokenizer, model, prompt, system), special=False)
+    else:
+        tokens = tokenizer.encode(prompt)
+        if tokenizer.begins_itself(prompt):
+            print("the prompt brings its own BOS along; it is not added again", file=sys.stderr)
     found: Any = generate_tokens(
         open_model(model, dtype),  # type: ignore[arg-type]  # a Llama, as its config says
-        [tokenizer.encode(prompt)],
+        [tokens],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         stop_tokens=tokenizer.stop_tokens,
         key=jax.random.key(seed),
     )
-    print(prompt + tokenizer.decode(found.tokens[0, : found.lengths[0]].tolist()))
+    new = found.tokens[0, : found.lengths[0]].tolist()
+    answer = tokenizer.continuation(tokens, new, special=special_tokens)
+    print(answer if chat else prompt + answer)
+
+
+def _as_chat(tokenizer: Tokenizer, folder: Path, prompt: str, system: str | None) -> str:
+    if tokenizer.chat is None:
+        raise ValueError(
+            f"{folder} has no chat template (chat_template.jinja or tokenizer_config.json): add "
+            "it, or leave --chat out"
+        )
+    first = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*first, {"role": "user", "content": prompt}]
+    return tokenizer.chat.render(messages, add_generation_prompt=True)

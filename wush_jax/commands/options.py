@@ -13,11 +13,19 @@ import numpy as np
 import tyro
 
 from wush_jax import formats
-from wush_jax.models.demo import token_batches
-from wush_jax.models.text import Tokenizer
+from wush_jax.models.text import GENERATION, Tokenizer
+from wush_jax.models.tokens import (
+    Windows,
+    check_tokens,
+    cut,
+    in_batches,
+    read_text,
+    read_tokens,
+    vocabulary_of,
+)
 from wush_jax.solvers import presets, recipe
 from wush_jax.solvers.recipe import Recipe, Rules
-from wush_jax.storage.tensor_folder import TensorFolder
+from wush_jax.storage.tensor_folder import TensorFolder, read_json
 
 FORMATS = {
     name: value for name, value in vars(formats).items() if isinstance(value, formats.Format)
@@ -80,10 +88,15 @@ class Text:
     Attributes:
       text: a text file, read with the tokenizer.json of the model's folder, or as bytes by models
         with a vocabulary of 256.
-      tokens: a .npy file of integers, in place of a text.
+      tokens: a .npy file of integers, in place of a text: (n,) one text, (rows, n) one a row.
       length: tokens in a window; no more than the model's positions.
       samples: the most windows; all for None.
-      batch: windows in a batch.
+      batch: windows in a batch; the last one may have fewer.
+      bos: the token that begins a text before every window: auto, by the tokenizer's own rule (in
+        files of tokens, where they have it); always; never.
+      pad_id: id that fills up rows of tokens at their ends; -1 for none. Without it that of the
+        model's config, and rows that look filled are refused.
+      split_special_tokens: take names of special tokens in the text for text.
     """
 
     text: Path | None = None
@@ -91,37 +104,60 @@ class Text:
     length: int = 2048
     samples: int | None = 128
     batch: int = 4
+    bos: Literal["auto", "always", "never"] = "auto"
+    pad_id: int | None = None
+    split_special_tokens: bool = False
 
     def batches(self, folder: Path) -> list[np.ndarray]:
-        """Return int32 (batch, length) arrays for the model in a folder.
+        """Return int32 (batch, length) arrays for the model in a folder; as `windows`."""
+        return in_batches(self.windows(folder).rows, self.batch)
+
+    def windows(self, folder: Path) -> Windows:
+        """Return windows of tokens for the model in a folder.
 
         Raises:
-          ValueError: not one of text and tokens, no such file, a text too short, no tokenizer.
+          ValueError: not one of text and tokens, no such file, a text too short, no tokenizer, ids
+            that the model does not know.
         """
         for name in ("length", "samples", "batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
-        config = TensorFolder(folder).config
-        length = min(self.length, config.get("max_position_embeddings") or self.length)
-        tokens = self._tokens(folder)
-        batch = max(1, min(self.batch, len(tokens) // length, self.samples or self.batch))
-        limit = None if self.samples is None else self.samples // batch
-        return list(token_batches(tokens, batch=batch, length=length, limit=limit))
-
-    def _tokens(self, folder: Path) -> np.ndarray:
         if (self.text is None) == (self.tokens is None):
             raise ValueError("give one of --text FILE and --tokens FILE.npy")
         for name, file in (("text", self.text), ("tokens", self.tokens)):
             if file is not None and not file.is_file():
                 raise ValueError(f"--{name} {file} is no file")
+        config = TensorFolder(folder).config
+        length = min(self.length, config.get("max_position_embeddings") or self.length)
+        size = vocabulary_of(config, folder)
         if self.text is not None:
-            text = self.text.read_text("utf8")
-            return np.asarray(Tokenizer.read(folder).encode(text), np.int32)
-        assert self.tokens is not None
-        try:
-            tokens = np.load(self.tokens, allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"--tokens {self.tokens} is no .npy file of integers") from error
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"tokens={str(self.tokens)!r} holds {tokens.dtype}, expected integers")
-        return tokens.reshape(-1)
+            name = f"--text {self.text}"
+            documents, prefix = self._read_text(self.text, folder, size)
+        else:
+            assert self.tokens is not None
+            name = f"--tokens {self.tokens}"
+            documents, prefix = self._read_tokens(self.tokens, folder, size)
+        return cut(documents, length, prefix=prefix, limit=self.samples, name=name)
+
+    def _read_text(self, file: Path, folder: Path, size: int) -> tuple[list[np.ndarray], list[int]]:
+        text = read_text(file)
+        tokenizer = Tokenizer.read(folder).with_bos(self.bos)
+        split = self.split_special_tokens
+        tokens = tokenizer.encode(text, special=False, split_special=split)
+        named = f"--text {file}, as the tokenizer of {folder} reads it"
+        if not tokens:
+            raise ValueError(f"{named}, holds no token; give more text")
+        check_tokens([[*tokenizer.prefix, *tokens]], size, name=named)
+        return [np.asarray(tokens, np.int32)], tokenizer.prefix
+
+    def _read_tokens(
+        self, file: Path, folder: Path, size: int
+    ) -> tuple[list[np.ndarray], list[int]]:
+        config = TensorFolder(folder).config
+        if (folder / GENERATION).is_file():
+            config = {**config, **read_json(folder / GENERATION)}
+        pad, found = self.pad_id, config.get("pad_token_id")
+        pad = found if pad is None and type(found) is int else pad
+        tokenizer = Tokenizer.of_config(folder, config).with_bos(self.bos)
+        rows = read_tokens(file, size, pad=pad, stops=tokenizer.stop_tokens)
+        return rows, tokenizer.prefix

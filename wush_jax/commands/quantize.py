@@ -22,6 +22,7 @@ from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.commands.options import Preset, RecipeFlags, Text, rules_of
 from wush_jax.commands.terminal import console, progress
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, load_pretrained
+from wush_jax.models.tokens import in_batches
 from wush_jax.solvers.recipe import Rules
 from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 
@@ -86,7 +87,10 @@ def quantize(
         return
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
-    batches = source.batches(model)
+    windows = source.windows(model)
+    if windows.left_out:
+        console().print(f"{windows.left_out} tokens at the end fill no window; they are left out")
+    batches = in_batches(windows.rows, source.batch)
     rows, everywhere = _spread(batches) if data_parallel else (None, None)
     out.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
@@ -146,8 +150,12 @@ def _show(report: Report) -> None:
 
 def _spread(batches: list[np.ndarray]) -> tuple[NamedSharding, NamedSharding]:
     """Return the placement of a batch over all devices, and of weights on each of them."""
-    devices, rows = jax.device_count(), len(batches[0])
-    if rows % devices:
-        raise ValueError(f"--batch {rows} is no multiple of {devices} devices; choose one")
+    devices = jax.device_count()
+    uneven = [len(batch) for batch in batches if len(batch) % devices]
+    if uneven:
+        raise ValueError(
+            f"a batch of {uneven[0]} windows is no multiple of {devices} devices; choose --batch "
+            "and --samples that are"
+        )
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())

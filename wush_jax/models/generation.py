@@ -189,7 +189,7 @@ def bucket(length: int) -> int:
     >>> [bucket(n) for n in (1, 16, 17, 128, 129, 500)]
     [16, 16, 32, 128, 160, 512]
     """
-    step = max(16, 2 ** ((length - 1).bit_length() - 3))
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
 
 
@@ -199,12 +199,10 @@ def _padded(prompts: Any, lengths: Any, vocabulary: int) -> tuple[np.ndarray, np
         if lengths is not None:
             raise ValueError("lengths belong to an array of prompts; sequences have their own")
         rows = [np.asarray(row) for row in prompts]
-        kinds = {row.dtype for row in rows if row.size}
         lengths = [row.size for row in rows]
         # In the type that they have: one that is no integer, or too large, must not pass.
-        filled = np.zeros(
-            (len(rows), max(lengths, default=0)), np.result_type(*kinds or {np.int32})
-        )
+        kind = np.result_type(*({row.dtype for row in rows if row.size} or {np.int32}))
+        filled = np.zeros((len(rows), max(lengths, default=0)), kind)
         for new, row in zip(filled, rows, strict=True):
             new[: row.size] = row.reshape(-1)
         prompts = filled

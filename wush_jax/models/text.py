@@ -56,24 +56,31 @@ class Tokenizer:
         if (folder / GENERATION).is_file():
             config = {**config, **read_json(folder / GENERATION)}
         settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-        stops = _ids(config.get("eos_token_id"), f"{folder}: eos_token_id")
-        bos = next(iter(_ids(config.get("bos_token_id"), f"{folder}: bos_token_id")), None)
+        plain = cls.of_config(folder, config)
         if not (folder / TOKENIZER).is_file():
             if config.get("vocab_size") != 256:
                 raise ValueError(
                     f"{folder} has no tokenizer.json, and {config.get('vocab_size')} tokens are no "
                     "bytes: add the tokenizer's file, or give tokens in place of text"
                 )
-            return cls(None, stops, bos)
+            return plain
         inner = _read_inner(folder / TOKENIZER)
         names = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
         ids = {name: inner.token_to_id(text) for name, text in names.items() if text is not None}
         _apply_settings(inner, settings, names, ids)
         # The tokenizer's own token goes first, as in transformers; generation's decides on ends.
-        bos = ids["bos_token"] if ids.get("bos_token") is not None else bos
+        bos = ids["bos_token"] if ids.get("bos_token") is not None else plain.bos
+        stops = plain.stop_tokens
         if not stops and ids.get("eos_token") is not None:
             stops = (ids["eos_token"],)
         return cls(inner, stops, bos, chat=ChatTemplate.read(folder, settings))
+
+    @classmethod
+    def of_config(cls, folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+        """Return what reads bytes, with the tokens at the ends of a text that a config names."""
+        stops = _ids(config.get("eos_token_id"), f"{folder}: eos_token_id")
+        bos = _ids(config.get("bos_token_id"), f"{folder}: bos_token_id")
+        return cls(None, stops, bos[0] if bos else None)
 
     @property
     def prefix(self) -> list[int]:
@@ -148,12 +155,16 @@ class Tokenizer:
             return bytes(tokens).decode(errors="replace")
         return self.inner.decode(list(tokens), skip_special_tokens=not special)
 
-    def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+    def continuation(
+        self, prompt: Sequence[int], new: Sequence[int], *, special: bool = False
+    ) -> str:
         """Return the text that new tokens add to a prompt's: both are decoded together.
 
         Alone, many tokenizers would drop the space before the first word, or cut a character.
         """
-        before, whole = self.decode(prompt), self.decode([*prompt, *new])
+        before, whole = (
+            self.decode(tokens, special=special) for tokens in (prompt, [*prompt, *new])
+        )
         pairs = zip(before, whole, strict=False)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         return whole[same:]
