@@ -22,7 +22,7 @@ from wush_jax.models import generate as generate_tokens
 from wush_jax.models.hugging_face import load_pretrained
 from wush_jax.models.text import Tokenizer
 from wush_jax.models.tokens import in_batches, vocabulary_of
-from wush_jax.storage.tensor_folder import read_config
+from wush_jax.storage.json_file import read_config
 
 Model = tyro.conf.Positional[Path]
 DType = Literal["bfloat16", "float32"]

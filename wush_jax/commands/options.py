@@ -25,7 +25,8 @@ from wush_jax.models.tokens import (
 )
 from wush_jax.solvers import presets, recipe
 from wush_jax.solvers.recipe import Recipe, Rules
-from wush_jax.storage.tensor_folder import TensorFolder, read_json
+from wush_jax.storage.json_file import read_json
+from wush_jax.storage.tensor_folder import TensorFolder
 
 FORMATS = {
     name: value for name, value in vars(formats).items() if isinstance(value, formats.Format)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from wush_jax.storage.tensor_folder import JSON_BYTES, check_inside, read_json
+from wush_jax.storage.json_file import JSON_BYTES, check_inside, read_json
 
 FILE, OLD_FILE = "chat_template.jinja", "chat_template.json"
 CUT = "THE_ANSWER_GOES_ON_HERE "  # stands behind a message that is to be continued

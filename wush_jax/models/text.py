@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wush_jax.models.chat import ChatTemplate
-from wush_jax.storage.tensor_folder import read_config, read_json
+from wush_jax.storage.json_file import read_config, read_json
 
 TOKENIZER, SETTINGS, GENERATION = (
     "tokenizer.json",

@@ -32,11 +32,26 @@ from wush_jax.storage.json_file import (
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What a model's folder has beside weights and config, in nobody's layout.
-COMPANIONS = tuple(
-    "LICENSE LICENSE.txt NOTICE added_tokens.json chat_template.jinja chat_template.json "
-    "generation_config.json merges.txt preprocessor_config.json processor_config.json "
-    "sentencepiece.bpe.model special_tokens_map.json spiece.model tekken.json tokenizer.json "
-    "tokenizer.model tokenizer.model.v3 tokenizer_config.json vocab.json".split()
+COMPANIONS = (
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tokenizer_config.json",
+    "vocab.json",
 )
 OWN_FILE = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|"
