@@ -14,8 +14,8 @@ def bfloat16_parts(codes, scales, fmt) -> tuple:
     Args:
       codes: packed codes uint8 (..., K/2).
       scales: (..., K/g).
-      fmt: a format of 4 bits: E2M1 with scales of at most 4 significant bits is one bfloat16
-        number, INT4 with bfloat16 scales two.
+      fmt: a format of 4 bits: E2M1 or integers with scales of at most 4 significant bits are one
+        bfloat16 number, INT4 with bfloat16 scales two. Or E4M3 with powers of two: one.
 
     Returns:
       One or two bfloat16 arrays (..., K).
@@ -23,10 +23,11 @@ def bfloat16_parts(codes, scales, fmt) -> tuple:
     Raises:
       NotImplementedError: a format of more bits.
     """
-    if fmt.element.bits != 4:
+    wide = fmt.element.name == "e4m3" and fmt.scale_dtype == "e8m0"
+    if fmt.element.bits != 4 and not wide:
         raise NotImplementedError(f"{fmt.name} is no sum of two bfloat16 numbers")
     values = fmt.decode(fmt.unpack(codes), scales, jnp.float32(1))
-    if fmt.element.name == "e2m1":
+    if fmt.element.name in ("e2m1", "e4m3") or fmt.scale_dtype == "e4m3":
         return (values.astype(jnp.bfloat16),)
     # Rounding by arithmetic: compilers may delete a cast to bfloat16 and back.
     first = lax.reduce_precision(values, 8, 7)
@@ -36,6 +37,15 @@ def bfloat16_parts(codes, scales, fmt) -> tuple:
 def in_float8(fmt) -> bool:
     """Whether a format's values are FP8 numbers times one power of two, within its octaves."""
     return fmt.element.name == "e2m1" and fmt.scale_dtype == "e8m0"
+
+
+def multiplies_in_float8(fmt) -> bool:
+    """Whether activations in a format are FP8 numbers, up to powers of two for some columns.
+
+    Those of `repack.POWERED`.
+    """
+    powers_of_columns = fmt.scale_dtype == "e8m0" and fmt.group_size == 512
+    return in_float8(fmt) or (fmt.element.name == "e4m3" and powers_of_columns)
 
 
 def check_float8(weights) -> None:

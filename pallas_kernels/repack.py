@@ -7,7 +7,9 @@ become FP8 fragments without exchange; scales transposed, (..., K/g, M).
 
 Between the kernels only, ``lanes``: of each 32 columns those of the low halves of 16 bytes, then
 those of the high ones, are in the order of FP8 operands made from records (`to_lanes`). ``float8``:
-MXFP4 in E5M2, columns in that order, with a power of two for 128 or 512 of them (`to_float8`).
+MXFP4 in E5M2 (`to_float8`), or values of a format in E4M3 (`e4m3_to_float8`), columns in that
+order, with a power of two for 128 or 512 of them. ``float8_values``: bfloat16 values of such a
+format in their own order, with the same powers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 LAYOUTS = ("interchange", "kernel", "fp8")
-TRANSPOSED = ("kernel", "float8")  # their scales are (groups, rows)
+POWERED = ("float8", "float8_values")  # they have powers of two in place of scales
+TRANSPOSED = ("kernel", *POWERED)  # their scales are (groups, rows)
 CHUNK = 32
 # E2M1 times 2**k is exact in E4M3 for k in [-8, 6].
 HIGHEST = 6
@@ -86,6 +89,30 @@ def to_float8(codes, scales, columns: int):
     values = jnp.where(nibbles & 8 > 0, -magnitude, magnitude) * scale
     values = values.reshape(rows, width).astype(jnp.float8_e5m2)
     values = jnp.pad(values, ((0, 0), (0, -width % COLUMNS)))
+    return values, jnp.pad(powers.T, ((0, 0), (0, padded(rows) - rows)))
+
+
+def e4m3_to_float8(codes, scales, columns: int):
+    """As `to_float8` of a format with E4M3 codes and a power of two for 512 columns: exact.
+
+    Args:
+      codes: uint8 (M, K), in order.
+      scales: float8_e8m0fnu (M, ceil(K/512)).
+      columns: that share a power, 128 or 512.
+
+    Returns:
+      float8_e4m3fn (M, ceil(K/128) * 128) and float32 (ceil(K/columns), padded(M)).
+    """
+    rows, width = codes.shape
+    codes = jnp.pad(codes, ((0, 0), (0, -width % COLUMNS)))
+    eights = codes.reshape(rows, -1, 4, 4, 2)  # column 8 n + 2 q + e of 32
+    values = lax.bitcast_convert_type(
+        eights.transpose(0, 1, 4, 3, 2).reshape(codes.shape), jnp.float8_e4m3fn
+    )
+    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+    powers = lax.bitcast_convert_type(jnp.maximum(byte, 1) << 23, jnp.float32)
+    powers = jnp.where(byte == 255, jnp.nan, powers)
+    powers = jnp.repeat(powers, 512 // columns, axis=-1)[:, : -(-width // columns)]
     return values, jnp.pad(powers.T, ((0, 0), (0, padded(rows) - rows)))
 
 

@@ -91,6 +91,28 @@ def e2m1_float8(factors, scales, values, saturate):
     return asm(code, 2, *factors, *scales, *values)
 
 
+def e4m3_float8(factor, values):
+    """Eight values of one lane times a factor in E4M3: words of the even and the odd columns."""
+    scaled = "".join(f"mul.rn.f32 z{i}, ${i + 3}, $2; " for i in range(8))
+    convert = "".join(
+        f"cvt.rn.satfinite.e4m3x2.f32 h0,z{2 + odd},z{odd}; "
+        f"cvt.rn.satfinite.e4m3x2.f32 h1,z{6 + odd},z{4 + odd}; mov.b32 ${odd},{{h0,h1}}; "
+        for odd in (0, 1)
+    )
+    return asm("{ .reg .f32 z<8>; .reg .b16 h0,h1; " + scaled + convert + "}", 2, factor, *values)
+
+
+def e4m3_values(factor, power, values):
+    """As `e4m3_float8`, multiplied back: four words of two bfloat16."""
+    code = (
+        "{ .reg .f32 a,b; .reg .b16 h,l,u; .reg .b32 w; mul.rn.f32 a,$3,$1; mul.rn.f32 b,$4,$1;"
+        " cvt.rn.satfinite.e4m3x2.f32 h,b,a; cvt.rn.f16x2.e4m3x2 w,h; mov.b32 {l,u},w;"
+        " cvt.f32.f16 a,l; cvt.f32.f16 b,u; mul.rn.f32 a,a,$2; mul.rn.f32 b,b,$2;"
+        " cvt.rn.bf16x2.f32 $0,b,a; }"
+    )
+    return [ptx(i32(), code, factor, power, *values[2 * i :][:2]) for i in range(4)]
+
+
 def int4_word(factors, values, layout):
     """As `e2m1_word` for the mid-rise grid: ``k = round(z - 1/2)`` in [-8, 7], two's complement."""
     rounds = "".join(

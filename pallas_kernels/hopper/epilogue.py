@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from pallas_kernels import repack
 from pallas_kernels.hopper import code_words, group_scales
 from pallas_kernels.hopper.inlined import address, generic_address, lane_value
-from pallas_kernels.hopper.quad import Quad, asm, const, run
+from pallas_kernels.hopper.quad import Quad, asm, const, i32, run
 
 CHUNK = 32  # columns that a quad packs into four words, one a lane
 TOGETHER = 15  # a hardware barrier: the lower ones belong to single warpgroups
@@ -30,6 +30,13 @@ TOGETHER = 15  # a hardware barrier: the lower ones belong to single warpgroups
 def plain(fmt, layout, y, g):
     """Codes (M, K/2) and scale words of float32 tiles y (M, K), in jax.numpy."""
     codes, scales = fmt.encode(y, g)
+    if layout in repack.POWERED and fmt.element.name == "e4m3":
+        values, powers = repack.e4m3_to_float8(codes, scales, 512)
+        if layout == "float8_values":
+            values = fmt.decode(codes, scales, jnp.float32(1)).astype(jnp.bfloat16)
+        else:
+            values = lax.bitcast_convert_type(values, jnp.uint8)
+        return values, powers[:, : len(y)]
     if layout == "float8":
         values, powers = repack.to_float8(repack.pack(codes, "lanes"), scales, y.shape[1])
         return lax.bitcast_convert_type(values, jnp.uint8), powers[:, : len(y)]
@@ -58,7 +65,7 @@ def encode_tile(fmt, rows, blocks, layout, beside=1):
       int32 (beside, 64), not that of the call before; of three values spread over the rows: the
       global scale, and how many rows and groups of the slice exist; and of the accumulators float32
       (rows, width). Its result is uint8 (rows, sum(blocks) / 2); bfloat16 (rows, sum(blocks)) for
-      "values", bytes (rows, sum(blocks)) for "float8".
+      values, bytes (rows, sum(blocks)) for "float8".
 
     Raises:
       NotImplementedError: no instruction sequence for this format.
@@ -67,7 +74,9 @@ def encode_tile(fmt, rows, blocks, layout, beside=1):
     width = sum(blocks)
     wgmma = plgpu.Layout.WGMMA
     per_chunk = CHUNK // fmt.group_size
-    if layout == "values":
+    valued, powered = "values" in layout, layout in repack.POWERED
+    wide = fmt.element.name == "e4m3"
+    if valued:
         lanes, shape = fa.WGMMA_LAYOUT, (rows, width)
         result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=wgmma)
     else:
@@ -94,15 +103,18 @@ def encode_tile(fmt, rows, blocks, layout, beside=1):
             (tile, half): (64 * tile + 8 * half, _chunks(operands[3:], tile, half))
             for tile, half in np.ndindex(rows // 64, 2)
         }
-        found = {
-            at: _factors(
-                *(fmt, quad, chunks, g),
-                lambda b, group, r=row: None if layout == "float8" else store(b, r, group),
-                with_bits=layout in ("values", "float8"),
-            )
-            for at, (row, chunks) in rows_of.items()
-        }
-        if layout == "float8":
+        if wide:
+            found = _of_rows(fmt, quad, g, rows_of, store, *tops)
+        else:
+            found = {
+                at: _factors(
+                    *(fmt, quad, chunks, g),
+                    lambda b, group, r=row: None if powered else store(b, r, group),
+                    with_bits=valued or powered,
+                )
+                for at, (row, chunks) in rows_of.items()
+            }
+        if powered and not wide:
             found = _to_float8(quad, found, rows_of, store, *tops)
         for (tile, half), (_, chunks) in rows_of.items():
             of_row = found[tile, half]
@@ -111,7 +123,7 @@ def encode_tile(fmt, rows, blocks, layout, beside=1):
                 registers = _output(fmt, layout, quad, ends, chunk)
                 for i, register in enumerate(registers):
                     out[tile, len(registers) * c + i, 0, 0, half, 0, 0, 0, 0] = register
-        signed = None if layout == "values" else False
+        signed = None if valued else False
         return fa.FragmentedArray(_registers=out, _layout=lanes, _is_signed=signed)
 
     return encode
@@ -123,15 +135,20 @@ def _output(fmt, layout, quad, ends, chunk):
     ``ends`` are (stored bits, factor) of the chunk's first and last group; for "float8" what
     takes rounded values to FP8 in place of the bits.
     """
+    two = ir.VectorType.get((2,), ir.BF16Type.get())
+    four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+    if fmt.element.name == "e4m3":
+        power, factor = ends[0]
+        if layout == "float8_values":
+            return [utils.bitcast(w, two) for w in code_words.e4m3_values(factor, power, chunk)]
+        return [utils.bitcast(w, four) for w in code_words.e4m3_float8(factor, chunk)]
     factors = tuple(factor for _, factor in ends)
     # Rules under which amax can land beyond 6: an E4M3 scale may be rounded down.
     saturate = fmt.rule == "ocp_floor" or fmt.scale_dtype == "e4m3"
     if layout == "values":
         scales = [group_scales.value_scale(fmt, bits) for bits, _ in ends]
         words = code_words.e2m1_values(factors, scales, chunk, saturate)
-        two = ir.VectorType.get((2,), ir.BF16Type.get())
         return [utils.bitcast(word, two) for word in words]
-    four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
     if layout == "float8":
         words = code_words.e2m1_float8(factors, [scale for scale, _ in ends], chunk, saturate)
         return [utils.bitcast(word, four) for word in words]
@@ -142,6 +159,20 @@ def _output(fmt, layout, quad, ends, chunk):
     word = code_words.drop_bad_groups(word, factors, layout)
     word = code_words.exchange_bytes(quad, word, layout)
     return [utils.bitcast(word, four)]
+
+
+def _of_rows(fmt, quad, g, rows_of, store, tops=None):
+    """(Power, factor) of each row, one for all warpgroups that share ``tops``; stores powers."""
+    largest = {}
+    for at, (_, chunks) in rows_of.items():
+        amax = group_scales.absmax([value for chunk in chunks for value in chunk])
+        largest[at] = utils.bitcast(quad.reduce(amax, group_scales.fmax), i32())
+    if tops is not None:
+        largest = _over_warpgroups(quad, largest, rows_of, tops)
+    found = {at: [group_scales.e4m3_power(top, g, fmt.rule)] for at, top in largest.items()}
+    for at, [(power, _)] in found.items():
+        store(utils.bitcast(power, i32()), rows_of[at][0], 0)
+    return found
 
 
 def _to_float8(quad, found, rows_of, store, tops=None):

@@ -71,6 +71,11 @@ def plain(c: fragments.Carrier, record):
     return lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e5m2)
 
 
+def kind_of(dtype) -> str:
+    """The name of an FP8 type in instructions."""
+    return {"float8_e5m2": "e5m2", "float8_e4m3fn": "e4m3"}[jnp.dtype(dtype).name]
+
+
 def array_of(tokens: int):
     """The type of float32 sums (64, tokens)."""
     shape = (fragments.ROWS, tokens)
@@ -80,7 +85,7 @@ def array_of(tokens: int):
 X = plgpu.RefType(swizzled(128, 1))
 
 
-def partial(c: fragments.Carrier, tokens: int):
+def partial(c: fragments.Carrier, tokens: int, left: str):
     """Return ``multiply(record, x, sums) -> sums + weights @ x^T``, on its way: `wait`, `settled`.
 
     One group of asynchronous products for 32 columns. Each thread has read its part of the record
@@ -89,17 +94,18 @@ def partial(c: fragments.Carrier, tokens: int):
     Args:
       c: how the record is written.
       tokens: rows of x, a multiple of 8.
+      left: what x is, "e5m2" or "e4m3".
 
     Returns:
-      A function of a record, of x float8_e5m2 (tokens, 128) in shared memory, swizzled by 128
-      bytes, and of float32 sums (64, tokens).
+      A function of a record, of x (tokens, 128) in shared memory, swizzled by 128 bytes, and of
+      float32 sums (64, tokens).
     """
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), X, plgpu.Layout.WGMMA), return_type=array_of(tokens)
     )
     def multiply(_, record, x, sums):
-        return registers_of(sums, _multiply(c, record, x, values_of(sums), tokens))
+        return registers_of(sums, _multiply(c, record, x, values_of(sums), tokens, left))
 
     return multiply
 
@@ -137,7 +143,7 @@ def weighted(tokens: int):
     return add
 
 
-def few(c: fragments.Carrier, tokens: int, records: int):
+def few(c: fragments.Carrier, tokens: int, records: int, left: str):
     """Return ``multiply(records, xs, powers, sums) -> sums + sum_r power_r * (W_r @ x_r^T)``.
 
     For few tokens: several records' products are on their way together. When it returns, all
@@ -147,6 +153,7 @@ def few(c: fragments.Carrier, tokens: int, records: int):
       c: how the records are written.
       tokens: rows of each x, a multiple of 8.
       records: how many.
+      left: what each x is, see `partial`.
 
     Returns:
       A function of tuples of records, of x as for `partial` and of powers (tokens,), all in shared
@@ -164,7 +171,7 @@ def few(c: fragments.Carrier, tokens: int, records: int):
         zeros = [const(0.0)] * (tokens // 2)
         parts = []
         for record, x in zip(of_weights, xs, strict=True):
-            parts += _multiply(c, record, x, zeros, tokens)
+            parts += _multiply(c, record, x, zeros, tokens, left)
         parts = _behind_wait(parts, 0)
         values = values_of(sums)
         for i, power in enumerate(powers):
@@ -175,7 +182,7 @@ def few(c: fragments.Carrier, tokens: int, records: int):
     return multiply
 
 
-def _multiply(c, record, x, sums, tokens):
+def _multiply(c, record, x, sums, tokens, left):
     """Emit the products of a record, a group of 32 columns each."""
     words, scales = expand.load(c, record)
     i64 = ir.IntegerType.get_signless(64)
@@ -183,12 +190,12 @@ def _multiply(c, record, x, sums, tokens):
     base = arith.ori(arith.extui(i64, start), _long(SWIZZLED))
     for group, registers in enumerate(bytes_of(words, scales)):
         run("wgmma.fence.sync.aligned;")
-        sums = _wgmma(sums, registers, arith.addi(base, _long(2 * group)), tokens)
+        sums = _wgmma(sums, registers, arith.addi(base, _long(2 * group)), tokens, left)
         run("wgmma.commit_group.sync.aligned;")
     return sums
 
 
-def _wgmma(sums, weights, descriptor, tokens):
+def _wgmma(sums, weights, descriptor, tokens, kind):
     """One product of 64 rows and 32 columns; ``sums`` are a thread's float32 values."""
     count = tokens // 2
     names = (f"${i}" for i in itertools.count())
@@ -196,7 +203,7 @@ def _wgmma(sums, weights, descriptor, tokens):
     list(itertools.islice(names, count))  # the same registers, as operands
     left = ",".join(itertools.islice(names, 4))
     code = (
-        f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.f32.e5m2.e5m2"
+        f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.f32.e5m2.{kind}"
         f" {{{out}}}, {{{left}}}, {next(names)}, 1, 1, 1;"
     )
     return _in_place(sums, code, *weights, descriptor, constraints=[*["r"] * 4, "l"])

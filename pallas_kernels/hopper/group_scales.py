@@ -15,7 +15,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.hopper.code_words import CLAMP, ROUND
-from pallas_kernels.hopper.quad import absmax, const, f32, fadd, fmax, i32, ptx, scaled
+from pallas_kernels.hopper.quad import absmax, asm, const, f32, fadd, fmax, i32, ptx, scaled
 
 # What a power-of-two rule adds to the bits of amax before the exponent is read off, and to the
 # exponent afterwards: a mantissa of 1.75 (1.5, exclusive) carries into the next binade.
@@ -128,6 +128,27 @@ def float8_scale(byte, top):
         byte,
         top,
     )
+
+
+# As `POW2`, of E4M3: a mantissa above 1.75 carries.
+E4M3_POW2 = {"ocp_floor": (0, -8), "ceil": (0x1FFFFF, -8)}
+
+
+def e4m3_power(bits, g, rule):
+    """Power of two and factor ``g / power`` of the bits of a row's largest magnitude.
+
+    NaN and 0 if it is not finite. Without normal numbers the factor is 0, too.
+    """
+    carry, offset = E4M3_POW2[rule]
+    code = (
+        f"{{ .reg .s32 t,b; .reg .pred p,q; add.s32 t,$2,{carry}; shr.s32 t,t,23;"
+        f" add.s32 t,t,{offset}; max.s32 t,t,1; shl.b32 b,t,23; setp.ge.s32 p,$2,0x7F800000;"
+        " selp.b32 $0,0x7FC00000,b,p; setp.ge.s32 q,$2,0x00800000;"
+        # 2**(1-e) has the exponent field 255 - byte; half of g makes up for the factor 2
+        " sub.s32 t,255,t; shl.b32 t,t,23; selp.b32 t,t,0,q; selp.b32 $1,0,t,p; }"
+    )
+    power, factor = (utils.bitcast(v, f32()) for v in asm(code, 2, bits))
+    return power, ptx(f32(), "mul.rn.f32 $0, $1, $2;", factor, scaled(g, 0.5))
 
 
 def bfloat16_scale(amax, mean_square, g, step):
@@ -248,6 +269,9 @@ def check_format(fmt) -> None:
         "bfloat16",
         "gaussian_mse",
     )
+    fp8 = (fmt.element.name, fmt.scale_dtype, fmt.group_size) == ("e4m3", "e8m0", 512)
+    if fp8 and fmt.rule in E4M3_POW2:
+        return
     if not (e2m1 or int4) or fmt.group_size not in (16, 32):
         raise NotImplementedError(
             f"format {fmt.name} (element {fmt.element.name}, group {fmt.group_size}, rule "

@@ -50,7 +50,8 @@ def transform_quantize_matmul(
         return launch_all(x, weights, device=device, out_dtype=out_dtype, gated=gated)
     if global_scale is None:
         global_scale = fmt.global_scale
-    exact = fmt.element.name == "e2m1"
+    wide = fmt.element.name == "e4m3"
+    exact = wide or fmt.element.name == "e2m1"
     # Where nothing stands between them, the product may fetch records while the quantizer runs:
     # these are there before it starts.
     tokens, steps = math.prod(x.shape[:-1]), weights[0].records.shape[1]
@@ -66,7 +67,12 @@ def transform_quantize_matmul(
         left = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8")
         products = multiply_float8(left, global_scale, weights, out_dtype, **options)
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
-    codes, scales = quantize(x, transform, fmt, layout="values" if exact else "interchange")
+    if wide:
+        codes, scales = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8_values")
+        codes = codes.reshape(x.shape)
+    else:
+        layout = "values" if exact else "interchange"
+        codes, scales = quantize(x, transform, fmt, layout=layout)
     parts = (codes,) if exact else exactly.bfloat16_parts(codes, scales, fmt)
     options |= {"out_dtype": out_dtype, "global_scale": global_scale}
     return launch_all(parts, weights, device=device, **options)
@@ -101,7 +107,10 @@ def launch_all(
             _check_result(x.shape, out_dtype)
             codes, scales = (a.reshape(-1, a.shape[-1]) for a in (x.codes, x.scales))
             columns = repack.COLUMNS * sharing(len(codes))
-            left = repack.to_float8(repack.to_lanes(codes), scales, columns)
+            if x.format.element.name == "e4m3":
+                left = repack.e4m3_to_float8(codes, scales, columns)
+            else:
+                left = repack.to_float8(repack.to_lanes(codes), scales, columns)
             products = multiply_float8(left, global_scale, weights, out_dtype, plan)
             return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
         x = exactly.bfloat16_parts(x.codes, x.scales, x.format)
@@ -110,7 +119,7 @@ def launch_all(
             raise NotImplementedError(f"x has dtype {x.dtype}: the kernels multiply bfloat16")
         x = (x,)
     if any(weight.operand == "float8" for weight in weights):
-        raise NotImplementedError("the weight is laid out for MXFP4 activations")
+        raise NotImplementedError("the weight is laid out for MXFP4 or FP8 activations")
     lead, k = x[0].shape[:-1], x[0].shape[-1]
     m = math.prod(lead)
     dtype = _check_result(x[0].shape, out_dtype or x[0].dtype)
@@ -138,8 +147,10 @@ def _in_float8(fmt, weights) -> bool:
     if not any(weight.operand == "float8" for weight in weights):
         return False
     exactly.check_float8(weights)
-    if not exactly.in_float8(fmt):
-        raise NotImplementedError(f"the weight is laid out for MXFP4 activations, not {fmt.name}")
+    if not exactly.multiplies_in_float8(fmt):
+        raise NotImplementedError(
+            f"the weight is laid out for MXFP4 or FP8 activations, not {fmt.name}"
+        )
     return True
 
 
@@ -153,7 +164,7 @@ def multiply_float8(
     ahead: bool = False,
     gated: bool = False,
 ) -> list:
-    """Multiply E5M2 activations (M, K) by weights (N, K) laid out for them.
+    """Multiply E5M2 or E4M3 activations (M, K) by weights (N, K) laid out for them.
 
     Products are exact, but for groups far below the largest (`repack.to_float8`,
     `fragments.LOWEST`). Sums have some 14 bits over the columns that share a power, and are float32

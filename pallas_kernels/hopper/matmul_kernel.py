@@ -129,8 +129,9 @@ def matmul(x, weights, divisor, split: Split, *, powers=None, out_dtype=jnp.floa
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``.
 
     Args:
-      x: bfloat16 (M, K), M at most ``split.tokens``, K a multiple of 64; or float8_e5m2, K a
-        multiple of 128, columns as `repack.to_lanes`, for weights laid out for it.
+      x: bfloat16 (M, K), M at most ``split.tokens``, K a multiple of 64; or float8_e5m2 or
+        float8_e4m3fn, K a multiple of 128, columns as `repack.to_lanes`, for weights laid out for
+        them.
       weights: `fragments.Fragments` (N, K) of one format; of several, all N but the last are
         multiples of 64.
       divisor: float32 scalar.
@@ -278,7 +279,8 @@ def _body(
     if powers_s is None:
         one_record = expand.multiply(c, split.tokens)
     else:
-        some_records = float8.few(c, split.tokens, split.records)
+        kind = float8.kind_of(x_s.dtype)
+        some_records = float8.few(c, split.tokens, split.records, kind)
 
     def multiply(slot, x_slot, sums):
         records = tuple(ring_s.at[slot, r] for r in range(split.records))

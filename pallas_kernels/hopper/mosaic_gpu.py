@@ -86,8 +86,11 @@ def launch(
     quantize_kernel.check_supported(x.reshape(-1, x.shape[-1]), transform, fmt)
     if layout == "values" and fmt.element.name != "e2m1":
         raise NotImplementedError(f"values of {fmt.name} are no bfloat16 numbers")
-    if layout == "float8" and (fmt.element.name, fmt.scale_dtype) != ("e2m1", "e8m0"):
+    wide = fmt.element.name == "e4m3"
+    if layout == "float8" and not wide and (fmt.element.name, fmt.scale_dtype) != ("e2m1", "e8m0"):
         raise NotImplementedError(f"{fmt.name} is not exact in FP8")
+    if wide and layout not in repack.POWERED:
+        raise NotImplementedError(f"the kernel has no codes of {fmt.name} in the layout {layout!r}")
     if global_scale is None:
         global_scale = fmt.global_scale
     if global_scale is None:
@@ -100,7 +103,7 @@ def launch(
         raise NotImplementedError(f"layout={layout!r} is for x (M, K), got {x.shape}: flatten it")
     if transform is None:
         # Blocks as small as the groups: an infinity stays in its own group.
-        transform = jnp.eye(fmt.group_size, dtype=x.dtype)
+        transform = jnp.eye(min(fmt.group_size, repack.CHUNK), dtype=x.dtype)
     rows, width = math.prod(x.shape[:-1]), x.shape[-1]
     d, shared = transform.shape[-1], transform.ndim == 2
     if tiles is None:
@@ -164,7 +167,7 @@ def _partitioned(statics, x, transform, g, *after):
 def _row_shardings(statics, mesh, arguments):
     spec = arguments[0].sharding.spec
     # Powers are padded: their rows stay together.
-    rows = spec[0] if spec and statics[1] != "float8" else None
+    rows = spec[0] if spec and statics[1] not in repack.POWERED else None
     scales = (None, rows) if statics[1] == "kernel" else (rows, None)
     named = functools.partial(NamedSharding, mesh)
     outputs = named(PartitionSpec(rows, None)), named(PartitionSpec(*scales))
@@ -183,8 +186,9 @@ def _partition(statics, mesh, arguments, result):
 
 def _rule(statics, mesh, arguments, result):
     block = "b i j" if len(arguments[1].shape) == 3 else "i j"
-    scales = {"kernel": "q m", "float8": "q r"}.get(statics[1], "m q")
-    codes = "s p" if statics[1] == "float8" else "m p"
+    powered = statics[1] in repack.POWERED
+    scales = "q r" if powered else "q m" if statics[1] == "kernel" else "m q"
+    codes = "s p" if powered else "m p"
     places = itertools.count()
     after = (" ".join(f"w{next(places)}" for _ in a.shape) for a in arguments[3:])
     return f"{', '.join(['m k', block, '', *after])} -> {codes}, {scales}"

@@ -95,6 +95,12 @@ class Quad:
         send = arith.select(self.high, halves[0], halves[1])
         return combine(keep, utils.shfl_bfly(send, 2))
 
+    def reduce(self, value, combine):
+        """One partial result in each lane -> the quad's result in every lane."""
+        for distance in (1, 2):
+            value = combine(value, utils.shfl_bfly(value, distance))
+        return value
+
     def gather4(self, value):
         """Lane q's value number q -> all four values in every lane."""
         word = utils.bitcast(value, i32())

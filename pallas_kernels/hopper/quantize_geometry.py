@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import repack
 from pallas_kernels.hopper.inlined import ROWS
-from pallas_kernels.hopper.tiles import Tiles
+from pallas_kernels.hopper.tiles import Tiles, sharing
 
 # How scales leave the kernel, and what they are.
 SCALE_WORDS = {
@@ -61,26 +61,29 @@ class Geometry:
     @property
     def per_code(self) -> int:
         """Columns of an element of the first output: two codes a byte, or one value."""
-        return 1 if self.layout in ("values", "float8") else 2
+        return 1 if self.layout in ("values", *repack.POWERED) else 2
 
     @property
     def per_scale(self) -> int:
         """Columns of an element of the second output."""
-        return self.tiles.slab if self.layout == "float8" else self.group
+        if self.layout not in repack.POWERED:
+            return self.group
+        return min(self.tiles.slab, repack.COLUMNS * sharing(self.rows))
 
     @property
     def outputs(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of codes and scales."""
-        if self.layout == "float8":
+        if self.layout in repack.POWERED:
             powers = -(-self.width // self.per_scale), repack.padded(self.rows)
-            return (self.rows, self.width + -self.width % self.tiles.columns), powers
+            missing = 0 if self.layout == "float8_values" else -self.width % self.tiles.columns
+            return (self.rows, self.width + missing), powers
         scales = self.oriented(self.rows, self.width // self.group)
         return (self.rows, self.width // self.per_code), scales
 
     @property
     def code_dtype(self):
         """Of the first output."""
-        return jnp.dtype(jnp.bfloat16 if self.layout == "values" else jnp.uint8)
+        return jnp.dtype(jnp.bfloat16 if "values" in self.layout else jnp.uint8)
 
     def oriented(self, rows, groups) -> tuple:
         """Order the axes of scales: (M, K/g), or transposed."""

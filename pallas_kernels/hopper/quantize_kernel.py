@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import repack
 from pallas_kernels.hopper import epilogue, group_scales
 from pallas_kernels.hopper.inlined import ROWS, spread, swizzled, wait_for_kernel_before
 from pallas_kernels.hopper.quantize_geometry import SCALE_WORDS, Geometry
@@ -61,8 +62,9 @@ def transform_quantize(
         (M, K/g). "kernel": byte j of each 32 columns holds columns j and j + 16, scales (K/g, M).
         "lanes": byte 4q + n of each 32 columns holds columns 8n + 2q and 8n + 2q + 1.
         "values": bfloat16 values (M, K) times g, exact, in place of codes; scales as interchange.
-        "float8", for MXFP4: as `repack.to_float8`, a power for each ``tiles.slab`` columns; only
-        the first M columns of powers are written.
+        "float8", for MXFP4: as `repack.to_float8`, for FP8 as `repack.e4m3_to_float8`, a power for
+        128 or 512 columns (`tiles.sharing`); only the first M columns of powers are written.
+        "float8_values", for FP8: bfloat16 values (M, K) times g, and the same powers.
       tiles: sizes, see `pallas_kernels.hopper.tiles`.
       unit: "wgmma" for Hopper; "mma" for Blackwell, compiled for sm_100a but never run there.
       interpret: run under GPU interpretation, on CPU.
@@ -79,7 +81,7 @@ def transform_quantize(
     check_supported(x, transform, fmt)
     if transform is None:
         # Blocks as small as the groups: an infinity stays in its own group.
-        transform = jnp.eye(fmt.group_size, dtype=x.dtype)
+        transform = jnp.eye(min(fmt.group_size, repack.CHUNK), dtype=x.dtype)
     m, k = x.shape
     # TMA's view of a swizzled tile splits M by 8 rows.
     if m > 8 and m % 8:
@@ -90,8 +92,11 @@ def transform_quantize(
         *(x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)),
         *after,
     )
+    if layout == "float8_values":
+        return codes[:m], scales
     if layout == "float8":
-        return lax.bitcast_convert_type(codes[:m], jnp.float8_e5m2), scales
+        kind = jnp.float8_e4m3fn if fmt.element.name == "e4m3" else jnp.float8_e5m2
+        return lax.bitcast_convert_type(codes[:m], kind), scales
     scales = scales[:, :m] if layout == "kernel" else scales[:m]
     return codes[:m], lax.bitcast_convert_type(scales, SCALE_WORDS[fmt.scale_dtype][1])
 
@@ -120,7 +125,7 @@ def check_supported(x, transform, fmt) -> None:
 def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
     """The kernel as a function of x (M, K), transforms (B, d, d), g (1,) and what it waits for."""
     tiles, d, n = geo.tiles, geo.block, geo.tiles.warpgroups
-    word = jnp.float32 if geo.layout == "float8" else SCALE_WORDS[fmt.scale_dtype][0]
+    word = jnp.float32 if geo.layout in repack.POWERED else SCALE_WORDS[fmt.scale_dtype][0]
     codes_shape, scales_shape = geo.outputs
     # TMA tiles of codes must divide a row of bytes and are no wider than one step.
     packed = math.gcd(math.gcd(codes_shape[1], tiles.columns // geo.per_code), 128)
@@ -131,7 +136,9 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
         codes_s=plgpu.SMEM(
             (n * tiles.results, ROWS, tiles.columns // geo.per_code),
             geo.code_dtype,
-            transforms=swizzled(128 if geo.layout == "values" else packed, geo.code_dtype.itemsize),
+            transforms=swizzled(
+                packed if geo.code_dtype.itemsize == 1 else 128, geo.code_dtype.itemsize
+            ),
         ),
         x_ready=plgpu.Barrier(num_barriers=n * tiles.stages),
         t_ready=plgpu.Barrier(),
@@ -247,10 +254,14 @@ def _walk(
         plgpu.wait_smem_to_gmem(tiles.results - 1, wait_read_only=True)
         pl.when(i + tiles.stages < last)(lambda: fetch(i + tiles.stages))
         out = codes_s.at[wg * tiles.results + lax.rem(i, tiles.results)]
-        groups = 1 if geo.layout == "float8" else tiles.columns // geo.group
-        if geo.layout == "float8":
-            scales = scales_g.at[pl.ds(slab, 1), pl.ds(row(tile), ROWS)]
-            exist = geo.rows - row(tile), jnp.where(beside == 0, 1, 0)
+        groups = 1 if geo.layout in repack.POWERED else tiles.columns // geo.group
+        if geo.layout in repack.POWERED:
+            # The first of those that share a power writes it, or each its own copy.
+            each = geo.per_scale < tiles.slab
+            place = slab * tiles.beside + beside if each else slab
+            scales = scales_g.at[pl.ds(place, 1), pl.ds(row(tile), ROWS)]
+            mine = place < scales_g.shape[0] if each else beside == 0
+            exist = geo.rows - row(tile), jnp.where(mine, 1, 0)
         else:
             scales = scales_g.at[geo.oriented(*rows_columns(tile, step, groups))]
             exist = geo.rows - row(tile), geo.width // geo.group - (slab * steps + step) * groups

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import fragments
-from pallas_kernels.hopper import expand, float8, gated
+from pallas_kernels.hopper import expand, float8, gated, plans
 from pallas_kernels.hopper.inlined import (
     cluster_sync,
     named,
@@ -49,8 +49,8 @@ def matmul(
     """Return ``unit / global_scale / divisor * x @ expand(records)^T``; of two weights see there.
 
     Args:
-      x: bfloat16 (M, K), K a multiple of 64; or float8_e5m2, K a multiple of 128, columns as
-        `repack.to_lanes`, for a weight laid out for it.
+      x: bfloat16 (M, K), K a multiple of 64; or float8_e5m2 or float8_e4m3fn, K a multiple of
+        128, columns as `repack.to_lanes`, for a weight laid out for them.
       weights: one `fragments.Fragments` (N, K); or two, alike, for ``silu(first) * second`` of
         their products, with a tiling without cuts.
       divisor: float32 scalar.
@@ -141,10 +141,13 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
     n, tokens, cuts, size = tiling.warpgroups, tiling.tokens, tiling.cuts, tiling.cluster
     wg, cluster, clusters = lax.axis_index("wg"), lax.axis_index("cluster"), tiling.ctas // size
     rank = lax.axis_index("rank") if size > 1 else 0
-    m_tiles = -(-x_g.shape[0] // tokens)
-    tasks = -(-tiles // (held * size)) * m_tiles * cuts
+    m_tiles, groups = -(-x_g.shape[0] // tokens), -(-tiles // (held * size))
+    tasks = groups * m_tiles * cuts
     mine = (tasks - cluster + clusters - 1) // clusters
     per = -(-steps // cuts)
+    of_tokens = tokens * steps * fragments.COLUMNS * x_g.dtype.itemsize
+    of_weights = n * size * steps * c.lines * 256
+    band = plans.band(m_tiles, groups, of_tokens, of_weights)
     if powers_s is not None:
         # Steps that share a power.
         span = 1 if powers_g.shape[0] == steps else PROMOTED
@@ -152,10 +155,13 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
     total = mine * per
 
     def place(task):
-        """Row group, token tile and cut; neighbours share weights."""
+        """Row group, token tile and cut; neighbours share weights, and a band its tokens."""
         at = cluster + task * clusters
-        group = at // (m_tiles * cuts) * size + rank
-        return group, lax.rem(at // cuts, m_tiles), lax.rem(at, cuts)
+        cut, at = lax.rem(at, cuts), at // cuts
+        first = at // (band * groups) * band
+        width = band if m_tiles % band == 0 else jnp.minimum(band, m_tiles - first)
+        at = lax.rem(at, band * groups)
+        return lax.div(at, width) * size + rank, first + lax.rem(at, width), cut
 
     def source(i):
         """Slot, row group, token tile and step of K."""
@@ -216,7 +222,8 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
         if powers_s is None:
             sums_of = functools.partial(_bfloat16_sums, c, tokens, ready, free)
         else:
-            sums_of = functools.partial(_float8_sums, c, tokens, ready, free, powers_s, span)
+            multiply = float8.partial(c, tokens, float8.kind_of(x_s.dtype))
+            sums_of = functools.partial(_float8_sums, multiply, tokens, ready, free, powers_s, span)
 
         def one_task(task, _):
             y = sums_of(task * per, per) * factor
@@ -260,12 +267,12 @@ def _bfloat16_sums(c, tokens, ready, free, first, count):
     return pl.run_scoped(products, plgpu.ACC((fragments.ROWS, tokens), jnp.float32))
 
 
-def _float8_sums(c, tokens, ready, free, powers_s, span, first, count):
+def _float8_sums(multiply, tokens, ready, free, powers_s, span, first, count):
     """As `_bfloat16_sums`, in FP8: ``span`` steps in the short accumulator, times their powers.
 
     `PROMOTED` steps are unrolled: over the end of a loop the compiler would not let products run.
     """
-    multiply, weighted = float8.partial(c, tokens), float8.weighted(tokens)
+    weighted = float8.weighted(tokens)
 
     def zeros():
         zero = jnp.zeros((fragments.ROWS, tokens), jnp.float32)

@@ -50,7 +50,8 @@ class Tiles:
     ) -> int:
         """Bytes of shared memory of a CTA, for blocks of d and groups of g values."""
         transforms = block * block if shared else self.slab * block
-        written = self.results * {"values": 2, "float8": 1}.get(layout, 0.5)  # bytes a column
+        bytes_of = {"values": 2, "float8_values": 2, "float8": 1}  # a column
+        written = self.results * bytes_of.get(layout, 0.5)
         row = self.columns * (2 * self.stages + written)
         if self.steps > 1:
             row += 2 * self.columns * self.steps // group * 2
@@ -155,8 +156,9 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
     # Mosaic leaves out the index of an axis that one tile covers: what should have been clipped
     # there would be written over that tile. So nothing reaches beyond it.
     one = width <= tiles.columns
-    if layout == "float8":
-        beside = 1 if one else sharing(rows)
+    if layout.startswith("float8"):
+        # Formats with a power for 512 columns find it together for few tokens, too.
+        beside = 1 if one else sharing(rows) if fmt.group_size < 512 else PROMOTED
         tiles = Tiles(beside, 1 if beside == 1 else tiles.stages, beside=beside)
         return shrink(tiles, block, fmt.group_size, shared, layout)
     gathered = 16 * fmt.group_size // tiles.columns

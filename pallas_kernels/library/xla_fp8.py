@@ -103,15 +103,32 @@ def multiply(left, global_scale, weight, out_dtype, precision=None):
     right = fp8_kernel.weights(weight.records, weight.format)
     columns = jnp.pad(values, ((0, 0), (0, right.shape[1] - values.shape[1])))
     factor = power * weight.unit * 2.0**fp8_kernel.LOWER / weight.global_scale / global_scale
-    # HIGHEST: sums leave the tensor core's short accumulator every few steps
-    short = fast(precision, weight.shape[1])
+    return product(columns, right, factor, out_dtype, fast(precision, weight.shape[1]))[
+        :, : weight.shape[0]
+    ]
+
+
+def product(left, right, factor, out_dtype, short: bool):
+    """Return ``factor * left @ right^T`` of FP8 numbers (M, K), (N, K), by cuBLASLt.
+
+    Named algorithms are never XLA's own kernels, whose many candidates take 13 s to compile. The
+    factor becomes the library's scale of its float32 sums, so that results are rounded once.
+
+    Args:
+      left: (M, K).
+      right: (N, K).
+      factor: float32 scalar.
+      out_dtype: of the result.
+      short: keep sums in the tensor cores' short accumulators; else they leave it every few steps.
+    """
+    preset = lax.DotAlgorithmPreset
     y = lax.dot_general(
-        *(columns, right[: weight.shape[0]]),
+        *(left, right),
         (((1,), (1,)), ((), ())),
-        precision=lax.Precision.DEFAULT if short else lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+        precision=preset.ANY_F8_ANY_F8_F32_FAST_ACCUM if short else preset.ANY_F8_ANY_F8_F32,
+        preferred_element_type=out_dtype,
     )
-    return (y * factor).astype(out_dtype)
+    return y * factor.astype(out_dtype)
 
 
 def of_codes(codes, scales):
