@@ -40,6 +40,7 @@ FLOAT8_BITS = tuple(
     tuple((8 * i + 7 - 4 * odd, *(4 * i + 16 * odd + b for b in (2, 1, 0))) for odd in (0, 1))
     for i in range(4)
 )
+INTEGERS = ("int4", "nvint4")  # kinds whose codes records hold with an offset of 8
 # MXFP4: the largest exponent of a tensor is stored as this byte.
 TOP = 120
 # The stored byte of a scale that becomes one.
@@ -49,6 +50,8 @@ TOPS = {"bfloat16": (1, 247), "float8": (15, 254)}
 # The lowest byte: codes of groups further below count as zero. bfloat16 has room for all, E5M2 for
 # 27 octaves.
 LOWEST = {"bfloat16": 0, "float8": TOP - 26}
+# NVINT4: the largest exponent of a tensor's scales is stored as this field of four bits.
+TOP_FIELD = 14
 # What stands for a scale that is NaN. In bfloat16 it becomes an infinity, which makes NaN of code 0
 # only; in E5M2 the byte of code 7 becomes NaN.
 NAN = {"bfloat16": 129, "float8": 121}
@@ -118,7 +121,7 @@ class Carrier:
     """How a format's codes and scales are written into records.
 
     Attributes:
-      kind: "mxfp4", "nvfp4" or "int4".
+      kind: "mxfp4", "nvfp4", "nvint4" or "int4".
       bits: positions of a code's bits, highest first, for each eight columns of a word and each
         of two neighbours.
       scale_bytes: of one group's scale.
@@ -152,6 +155,8 @@ def carrier(fmt, operand: str = "bfloat16") -> Carrier:
         raise NotImplementedError(f"{fmt.name} is not exact in FP8")
     if (element, fmt.scale_dtype, group) == ("e2m1", "e4m3", 16):
         return Carrier("nvfp4", E2M1_BITS, 1, 8)
+    if (element, fmt.scale_dtype, group) == ("int4_full", "e4m3", 16):
+        return Carrier("nvint4", INT4_BITS, 1, 8)
     if (element, fmt.scale_dtype, group) == ("int4_midrise", "bfloat16", 32):
         return Carrier("int4", INT4_BITS, 2, 4)
     raise NotImplementedError(
@@ -166,7 +171,7 @@ def from_interchange(codes, scales, fmt, operand: str = "bfloat16"):
     Args:
       codes: packed codes uint8 (N, K/2), interchange layout.
       scales: (N, K/g).
-      fmt: MXFP4, NVFP4 or INT4, any rule.
+      fmt: MXFP4, NVFP4, NVINT4 or INT4, any rule.
       operand: see `Fragments`.
 
     Returns:
@@ -187,9 +192,9 @@ def from_interchange(codes, scales, fmt, operand: str = "bfloat16"):
     alive = jnp.repeat(alive, fmt.group_size, axis=-1)
     codes = jnp.where(alive, codes, filler.astype(codes.dtype))
     pad_n, pad_k = -n % ROWS, -k % COLUMNS
-    if c.kind == "int4":
-        codes = codes ^ 8  # two's complement to an offset of 8
     codes = jnp.pad(codes, ((0, pad_n), (0, pad_k)))
+    if c.kind in INTEGERS:
+        codes = codes ^ 8  # two's complement to an offset of 8
     stored = jnp.pad(stored, ((0, pad_n), (0, pad_k // fmt.group_size)))
     tiles = ((n + pad_n) // ROWS, (k + pad_k) // COLUMNS)
     words = _code_words(c, codes.astype(jnp.uint32), tiles)
@@ -206,25 +211,30 @@ def to_interchange(records, unit, fmt, shape, operand: str = "bfloat16"):
     n, k = shape
     codes = _codes_of_words(c, records[:, :, :CODE_LINES])[:n, :k].astype(jnp.uint8)
     stored = _stored_of_words(c, records[:, :, CODE_LINES:])[:n, : k // fmt.group_size]
-    if c.kind == "int4":
+    if c.kind in INTEGERS:
         codes = codes ^ 8
+    if c.kind == "int4":
         return fmt.pack(codes), lax.bitcast_convert_type(stored.astype(jnp.uint16), jnp.bfloat16)
     if c.kind == "mxfp4":
         top = lax.bitcast_convert_type(unit, jnp.int32) >> 23
         byte = jnp.clip(stored.astype(jnp.int32) + top - ONE[operand], 0, 254)
         byte = jnp.where(stored == NAN[operand], 255, byte)
         return fmt.pack(codes), lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e8m0fnu)
-    exponent, mantissa = (stored >> 3).astype(jnp.int32), (stored & 7).astype(jnp.int32)
-    normal = ((exponent - 9) << 3) | mantissa
-    denormal = (8 | mantissa) >> jnp.clip(10 - exponent, 0, 4)
-    byte = jnp.where(exponent >= 10, normal, denormal)
-    byte = jnp.where(stored == 0xDF, 0x7F, byte).astype(jnp.uint8)
-    return fmt.pack(codes), lax.bitcast_convert_type(byte, jnp.float8_e4m3fn)
+    stored = stored.astype(jnp.int32)
+    if c.kind == "nvint4":
+        top = (lax.bitcast_convert_type(unit, jnp.int32) >> 23) - 127 + 16
+        lifted = (stored & 0x7F) + ((top - TOP_FIELD) << 3)
+        byte = jnp.where(stored & 0x7F == 0x7F, 0x7F, _lowered(lifted) | stored & 0x80)
+    else:
+        byte = jnp.where(stored == 0xDF, 0x7F, _lowered(stored))
+    return fmt.pack(codes), lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e4m3fn)
 
 
 def _stored_scales(c: Carrier, codes, scales, fmt):
     """Scales as records keep them (uint32), which groups count, and the unit."""
     groups = codes.reshape(*scales.shape, fmt.group_size)
+    if c.kind == "nvint4":
+        return _signed_scales(lax.bitcast_convert_type(scales, jnp.uint8), jnp.any(groups, axis=-1))
     if c.kind == "int4":
         bits = lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
         return bits, jnp.ones(scales.shape, bool), jnp.float32(0.5)
@@ -239,14 +249,39 @@ def _stored_scales(c: Carrier, codes, scales, fmt):
         stored = jnp.where(finite, jnp.clip(shifted, lowest, TOP + 254 - TOPS[c.operand][1]), nan)
         unit = _exp2(top - TOP + ONE[c.operand] - 127)
         return stored.astype(jnp.uint32), used & (shifted >= lowest) & finite, unit
+    stored = jnp.where(byte & 0x7F == 0x7F, 0xDF, _lifted(byte))  # NaN, of either sign
+    return stored.astype(jnp.uint32), used & (byte > 0), jnp.float32(2.0**9)
+
+
+def _signed_scales(byte, used):
+    """As `_stored_scales`, of E4M3 scales with a sign: exponents relative to the largest.
+
+    Groups more than 14 octaves below it count as zero.
+    """
+    byte = byte.astype(jnp.int32)
+    sign, byte = byte & 0x80, byte & 0x7F
+    finite, lifted = byte != 0x7F, _lifted(byte)
+    used = used & (byte > 0) & finite
+    top = jnp.max(jnp.where(used, lifted >> 3, 7))
+    relative = lifted - ((top - TOP_FIELD) << 3)
+    stored = jnp.where(finite, sign | jnp.maximum(relative, 0), 0x7F)
+    return stored.astype(jnp.uint32), used & (relative >= 0) | ~finite, _exp2(top - 16)
+
+
+def _lifted(byte):
+    """A positive E4M3 scale with five bits of exponent, nine higher: without subnormals."""
     exponent, mantissa = byte >> 3, byte & 7
     # A subnormal m * 2**-9 becomes normal: its leading bit moves out of the mantissa.
     lift = jnp.where(mantissa >= 4, 1, jnp.where(mantissa >= 2, 2, 3))
-    normal = ((exponent + 9) << 3) | mantissa
     lifted = ((10 - lift) << 3) | ((mantissa << lift) & 7)
-    stored = jnp.where(exponent > 0, normal, lifted)
-    stored = jnp.where(byte & 0x7F == 0x7F, 0xDF, stored)  # NaN, of either sign
-    return stored.astype(jnp.uint32), used & (byte > 0), jnp.float32(2.0**9)
+    return jnp.where(exponent > 0, ((exponent + 9) << 3) | mantissa, lifted)
+
+
+def _lowered(lifted):
+    """Undo `_lifted`."""
+    exponent, mantissa = lifted >> 3, lifted & 7
+    denormal = (8 | mantissa) >> jnp.clip(10 - exponent, 0, 4)
+    return jnp.where(exponent >= 10, ((exponent - 9) << 3) | mantissa, denormal)
 
 
 def _exp2(exponent):

@@ -53,10 +53,27 @@ INT4 = (
     )
     + " }"
 )
+# k times 2**-127: (128 + u - 136) of the smallest binades, with u = k + 8.
+NVINT4 = (
+    "{ .reg .b32 t,n; mov.b32 n,0x83888388;"
+    + "".join(
+        f" shr.u32 t,$4,{4 * i}; lop3.b32 t,t,0x000F000F,0x03800380,0xEA; add.rn.bf16x2 t,t,n;"
+        f" mul.rn.bf16x2 ${i},t,${5 + i // 2};"
+        for i in range(4)
+    )
+    + " }"
+)
+WORDS = {"mxfp4": E2M1, "nvfp4": E2M1, "nvint4": NVINT4, "int4": INT4}
 # Two copies of byte j (or half-word j) of a word.
 BYTE, HALF = (0x4040, 0x4141, 0x4242, 0x4343), (0x1010, 0x3232)
 # Where a stored byte's exponent goes, and what 2**126 (and 2**-9) of it is.
 SPREAD = {"mxfp4": (7, 126 << 7), "nvfp4": (4, 228 << 7)}
+# Byte j twice, its sign above it; a scale of NVINT4 is 2**127 at the largest exponent.
+SIGNED_BYTE = (0x8080, 0x9191, 0xA2A2, 0xB3B3)
+SIGNED = (
+    "{ .reg .b32 t; prmt.b32 t,$1,0,SELECT; shl.b32 t,t,4;"
+    " lop3.b32 $0,t,0x87F087F0,0x78007800,0xEA; }"
+)
 STEPS = 8  # of 16 columns in a record
 
 
@@ -177,7 +194,7 @@ def _mma(sums, weights, x):
 def fragments_of(c: fragments.Carrier, record):
     """The registers of each step of 16 columns: four, or eight for two operands."""
     words, scales = load(c, record)
-    code, count = INT4 if c.kind == "int4" else E2M1, operands(c)
+    code, count = WORDS[c.kind], operands(c)
     for first in range(0, STEPS, 2):
         groups = [step * c.groups // STEPS for step in (first, first + 1)]
         rows = []
@@ -198,6 +215,12 @@ def plain(c: fragments.Carrier, record):
     if c.kind == "int4":
         scale = lax.bitcast_convert_type(stored.astype(jnp.uint16), jnp.bfloat16)
         value = 2 * codes.astype(jnp.float32) - 15
+    elif c.kind == "nvint4":
+        field = ((stored >> 3) & 15).astype(jnp.float32)
+        scale = (1 + (stored & 7) / 8) * 2.0 ** (field - fragments.TOP_FIELD)
+        scale = jnp.where(stored & 0x7F == 0x7F, jnp.nan, scale)
+        scale = jnp.where(stored & 0x80 > 0, -scale, scale)
+        value = codes.astype(jnp.float32) - 8
     else:
         shift, base = SPREAD[c.kind]
         bits = ((stored << shift) + base).astype(jnp.uint16)
@@ -238,6 +261,9 @@ def _scale(c: fragments.Carrier, words, group):
     if c.kind == "int4":
         word, selector = words[group // 2], HALF[group % 2]
         return asm(f"prmt.b32 $0,$1,$1,{selector};", 1, word)[0]
+    if c.kind == "nvint4":
+        code = SIGNED.replace("SELECT", str(SIGNED_BYTE[group % 4]))
+        return asm(code, 1, words[group // 4])[0]
     shift, base = SPREAD[c.kind]
     word, selector = words[group // 4], BYTE[group % 4]
     code = (

@@ -19,6 +19,7 @@ RECORDS = {
     "MXFP4": (wush.MXFP4, "bfloat16"),
     "MXFP4 in FP8": (wush.MXFP4, "float8"),
     "NVFP4": (wush.NVFP4, "bfloat16"),
+    "NVINT4": (wush.NVINT4, "bfloat16"),
     "INT4": (wush.INT4, "bfloat16"),
 }
 each_record = pytest.mark.parametrize(("fmt", "operand"), RECORDS.values(), ids=RECORDS)
@@ -32,8 +33,9 @@ def scales_of(fmt, bits):
     """Stored scales of integers, as many of the type's bit patterns as weights may hold."""
     if fmt.scale_dtype == "e8m0":
         return bits.astype(np.uint8).view(jnp.float8_e8m0fnu)
-    if fmt.scale_dtype == "e4m3":
-        return (bits & 0x7F).astype(np.uint8).view(jnp.float8_e4m3fn)
+    if fmt.scale_dtype == "e4m3":  # of integers with a sign, here that of odd bits
+        sign = (bits & 1) << 7 if fmt.element.name == "int4_full" else 0
+        return (bits & 0x7F | sign).astype(np.uint8).view(jnp.float8_e4m3fn)
     return bits.astype(np.uint16).view(jnp.bfloat16)
 
 
@@ -73,18 +75,25 @@ def integers(weight):
     size = np.uint16 if fmt.scale_dtype == "bfloat16" else np.uint8
     bits = np.asarray(weight.scales).view(size).astype(np.int32)
     codes = np.asarray(unpack(weight)).astype(np.int32).reshape(*bits.shape, -1)
-    if fmt.element.name != "e2m1":
+    if fmt.element.name == "int4_midrise":
         return codes, bits
     if fmt.scale_dtype == "e8m0":
         bits = np.maximum(bits, 1)  # the format reads the lowest two bytes alike
-    codes = np.where(codes & 8, -(codes & 7), codes)
+    if fmt.element.name == "e2m1":
+        codes = np.where(codes & 8, -(codes & 7), codes)
     nan = np.isnan(np.asarray(weight.scales, np.float32))
+    if fmt.scale_dtype == "e4m3":  # zeros and NaN of either sign
+        bits = np.where((bits & 0x7F == 0) | nan, bits & 0x7F, bits)
     zero = ((codes == 0).all(-1) | (bits == 0)) & ~nan
     return np.where((nan | zero)[..., None], 0, codes), np.where(zero, 0, bits)
 
 
 def deep(fmt, bits, operand):
-    """Groups of MXFP4 too far below the largest scale: records hold zeros for them."""
+    """Groups too far below the largest scale: records of MXFP4 and NVINT4 hold zeros for them."""
+    if fmt == wush.NVINT4:
+        scale = (bits & 0x7F).astype(np.uint8).view(jnp.float8_e4m3fn).astype(np.float64)
+        octave = np.floor(np.log2(np.where(scale > 0, scale, 2.0**-9)))
+        return (scale > 0) & (octave < octave[scale > 0].max(initial=-9) - fragments.TOP_FIELD)
     if fmt.scale_dtype != "e8m0":
         return np.zeros(bits.shape, bool)
     top = np.clip(bits[bits < 255].max(initial=1), *fragments.TOPS[operand])
@@ -148,8 +157,8 @@ def test_what_the_kernels_expand_is_the_weight(fmt, operand):
         wanted = grid[np.asarray(unpack(weight))] * scale / np.float64(unit)
         lost = deep(fmt, integers(weight)[1], operand)
         wanted = np.where(np.repeat(lost, g, axis=1), 0, wanted)
-        # Damaged groups of MXFP4 hold NaN.
-        damaged = np.isnan(wanted) & (fmt == wush.MXFP4)
+        # Damaged groups of these hold NaN.
+        damaged = np.isnan(wanted) & (fmt in (wush.MXFP4, wush.NVINT4))
         total = sum(np.asarray(p, np.float64)[:n, :k] for p in parts)
         # What this twin computes flushes subnormal numbers on a CPU and keeps them on a GPU.
         total, wanted = (np.where(np.abs(a) < 2.0**-126, 0, a) for a in (total, wanted))
@@ -160,7 +169,10 @@ def test_what_the_kernels_expand_is_the_weight(fmt, operand):
 
 
 @pytest.mark.parametrize("shape", LLAMA_8B)
-@pytest.mark.parametrize(("fmt", "bits"), [(wush.MXFP4, 4.25), (wush.NVFP4, 4.5), (wush.INT4, 4.5)])
+@pytest.mark.parametrize(
+    ("fmt", "bits"),
+    [(wush.MXFP4, 4.25), (wush.NVFP4, 4.5), (wush.NVINT4, 4.5), (wush.INT4, 4.5)],
+)
 def test_bits_of_a_weight_with_all_that_belongs_to_it(fmt, bits, shape):
     """These shapes need no padding; two scalars come on top."""
     weight = jax.eval_shape(

@@ -17,7 +17,7 @@ from pallas_kernels.hopper.tiles import Tiling
 NEEDS_MOSAIC = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
 )
-FORMATS = {fmt.name: fmt for fmt in (wush.MXFP4, wush.NVFP4, wush.INT4)}
+FORMATS = {fmt.name: fmt for fmt in (wush.MXFP4, wush.NVFP4, wush.NVINT4, wush.INT4)}
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 TOKENS = (1, 5, 8, 13, 16, 40, 200)
 
@@ -46,6 +46,7 @@ def shapes(m, k, n, fmt, quantized=False):
         (1, 4096, 6144, wush.MXFP4, False),
         (8, 160, 70, wush.NVFP4, False),
         (16, 1024, 200, wush.INT4, False),
+        (16, 1024, 200, wush.NVINT4, False),
         (1, 96, 1, wush.MXFP4, True),
         (8, 14336, 4096, wush.INT4, True),
         (200, 160, 70, wush.MXFP4, False),
@@ -245,6 +246,9 @@ MAPS = {
     "INT4": (wush.INT4, wush.INT4, 32),
     "MXFP4 by NVFP4": (wush.MXFP4, wush.NVFP4, 64),
     "weights only": (wush.MXFP4, None, None),
+    "NVFP4 by FP8": (wush.NVFP4, wush.FP8, 32),
+    "NVINT4 by FP8": (wush.NVINT4, wush.FP8, 128),
+    "INT4 by FP8": (wush.INT4, wush.FP8, 32),
 }
 
 
