@@ -116,6 +116,15 @@ def e4m3_to_float8(codes, scales, columns: int):
     return values, jnp.pad(powers.T, ((0, 0), (0, padded(rows) - rows)))
 
 
+def from_float8(values, powers, width: int):
+    """Undo the order of `to_lanes` and the powers: bfloat16 (M, width), exact of E4M3 and E5M2."""
+    rows, columns = values.shape
+    in_order = values.reshape(rows, -1, 2, 4, 4).transpose(0, 1, 4, 3, 2).reshape(rows, columns)
+    share = COLUMNS * (1 if len(powers) == columns // COLUMNS else 4)
+    factors = jnp.repeat(powers.T[:rows], share, axis=-1)[:, :width]
+    return (in_order[:, :width].astype(jnp.float32) * factors).astype(jnp.bfloat16)
+
+
 def padded(rows: int) -> int:
     """Columns of an array of powers for M rows: kernels copy those of 32 tokens, or of tiles of 64.
 

@@ -68,14 +68,24 @@ def transform_quantize_matmul(
         products = multiply_float8(left, global_scale, weights, out_dtype, **options)
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
     if wide:
-        codes, scales = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8_values")
-        codes = codes.reshape(x.shape)
+        parts = (_values(quantize, x, transform, fmt),)
+    elif exact:
+        parts = (quantize(x, transform, fmt, layout="values")[0],)
     else:
-        layout = "values" if exact else "interchange"
-        codes, scales = quantize(x, transform, fmt, layout=layout)
-    parts = (codes,) if exact else exactly.bfloat16_parts(codes, scales, fmt)
+        codes, scales = quantize(x, transform, fmt, layout="interchange")
+        parts = exactly.bfloat16_parts(codes, scales, fmt)
     options |= {"out_dtype": out_dtype, "global_scale": global_scale}
     return launch_all(parts, weights, device=device, **options)
+
+
+def _values(quantize, x, transform, fmt):
+    """Bfloat16 values of activations in FP8 times their global scale."""
+    flat = x.reshape(-1, x.shape[-1])
+    if transform is None or transform.ndim == 2 or transform.shape[-1] < 128:
+        return quantize(flat, transform, fmt, layout="float8_values")[0].reshape(x.shape)
+    # 512 columns of such transforms leave no room for results of two bytes.
+    left = quantize(flat, transform, fmt, layout="float8")
+    return repack.from_float8(*left, x.shape[-1]).reshape(x.shape)
 
 
 def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):

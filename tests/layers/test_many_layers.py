@@ -192,6 +192,52 @@ def test_random_shapes_on_a_gpu(part):
     assert not wrong
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_random_shapes_with_fp8_activations_on_a_gpu(part):
+    """A thousand shapes: the product of the definition's codes, within bounds of the sums."""
+    wrong = {}
+    for seed in range(50 * part, 50 * part + 50):
+        try:
+            fp8_activations_agree(seed)
+        except AssertionError as error:
+            wrong[seed] = str(error)
+    assert not wrong
+
+
+WEIGHTS = (wush.MXFP4, wush.NVFP4, wush.NVINT4, wush.INT4)
+
+
+def fp8_activations_agree(seed):
+    m, n, k, d, shared, _ = random_call(seed)
+    fmt = WEIGHTS[seed % len(WEIGHTS)]
+    w, x, t = (a[0] for a in random_layers(1, (m, n, k, d, shared), seed))
+    weight, left, outputs = by_fp8(w, x, t, fmt)
+    weight, left = np.asarray(weight, np.float64), np.asarray(left, np.float64)
+    sums = np.abs(left) @ np.abs(weight).T
+    for y, bound in zip(outputs, ((k / 16 + 16) * 2.0**-23, 2.0**-8), strict=False):
+        error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
+        assert (error <= bound * sums).all(), (m, n, k, d, shared, fmt.name, (error / sums).max())
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def by_fp8(w, x, t, fmt):
+    """Weights, activations, and outputs in bfloat16, in FP8 where the weights are exact in it."""
+    q = wush.quantize(w, fmt)
+    options = {"out_dtype": jnp.float32, "implementation": "mosaic_gpu"}
+    operands = ("bfloat16", "float8") if fmt == wush.MXFP4 else ("bfloat16",)
+    outputs = [
+        pallas_kernels.transform_quantize_matmul(
+            x, t, fragments.lay_out(q, operand), wush.FP8, **options
+        )
+        for operand in operands
+    ]
+    codes = pallas_kernels.transform_quantize(x, t, wush.FP8, implementation="reference")
+    left = wush.QuantizedArray(*codes, jnp.float32(1), wush.FP8)
+    return wush.dequantize(q), wush.dequantize(left), outputs
+
+
 def kernels_agree(seed):
     m, n, k, d, shared, fmt = random_call(seed)
     w, x, t = (a[0] for a in random_layers(1, (m, n, k, d, shared), seed))

@@ -28,8 +28,8 @@ def weight_of(kind, k, n, fmt, operand="bfloat16"):
 
 def exact(q):
     """The values of codes in float64; one division by the global scale."""
-    grid = np.asarray(q.format.element.decode(jnp.arange(16, dtype=jnp.uint8)), np.float64)
-    scale = np.repeat(
-        np.asarray(q.format.load_scales(q.scales), np.float64), q.format.group_size, 1
-    )
+    every = np.arange(2**q.format.element.bits, dtype=np.uint8)
+    grid = np.asarray(q.format.element.decode(every), np.float64)
+    scale = np.asarray(q.format.load_scales(q.scales), np.float64)
+    scale = np.repeat(scale, q.format.group_size, 1)[:, : q.shape[1]]
     return grid[np.asarray(q.format.unpack(q.codes))] * scale / np.float64(q.global_scale)

@@ -205,7 +205,8 @@ class Format:
 
     def _rows(self, groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Undo `_grouped`."""
-        return groups.reshape(*groups.shape[:-2], -1)[..., : shape[-1]]
+        *lead, count, size = groups.shape
+        return groups.reshape(*lead, count * size)[..., : shape[-1]]
 
     def pack(self, codes: jax.Array) -> jax.Array:
         """Pack codes (..., K) into bytes (..., K * bits / 8): `wush_jax.formats.elements.pack`."""

@@ -87,8 +87,9 @@ def _laid_out(packed: PackedWeight) -> Fragments | None:
 
 def _operands(packed: PackedWeight) -> tuple[str, ...]:
     """What records may expand to, best first: FP8 where both operands are exact in it."""
-    both = packed.weight.format, packed.input_format
-    float8 = all(fmt is not None and exactly.in_float8(fmt) for fmt in both)
+    inputs = packed.input_format
+    taken = inputs is not None and exactly.multiplies_in_float8(inputs)
+    float8 = taken and exactly.in_float8(packed.weight.format)
     return ("float8", "bfloat16") if float8 else ("bfloat16",)
 
 

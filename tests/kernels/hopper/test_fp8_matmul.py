@@ -37,8 +37,13 @@ def hopper(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "require_hopper", lambda: "NVIDIA H200")
 
 
-def layer(x, t, *weights):
-    return matmul.transform_quantize_matmul(x, t, weights, wush.MXFP4)
+def layer(x, t, *weights, fmt=wush.MXFP4):
+    return matmul.transform_quantize_matmul(x, t, weights, fmt)
+
+
+# Activations that multiply MXFP4 weights in FP8.
+LEFT = {"MXFP4": wush.MXFP4, "FP8": wush.FP8}
+each_left = pytest.mark.parametrize("fmt", LEFT.values(), ids=LEFT)
 
 
 def kernels(run, *operands):
@@ -51,18 +56,29 @@ def kernels(run, *operands):
 
 @NEEDS_MOSAIC
 @pytest.mark.usefixtures("hopper")
+@each_left
 @pytest.mark.parametrize(
     ("m", "k", "n", "block"),
     [(1, 64, 70, 32), (20, 4096, 6144, 32), (40, 1088, 200, 64), (1024, 4096, 28672, 128)],
 )
-def test_a_layer_is_two_kernels(m, k, n, block):
-    assert kernels(layer, *shapes(m, k, n, block)) == (2, ((m, n),))
+def test_a_layer_is_two_kernels(m, k, n, block, fmt):
+    run = functools.partial(layer, fmt=fmt)
+    assert kernels(run, *shapes(m, k, n, block)) == (2, ((m, n),))
 
 
 @NEEDS_MOSAIC
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("fmt", "k"), [(wush.MXFP4, 128), (wush.MXFP4, 256), (wush.NVFP4, 256)])
-def test_nothing_stands_between_kernels_that_overlap(fmt, k):
+@pytest.mark.parametrize(
+    ("fmt", "left", "k"),
+    [
+        (wush.MXFP4, wush.MXFP4, 128),
+        (wush.MXFP4, wush.MXFP4, 256),
+        (wush.NVFP4, wush.NVFP4, 256),
+        (wush.MXFP4, wush.FP8, 640),
+        (wush.NVFP4, wush.FP8, 256),
+    ],
+)
+def test_nothing_stands_between_kernels_that_overlap(fmt, left, k):
     """XLA's own kernels may read a result before they wait for the kernel that makes it."""
     operand = "float8" if fmt is wush.MXFP4 else "bfloat16"
     weight = jax.eval_shape(
@@ -70,7 +86,7 @@ def test_nothing_stands_between_kernels_that_overlap(fmt, k):
     )
 
     def run(x, w):
-        return matmul.transform_quantize_matmul(x, None, (w,), fmt)
+        return matmul.transform_quantize_matmul(x, None, (w,), left)
 
     tokens = [m for m in (7, 8, 9, 16, 24, 32, 40, 65) if plans.as_they_are(m, k // 128)]
     assert set(tokens) >= {8, 16, 32, 40}
@@ -118,7 +134,7 @@ def test_quantized_activations_are_one_kernel():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda x, t, w: matmul.quantized_matmul(x, w), "for MXFP4 activations"),
+        (lambda x, t, w: matmul.quantized_matmul(x, w), "for MXFP4 or FP8 activations"),
         (lambda x, t, w: layer(x[:0], t, w), "M at least 1"),
         (lambda x, t, w: matmul.quantized_matmul(wush.quantize(x[:0], wush.MXFP4), w), r"x \(0"),
         (
@@ -163,21 +179,24 @@ run_matmul = jax.jit(
 )
 
 
-def check(y, left, weight, kind):
+def check(y, left, weight, kind, fmt=wush.MXFP4):
     """Products are exact, sums of 512 of them have some 14 bits.
 
-    That is enough for 8e-8 where groups are alike. Where scales of one sign lie 16 octaves apart,
-    products far below the largest of an instruction are cut off: in a simulation that cuts all at
-    2^-14 of the largest, 2^-7.3 of the sum.
+    That is enough for 8e-8 where groups of MXFP4 are alike. Where scales of one sign lie 16 octaves
+    apart, products far below the largest of an instruction are cut off: in a simulation that cuts
+    all at 2^-14 of the largest, 2^-7.3 of the sum. E4M3 activations have two more bits and all
+    octaves at once: 2^-14.6 of Gaussian sums was measured, and twice as much of a sum is cut off.
     """
     error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
     bound = 2.0**-7 if kind == "octaves" else 2.0**-8
+    bound *= 2 if fmt is wush.FP8 else 1
     assert (error <= bound * (np.abs(left) @ np.abs(weight).T)).all()
     if kind == "gaussian":
-        assert np.linalg.norm(error) <= 2.0**-20 * np.linalg.norm(left @ weight.T)
+        most = 2.0**-13 if fmt is wush.FP8 else 2.0**-20
+        assert np.linalg.norm(error) <= most * np.linalg.norm(left @ weight.T)
 
 
-def left_of(kind, m, k):
+def left_of(kind, m, k, fmt=wush.MXFP4):
     """Quantized activations, and their values in float64.
 
     With octaves, groups of one sign lie up to 16 of them apart. The first Gaussian tokens are zero,
@@ -190,21 +209,22 @@ def left_of(kind, m, k):
     if kind == "gaussian" and m > 4:
         x = x.at[0].set(0).at[1, 512:].set(0).at[2, :512].multiply(1e-25)
         x = x.at[3, 512:].multiply(1e-25)
-    q = jax.jit(wush.quantize, static_argnums=1)(x, wush.MXFP4)
+    q = jax.jit(wush.quantize, static_argnums=1)(x, fmt)
     return q, exact(q)
 
 
 @pytest.mark.gpu
+@each_left
 @pytest.mark.parametrize("kind", ["gaussian", "outliers", "one sign", "octaves"])
 @pytest.mark.parametrize("m", [1, 13, 20, 40, 65, 200])
 @pytest.mark.parametrize(("k", "n"), [(14336, 256), (4096, 512), (640, 70), (96, 200)])
-def test_products_of_quantized_activations(m, k, n, kind):
-    q, left = left_of(kind, m, k)
+def test_products_of_quantized_activations(m, k, n, kind, fmt):
+    q, left = left_of(kind, m, k, fmt)
     like = {"outliers": "gaussian", "octaves": "one sign"}.get(kind, kind)
     laid, weight = weight_of(like, k, n, wush.MXFP4, "float8")
     y = run_matmul(q, laid)
     assert (y.shape, y.dtype) == ((m, n), jnp.float32)
-    check(y, left, weight, kind)
+    check(y, left, weight, kind, fmt)
     np.testing.assert_array_equal(run_matmul(q, laid), y)
 
 
@@ -220,12 +240,13 @@ def test_every_width_of_tiles(plan):
 
 
 @pytest.mark.gpu
+@each_left
 @pytest.mark.parametrize("m", [5, 40, 100])
-def test_what_is_not_finite_stays_in_its_row(m):
+def test_what_is_not_finite_stays_in_its_row(m, fmt):
     weight = values("gaussian", (70, 160), 1)
     x = values("gaussian", (m, 160), 2)
     for name, bad in (("weight", weight.at[3, 40].set(jnp.nan)), ("x", x.at[2, 7].set(jnp.inf))):
-        q = wush.quantize(bad if name == "x" else x, wush.MXFP4)
+        q = wush.quantize(bad if name == "x" else x, fmt)
         w = wush.quantize(bad if name == "weight" else weight, wush.MXFP4)
         nan = np.isnan(np.asarray(run_matmul(q, fragments.lay_out(w, "float8"))))
         wanted = np.zeros_like(nan)
@@ -256,9 +277,7 @@ WHOLE = [(4096, 6144, 32), (192, 70, 64), (1024, 200, 128), (64, 40, 32), (128, 
 def test_whole_layer(m, k, n, block):
     """Codes of the quantizer's kernel times the weights, exactly but for sums."""
     laid, weight = weight_of("gaussian", k, n, wush.MXFP4, "float8")
-    x = values("gaussian", (m, k), 2).astype(jnp.bfloat16)
-    t = values("gaussian", (k, block), 3).reshape(k // block, block, block) / block**0.5
-    t = t.astype(jnp.bfloat16)
+    x, t = transformed(m, k, block)
     options = {"fmt": wush.MXFP4, "implementation": "mosaic_gpu"}
     run = functools.partial(pallas_kernels.transform_quantize_matmul, **options)
     y = jax.jit(functools.partial(run, out_dtype=jnp.float32))(x, t, laid)
@@ -270,11 +289,37 @@ def test_whole_layer(m, k, n, block):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("k", "n", "block"), WHOLE)
+@pytest.mark.parametrize("m", [1, 16, 40, 65, 200])
+def test_whole_layer_with_fp8_activations(m, k, n, block):
+    """The definition's codes but for 1e-5 of them (and two), which are a step of 2^-3 apart."""
+    laid, weight = weight_of("gaussian", k, n, wush.MXFP4, "float8")
+    x, t = transformed(m, k, block)
+    run = functools.partial(
+        pallas_kernels.transform_quantize_matmul, fmt=wush.FP8, implementation="mosaic_gpu"
+    )
+    y = jax.jit(functools.partial(run, out_dtype=jnp.float32))(x, t, laid)
+    quantize = functools.partial(pallas_kernels.transform_quantize, fmt=wush.FP8)
+    codes = jax.jit(functools.partial(quantize, implementation="reference"))(x, t)
+    exactly = exact(wush.QuantizedArray(*codes, jnp.float32(1), wush.FP8)) @ weight.T
+    error = np.linalg.norm(y - exactly) / np.linalg.norm(exactly)
+    assert error <= (1e-5 + 2 / (m * k)) ** 0.5 / 8 + 2.0**-13
+    assert jax.jit(run)(x[None], t, laid).shape == (1, m, n)
+
+
+def transformed(m, k, block):
+    """Gaussian x (M, K) and random transforms, bfloat16."""
+    t = values("gaussian", (k, block), 3).reshape(k // block, block, block) / block**0.5
+    return values("gaussian", (m, k), 2).astype(jnp.bfloat16), t.astype(jnp.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("left", [None, wush.FP8], ids=["like the weight", "FP8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4], ids=["MXFP4", "NVFP4"])
 @pytest.mark.parametrize(("k", "n"), [(256, 192), (1024, 100), (64, 40)])
 @pytest.mark.parametrize("m", [16, 65, 500, 2100])
-def test_gated_layer(m, k, n, fmt, dtype):
+def test_gated_layer(m, k, n, fmt, dtype, left):
     """The expression of the two products in float32, to the hardware's exponential.
 
     And to the roundings of a 16-bit result, half a unit each: the second product's and the
@@ -284,7 +329,7 @@ def test_gated_layer(m, k, n, fmt, dtype):
     operand = "float8" if fmt is wush.MXFP4 else "bfloat16"
     pair = [weight_of(kind, k, n, fmt, operand)[0] for kind in ("gaussian", "outliers")]
     x = (values("gaussian", (m, k), 2) / k**0.5).astype(jnp.bfloat16)
-    options = {"fmt": fmt, "implementation": "mosaic_gpu"}
+    options = {"fmt": left or fmt, "implementation": "mosaic_gpu"}
     run = functools.partial(pallas_kernels.transform_quantize_matmul, x, None, **options)
     gated = jax.jit(lambda pair: run(pair, gated=True, out_dtype=dtype))
     y = gated(tuple(pair))
