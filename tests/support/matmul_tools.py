@@ -33,3 +33,9 @@ def exact(q):
     scale = np.asarray(q.format.load_scales(q.scales), np.float64)
     scale = np.repeat(scale, q.format.group_size, 1)[:, : q.shape[1]]
     return grid[np.asarray(q.format.unpack(q.codes))] * scale / np.float64(q.global_scale)
+
+
+def transformed(m, k, block):
+    """Gaussian x (M, K) and random transforms, bfloat16."""
+    t = values("gaussian", (k, block), 3).reshape(k // block, block, block) / block**0.5
+    return values("gaussian", (m, k), 2).astype(jnp.bfloat16), t.astype(jnp.bfloat16)
