@@ -38,7 +38,19 @@ def test_defaults_are_those_of_transformers(name):
         if key == "sliding_window" and not getattr(theirs, "use_sliding_window", True):
             value = None
         assert getattr(theirs, key) == value, key
-    assert theirs.rope_parameters["rope_theta"] == FAMILIES[name].theta
+    rope = theirs.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == FAMILIES[name].theta
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "gpt_oss"])
+def test_layers_take_turns_as_in_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(name, num_hidden_layers=13)
+    ours = LlamaConfig.from_dict(SIZES | {"model_type": name, "num_hidden_layers": 13})
+    types = ["full_attention" if ours.window(i) is None else "sliding_attention" for i in range(13)]
+    assert types == theirs.layer_types
+    local = theirs.rope_parameters.get("sliding_attention", {}).get("rope_theta")
+    assert ours.rope_local_base_freq == local
 
 
 def test_a_window_has_the_default_of_its_family():
@@ -121,6 +133,10 @@ OWN = {
     "yarn": {"rope_scaling": RopeScaling(4.0, None, None, 16, 32.0, 1.0, False, 1.2)},
     "linear": {"rope_scaling": RopeScaling(4.0)},
     "qwen3": {"qk_norm": True, "sliding_window": 3},
+    "experts of no family": {"num_experts": 4, "mlp_only_layers": (0,), "swiglu_limit": 2.0},
+    "mixtral": {"num_experts": 4, "norm_topk_prob": True, "moe_intermediate_size": 24},
+    "gemma of no family": {"offset_norms": True, "hidden_act": "gelu_pytorch_tanh"},
+    "sinks of no family": {"attention_sinks": True, "final_logit_softcapping": 3.0},
 }
 
 

@@ -30,6 +30,22 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LOCAL = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    },
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 24}
+OSS = {"head_dim": 16, "sliding_window": 6, "swiglu_limit": 1.5}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 FAMILIES = {
     "llama 2": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
@@ -43,6 +59,17 @@ FAMILIES = {
     "qwen 2, window": ("Qwen2", WINDOW),
     "qwen 3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
     "qwen 3, biased": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+    "llama, yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama, biased feed-forward": ("Llama", {"mlp_bias": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral, window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 6}),
+    "qwen 3 moe": ("Qwen3Moe", EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "qwen 3 moe, some dense": ("Qwen3Moe", EXPERTS | {"mlp_only_layers": [1]}),
+    "qwen 3 moe, every other": ("Qwen3Moe", EXPERTS | {"decoder_sparse_step": 2}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma 2": ("Gemma2", CAPS | {"head_dim": 16, "sliding_window": 5}),
+    "gemma 3": ("Gemma3Text", LOCAL | {"head_dim": 16, "sliding_window": 5}),
+    "gpt-oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2} | OSS),
 }
 TOKENS = np.random.default_rng(0).integers(61, size=(2, 24))
 
@@ -53,7 +80,7 @@ def pair(request, tmp_path_factory):
     kind, options = FAMILIES[request.param]
     config = getattr(transformers, f"{kind}Config")(**SIZES | options)
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    theirs = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.copy_(0.25 * torch.randn(parameter.shape) + ("norm" in name))

@@ -222,9 +222,11 @@ def test_config_reads_hugging_face_dictionaries():
     assert LlamaConfig.from_dict(sizes | {"model_type": "qwen3", "head_dim": 32}).qk_norm
     rope = {"rope_type": "default", "rope_theta": 5e5}
     assert LlamaConfig.from_dict(sizes | {"rope_parameters": rope}).rope_theta == 5e5
-    for name, value in (("model_type", "gemma"), ("hidden_act", "gelu"), ("mlp_bias", True)):
+    for name, value in (("model_type", "phi3"), ("hidden_act", "gelu")):
         with pytest.raises(NotImplementedError, match=name):
             LlamaConfig.from_dict(sizes | {name: value})
+    with pytest.raises(NotImplementedError, match="use_bidirectional_attention"):
+        LlamaConfig.from_dict(sizes | {"model_type": "gemma2", "use_bidirectional_attention": True})
     with pytest.raises(NotImplementedError, match="longrope"):
         LlamaConfig.from_dict(sizes | {"rope_scaling": {"rope_type": "longrope"}})
 

@@ -41,6 +41,7 @@ from wush_jax.checkpoints.quantization_config import LayerRecord, records_to_jso
 from wush_jax.layers.nnx import DENSE_TYPES, dense_layers
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
+from wush_jax.models.llama import scaled
 from wush_jax.models.placement import Placement
 from wush_jax.models.tokens import check_batches
 from wush_jax.solvers.recipe import Rules
@@ -213,7 +214,7 @@ class _Stream:
         inside = tuple(prefixes)
         rest = [item for item in planned.sites if not item.site.name.startswith(inside)]
         if rest:
-            ends = dataclasses.replace(self.tensors.config, num_hidden_layers=0)
+            ends = dataclasses.replace(self.tensors.config, num_hidden_layers=0, layer_types=None)
             kinds = {"dtype": self.model.dtype, "param_dtype": self.model.embed_tokens.param_dtype}
             stages.append(_Stage(len(stages), "", rest, abstract(ends, **kinds)))
         return stages
@@ -221,9 +222,8 @@ class _Stream:
     def _embed(self, tokens: np.ndarray) -> np.ndarray:
         """Look up token vectors in the file, as the model would."""
         vectors = self.tensors[EMBEDDING][tokens]
-        for dtype in (self.model.embed_tokens.param_dtype, self.model.dtype):
-            vectors = vectors.astype(dtype)
-        return vectors.astype(self.run.settings.hidden_dtype)
+        vectors = scaled(self.model.config, vectors.astype(self.model.embed_tokens.param_dtype))
+        return vectors.astype(self.model.dtype).astype(self.run.settings.hidden_dtype)
 
     def _quantize_stage(
         self, stage: _Stage, hidden: list[np.ndarray], done: int, *, advance: bool

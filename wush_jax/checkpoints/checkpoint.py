@@ -327,9 +327,10 @@ def _fill(model: nnx.Module, folder: TensorFolder, place: Place) -> None:
     """Read everything that is not quantized into a model."""
     filled = []
     for name, (path, variable, turned) in model_names.plain_variables(model).items():
-        shape = variable.shape[::-1] if turned else variable.shape
+        shape = variable.shape
+        shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
         value = folder.read(name, [variable.dtype], [shape])
-        filled.append((path, variable.replace(place(name, value.T if turned else value))))
+        filled.append((path, variable.replace(place(name, value.mT if turned else value))))
     nnx.update(model, nnx.from_flat_state(filled))
 
 

@@ -55,7 +55,7 @@ def plain_tensors(model: nnx.Module) -> dict[str, Any]:
         if not isinstance(value, (jax.Array, np.ndarray)):
             raise ValueError(f"{name} holds a {type(value).__name__}; only arrays can be saved")
         # On the host, where a transpose costs nothing.
-        tensors[name] = np.asarray(value).T if turned else value
+        tensors[name] = np.asarray(value).mT if turned else value
     return tensors
 
 

@@ -14,16 +14,17 @@ from wush_jax.layers.linear import gated_dot, quantized_dot
 from wush_jax.layers.nnx import QuantizedDense
 
 
-def call_together(layers: Sequence[nnx.Module], x: jax.Array) -> list[jax.Array]:
+def call_together(layers: Sequence[nnx.Module], x: jax.Array, *more: jax.Array) -> list[jax.Array]:
     """Return each layer's output for the same input.
 
-    Equal to ``[layer(x) for layer in layers]``. Quantized layers of one site, such as a decoder's
-    query, key and value, share the transform: x is transformed and quantized once, and where few
-    tokens make the product a matter of reading weights, one kernel reads all of them.
+    Equal to ``[layer(x, *more) for layer in layers]``. Quantized layers of one site, such as a
+    decoder's query, key and value, share the transform: x is transformed and quantized once, and
+    where few tokens make the product a matter of reading weights, one kernel reads all of them.
 
     Args:
       layers: modules that map an array to an array.
       x: as each of them takes it.
+      *more: further arguments of each, such as the group sizes of experts.
 
     >>> import jax.numpy as jnp
     >>> from wush_jax import Recipe, quantize_model
@@ -35,7 +36,7 @@ def call_together(layers: Sequence[nnx.Module], x: jax.Array) -> list[jax.Array]
     """
     inputs = [_reading(layer) for layer in layers]
     if len(layers) < 2 or inputs[0] is None or any(i != inputs[0] for i in inputs[1:]):
-        return [layer(x) for layer in layers]  # type: ignore[operator]
+        return [layer(x, *more) for layer in layers]  # type: ignore[operator]
     site = cast(Sequence[QuantizedDense], layers)
     first, packed = site[0], tuple(layer.packed for layer in site)
     products = quantized_dot(first.rows(x), packed, implementation=first.implementation)

@@ -3,9 +3,9 @@
 A cache holds the keys and values of what was read; every row has a length of its own.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 
 from wush_jax.layers.siblings import call_together
 from wush_jax.models.config import LlamaConfig
+from wush_jax.models.norms import norm
 from wush_jax.models.rope import apply_rope, rope_frequencies
 
 
@@ -32,35 +33,76 @@ class LayerCache:
     keys: jax.Array
     values: jax.Array
 
-    def padded(self, length: int) -> "LayerCache":
-        """Return the cache with room for ``length`` positions."""
-        room = [(0, 0), (0, 0), (0, length - self.keys.shape[2]), (0, 0)]
-        return LayerCache(jnp.pad(self.keys, room), jnp.pad(self.values, room))
+    def kept(self, lengths: jax.Array, size: int) -> "LayerCache":
+        """Return a cache of ``size`` positions that holds the last ones of rows (batch,) so long.
 
-    def write(self, key: jax.Array, value: jax.Array, positions: jax.Array) -> "LayerCache":
-        """Return the cache with (batch, kv heads, head_dim) at one position (batch,) a row."""
-        rows = jnp.arange(len(positions))
-        keys = self.keys.at[rows, :, positions].set(key)
-        return LayerCache(keys, self.values.at[rows, :, positions].set(value))
-
-    def attend(self, query: jax.Array, seen: jax.Array) -> jax.Array:
-        """Return softmax(query . keys / sqrt(head_dim)) . values, the softmax in float32.
-
-        Args:
-            query: (batch, heads, head_dim); heads that share keys lie side by side.
-            seen: (batch, length), which positions count.
-
-        Returns:
-            An array like ``query``.
+        Position p stands at p, or at p % size where there were more: see :func:`held`.
         """
-        batch, shared, _, head_dim = self.keys.shape
-        groups = query.reshape(batch, shared, -1, head_dim)
-        logits = jnp.einsum(
-            "bkgd,bkld->bkgl", groups, self.keys, preferred_element_type=jnp.float32
-        )
-        logits = jnp.where(seen[:, None, None], logits / math.sqrt(head_dim), -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.values.dtype)
-        return jnp.einsum("bkgl,bkld->bkgd", weights, self.values).reshape(query.shape)
+        length = self.keys.shape[2]
+        if length <= size:
+            room = [(0, 0), (0, 0), (0, size - length), (0, 0)]
+            return LayerCache(jnp.pad(self.keys, room), jnp.pad(self.values, room))
+        last = jnp.maximum(held(lengths - 1, size), 0)[:, None, :, None]
+        keys, values = (jnp.take_along_axis(x, last, axis=2) for x in (self.keys, self.values))
+        return LayerCache(keys, values)
+
+    def write(self, key: jax.Array, value: jax.Array, places: jax.Array) -> "LayerCache":
+        """Return the cache with (batch, kv heads, head_dim) at one place (batch,) a row."""
+        rows = jnp.arange(len(places))
+        keys = self.keys.at[rows, :, places].set(key)
+        return LayerCache(keys, self.values.at[rows, :, places].set(value))
+
+
+def held(last: jax.Array, size: int) -> jax.Array:
+    """Return which positions a rolling cache holds: (batch,) the last one to (batch, size).
+
+    Place s holds the latest position p with p % size = s; below 0 where there is none yet.
+
+    >>> held(jnp.array([5, 1]), 4).tolist()
+    [[4, 5, 2, 3], [0, 1, -2, -1]]
+    """
+    return last[:, None] - (last[:, None] - jnp.arange(size)) % size
+
+
+def attend(
+    query: jax.Array,
+    cache: LayerCache,
+    seen: jax.Array,
+    *,
+    scale: float,
+    cap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Return softmax(cap tanh(scale query . keys / cap)) . values, the softmax in float32.
+
+    Args:
+        query: (batch, length, heads, head_dim); heads that share keys lie side by side.
+        cache: of the keys and values.
+        seen: (batch or 1, length, positions), which positions count.
+        scale: of the products.
+        cap: bound of the logits; None bends nothing.
+        sinks: (heads,), a logit of each head that takes weight and gives no value.
+
+    Returns:
+        An array like ``query``.
+
+    Source: Gemma 2 (2024) for the cap; Xiao et al., Efficient Streaming Language Models with
+        Attention Sinks (2023), and gpt-oss for the sinks.
+    """
+    batch, shared, _, head_dim = cache.keys.shape
+    groups = query.reshape(batch, query.shape[1], shared, -1, head_dim)
+    logits = scale * jnp.einsum(
+        "blkgd,bksd->bkgls", groups, cache.keys, preferred_element_type=jnp.float32
+    )
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+    if sinks is not None:
+        extra = sinks.astype(jnp.float32).reshape(1, shared, -1, 1, 1)
+        extra = jnp.broadcast_to(extra, (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, extra], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., : seen.shape[-1]].astype(cache.values.dtype)
+    return jnp.einsum("bkgls,bksd->blkgd", weights, cache.values).reshape(query.shape)
 
 
 class Attention(nnx.Module):
@@ -68,6 +110,12 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs, dtype, param_dtype, implementation, window):
         self.config, self.implementation, self.window = config, implementation, window
+        bent = config.attn_logit_softcapping is not None or config.attention_sinks
+        if bent and implementation is not None:
+            raise ValueError(
+                f"attention_implementation = {implementation!r} knows no capped logits and no "
+                "sinks, which this config has; leave it out."
+            )
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         heads = config.num_attention_heads * config.head_dim
         shared = config.num_key_value_heads * config.head_dim
@@ -77,8 +125,10 @@ class Attention(nnx.Module):
         self.v_proj = nnx.Linear(hidden, shared, use_bias=bias, **kinds)
         self.o_proj = nnx.Linear(heads, hidden, use_bias=config.output_bias, **kinds)
         if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **kinds)
-            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **kinds)
+            self.q_norm = norm(config, config.head_dim, **kinds)
+            self.k_norm = norm(config, config.head_dim, **kinds)
+        if config.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.num_attention_heads, param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Let every position of ``x`` read itself and the positions before it."""
@@ -87,16 +137,26 @@ class Attention(nnx.Module):
     def prefill(self, x: jax.Array) -> tuple[jax.Array, LayerCache]:
         """Return what calling gives, and the keys and values of ``x``."""
         query, key, value = self._heads(x, jnp.arange(x.shape[1]))
-        mixed = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            local_window_size=None if self.window is None else (self.window - 1, 0),
-            implementation=self.implementation,
-        )
         cache = LayerCache(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        if self._options:
+            distance = jnp.arange(x.shape[1])[:, None] - jnp.arange(x.shape[1])
+            seen = (distance >= 0) & (distance < (self.window or x.shape[1]))
+            mixed = attend(query, cache, seen[None], scale=self._scale, **self._options)
+        else:
+            mixed = jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                scale=self._scale,
+                is_causal=True,
+                local_window_size=None if self.window is None else (self.window - 1, 0),
+                implementation=self.implementation,
+            )
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
+
+    def cache_size(self, positions: int) -> int:
+        """Return how many of so many positions have to be kept: no more than the window."""
+        return positions if self.window is None else min(self.window, positions)
 
     def decode(
         self, x: jax.Array, cache: LayerCache, positions: jax.Array
@@ -108,14 +168,25 @@ class Attention(nnx.Module):
             cache: of the positions before, with room for one more.
             positions: (batch,) int32, where each row goes on.
         """
-        query, key, value = (heads[:, 0] for heads in self._heads(x, positions[:, None]))
-        cache = cache.write(key, value, positions)
-        at = jnp.arange(cache.keys.shape[2])
-        seen = at <= positions[:, None]
-        if self.window is not None:
-            seen &= at > positions[:, None] - self.window
-        mixed = cache.attend(query, seen)
+        query, key, value = self._heads(x, positions[:, None])
+        size = cache.keys.shape[2]
+        # Without a window what has no room is lost, and overwrites nothing.
+        places = positions if self.window is None else positions % size
+        cache = cache.write(key[:, 0], value[:, 0], places)
+        seen = held(positions, size) >= 0
+        mixed = attend(query, cache, seen[:, None], scale=self._scale, **self._options)
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
+
+    @property
+    def _scale(self) -> float:
+        scalar = self.config.query_pre_attn_scalar
+        return (self.config.head_dim if scalar is None else scalar) ** -0.5
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What bends logits, beyond their scale; nothing for most families."""
+        cap, sinks = self.config.attn_logit_softcapping, self.config.attention_sinks
+        return ({} if cap is None else {"cap": cap}) | ({"sinks": self.sinks[...]} if sinks else {})
 
     def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return rotated queries, rotated keys and values: (batch, length, heads, head_dim)."""
@@ -124,8 +195,8 @@ class Attention(nnx.Module):
         query, key, value = (heads.reshape(split) for heads in projections)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        scaling = self.config.rope_scaling
-        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, scaling)
+        theta, scaling = self.config.rope(windowed=self.window is not None)
+        frequencies = rope_frequencies(self.config.head_dim, theta, scaling)
         factor = 1.0 if scaling is None else scaling.attention_factor
         query, key = (apply_rope(heads, positions, frequencies, factor) for heads in (query, key))
         return query, key, value

@@ -7,32 +7,13 @@ in a file and that transformers' class for the family ignores is ignored here, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
+from wush_jax.models import gemma, mixtures
+from wush_jax.models.family import FULL, SLIDING, Family, Fields, read_layer_types
 from wush_jax.models.rope import read_rope
 from wush_jax.models.typed_values import TypedValues
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-Fields = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one ``model_type`` is read.
-
-    Attributes:
-        defaults: of keys that a file may leave out, as in transformers' configuration class.
-        fields: what is the family's own, from its values; notes there what it lacks.
-        theta: ``rope_theta`` where the file has none.
-        written: keys that a file of this family needs to mean a `LlamaConfig`, from its fields.
-    """
-
-    defaults: Mapping[str, Any]
-    fields: Callable[[TypedValues], Fields]
-    theta: float = 10_000.0
-    written: Callable[[Any], Fields] = field(default=lambda config: {})
 
 
 def read_fields(given: Mapping[str, Any]) -> Fields:
@@ -72,10 +53,9 @@ def _model_type(given: Mapping[str, Any]) -> Any:
 
 def _llama(values: TypedValues) -> Fields:
     values.need("hidden_act", "silu", "swish")
-    values.need("mlp_bias", False)
     bias = values.flag("attention_bias")
     _need_layers(values, FULL)
-    return {"attention_bias": bias, "output_bias": bias}
+    return {"attention_bias": bias, "output_bias": bias, "mlp_bias": values.flag("mlp_bias")}
 
 
 def _mistral(values: TypedValues) -> Fields:
@@ -106,34 +86,26 @@ def _qwen3(values: TypedValues) -> Fields:
     return {"attention_bias": bias, "output_bias": bias, "qk_norm": True} | _qwen(values)
 
 
-def read_layer_types(values: TypedValues, *, windowed: bool) -> Fields:
-    """Return which layers see a window: as listed, or those from ``max_window_layers`` on."""
-    window = values.size("sliding_window", optional=True) if windowed else None
-    count = values.size("num_hidden_layers")
-    types = values.names("layer_types")
-    if types is None:
-        first = values.number("max_window_layers", zero=True)
-        types = tuple(FULL if i < first or window is None else SLIDING for i in range(count))
-    if len(types) != count or set(types) - {FULL, SLIDING}:
-        values.faults.append(
-            f"layer_types = {list(types)!r}"[:80]
-            + f", expected {count} of {FULL!r} and {SLIDING!r}"
-        )
-    if window is None and SLIDING in types:
-        values.faults.append("layer_types has windows, but sliding_window is null or not in use")
-    if SLIDING not in types:
-        return {}
-    return {"sliding_window": window, "layer_types": types}
-
-
 def _own(values: TypedValues) -> Fields:
     """Read what no family of transformers has: every field of `LlamaConfig` by its own name."""
-    names = ("attention_bias", "output_bias", "qk_norm")
-    windows = {
+    sizes = ("num_experts_per_tok", "decoder_sparse_step")
+    return {
+        **{name: values.flag(name) for name in FLAGS},
+        **{name: values.number(name, optional=True) for name in NUMBERS},
+        **{name: values.size(name) for name in sizes},
+        "num_experts": int(values.number("num_experts", zero=True)),
+        "moe_intermediate_size": values.size("moe_intermediate_size", optional=True),
+        "hidden_act": values.text("hidden_act"),
         "sliding_window": values.size("sliding_window", optional=True),
         "layer_types": values.names("layer_types"),
+        "mlp_only_layers": values.numbers("mlp_only_layers"),
     }
-    return {name: values.flag(name) for name in names} | windows
+
+
+def _write_own(config: Any) -> Fields:
+    names = (*FLAGS, *NUMBERS, *OTHERS)
+    values = {name: getattr(config, name) for name in names}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _write_qwen(config: Any) -> Fields:
@@ -157,6 +129,21 @@ SIZES = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+FLAGS = {
+    **dict.fromkeys(("attention_bias", "output_bias", "qk_norm", "mlp_bias"), False),
+    **dict.fromkeys(("attention_sinks", "offset_norms", "sandwich_norms"), False),
+    **dict.fromkeys(("scaled_embeddings", "norm_topk_prob"), False),
+}
+NUMBERS = {
+    **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar", "swiglu_limit"), None),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), None),
+    "swiglu_alpha": 1.702,
+}
+OTHERS = {
+    **{"num_experts": 0, "num_experts_per_tok": 2, "moe_intermediate_size": None},
+    **{"decoder_sparse_step": 1, "mlp_only_layers": None},
+    **{"hidden_act": "silu", "sliding_window": None, "layer_types": None},
+}
 LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -190,7 +177,11 @@ QWEN2: dict[str, Any] = {k: v for k, v in MISTRAL.items() if k != "head_dim"} | 
 }
 QWEN3 = QWEN2 | {"head_dim": 128, "attention_bias": False}
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(LLAMA, _llama, written=lambda c: {"attention_bias": c.attention_bias}),
+    "llama": Family(
+        LLAMA,
+        _llama,
+        written=lambda c: {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias},
+    ),
     "mistral": Family(MISTRAL, _mistral, written=lambda c: {"sliding_window": c.sliding_window}),
     "qwen2": Family(QWEN2, _qwen2, written=_write_qwen),
     "qwen3": Family(
@@ -198,15 +189,7 @@ FAMILIES: Mapping[str, Family] = {
         _qwen3,
         written=lambda c: {"attention_bias": c.attention_bias} | _write_qwen(c),
     ),
-    "wush_llama": Family(
-        LLAMA | {"output_bias": False, "qk_norm": False, "sliding_window": None},
-        _own,
-        written=lambda c: {
-            "attention_bias": c.attention_bias,
-            "output_bias": c.output_bias,
-            "qk_norm": c.qk_norm,
-            "sliding_window": c.sliding_window,
-            "layer_types": None if c.layer_types is None else list(c.layer_types),
-        },
-    ),
+    **gemma.FAMILIES,
+    **mixtures.FAMILIES,
+    "wush_llama": Family(LLAMA | FLAGS | NUMBERS | OTHERS, _own, written=_write_own),
 }

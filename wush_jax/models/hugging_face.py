@@ -12,6 +12,7 @@ from flax import nnx
 from wush_jax.models.config import LlamaConfig
 from wush_jax.models.llama import Llama
 from wush_jax.models.placement import Placement, place
+from wush_jax.models.stored_names import stored_experts
 from wush_jax.storage.json_file import CONFIG
 from wush_jax.storage.tensor_folder import TensorFolder
 
@@ -25,8 +26,10 @@ def tensor_name(path: tuple[Any, ...]) -> str:
     >>> tensor_name(("layers", 0, "mlp", "up_proj", "kernel"))
     'model.layers.0.mlp.up_proj.weight'
     """
-    *modules, _ = path  # kernel, scale and embedding are all called weight there
-    name = ".".join(map(str, [*modules, "bias" if path[-1] == "bias" else "weight"]))
+    *modules, last = path
+    # Kernel, scale and embedding are all called weight there.
+    last = "weight" if last in ("kernel", "scale", "embedding") else last
+    name = ".".join(map(str, [*modules, last]))
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
@@ -41,7 +44,7 @@ def to_tensors(model: Llama) -> dict[str, np.ndarray]:
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = np.asarray(variable[...])
-        value = value.T if path[-1] == "kernel" else value
+        value = value.mT if path[-1] == "kernel" else value
         tensors[tensor_name(path)] = np.ascontiguousarray(value)
     return tensors
 
@@ -49,9 +52,13 @@ def to_tensors(model: Llama) -> dict[str, np.ndarray]:
 def to_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
     """Return the shapes of :func:`to_tensors`; the model may be abstract."""
     return {
-        tensor_name(path): variable.shape[::-1] if path[-1] == "kernel" else variable.shape
+        tensor_name(path): _turned(variable.shape) if path[-1] == "kernel" else variable.shape
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def from_tensors(
@@ -122,7 +129,7 @@ def fill(
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         name = tensor_name((*inside, *path))
         value = np.asarray(tensors[name])
-        value = value.T if path[-1] == "kernel" else value
+        value = value.mT if path[-1] == "kernel" else value
         if value.shape != variable.shape:
             raise ValueError(
                 f"tensors[{name!r}] has shape {value.shape} where the config implies "
@@ -150,7 +157,8 @@ class FolderTensors(Mapping[str, np.ndarray]):
     """The weights in a Hugging Face model folder, by name; each is a view of its file.
 
     Names are those of :func:`tensor_name`, whatever stands before them in the files: nothing
-    (``AutoModel``), or the name of the language model in a larger one.
+    (``AutoModel``), or the name of the language model in a larger one. Experts are gathered to the
+    stacks that the decoder holds (`wush_jax.models.stored_names`).
 
     Args:
         folder: with ``config.json`` and safetensors files.
@@ -171,8 +179,18 @@ class FolderTensors(Mapping[str, np.ndarray]):
                 "give the folder of the original."
             )
         self.config = folder_config(self._folder)
-        stored = _stored_names(self._folder)
-        self._names = {n: at for n, at in stored.items() if not self._is_surplus(n)}
+        present, self._experts = _stored_names(self._folder), stored_experts(self.config)
+        self._names = {
+            name: tuple(present[n] for n in stored.names)
+            for name, stored in self._experts.items()
+            if present.keys() >= set(stored.names)
+        }
+        gathered = {n for names in self._names.values() for n in names}
+        self._names |= {
+            name: (stored,)
+            for name, stored in present.items()
+            if stored not in gathered and not self._is_surplus(name)
+        }
 
     def _is_surplus(self, name: str) -> bool:
         """Tell what some files repeat: a tied head, and the frequencies of old ones."""
@@ -180,8 +198,11 @@ class FolderTensors(Mapping[str, np.ndarray]):
         return tied or name.endswith(".rotary_emb.inv_freq")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        stored = self._names[name]
-        return self._folder.read(stored, FLOATS, [self._folder.entries[stored].shape])
+        tensors = [
+            self._folder.read(stored, FLOATS, [self._folder.entries[stored].shape])
+            for stored in self._names[name]
+        ]
+        return self._experts[name].gather(tensors) if name in self._experts else tensors[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -1,8 +1,8 @@
-"""One Flax NNX decoder for the Llama family: Llama 2 and 3, Mistral, Qwen 2 and Qwen 3.
+"""One Flax NNX decoder for all families of `wush_jax.models.families`.
 
-Modules carry the names that Hugging Face gives them. Layers that share an input are called with
-one and the same array (``q_proj``, ``k_proj`` and ``v_proj``; ``gate_proj`` and ``up_proj``), so
-that calibration can find the sites they share.
+Fields of the config switch its pieces. Modules carry the names that Hugging Face gives them. Layers
+that share an input are called with one and the same array (``q_proj``, ``k_proj`` and ``v_proj``;
+``gate_proj`` and ``up_proj``), so that calibration can find the sites they share.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wush_jax.layers.siblings import call_gated
 from wush_jax.models.attention import Attention, LayerCache
 from wush_jax.models.config import LlamaConfig
+from wush_jax.models.feed_forward import MLP, SparseMLP
+from wush_jax.models.norms import norm
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "lengths"], meta_fields=[])
@@ -32,30 +33,34 @@ class Cache:
     lengths: jax.Array
 
 
-class MLP(nnx.Module):
-    """Gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+def scaled(config: LlamaConfig, vectors: Any) -> Any:
+    """Return token vectors as the first layer gets them: of Gemma times sqrt(hidden_size).
 
-    def __init__(self, config: LlamaConfig, *, rngs, dtype, param_dtype):
-        kinds = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **kinds)
-        self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **kinds)
-        self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, **kinds)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map each position of ``x`` by itself."""
-        return self.down_proj(call_gated(self.gate_proj, self.up_proj, x))
+    Args:
+        config: of the model.
+        vectors: (..., hidden) of the embedding, jax or numpy; in its type, to which the factor is
+            rounded.
+    """
+    if not config.scaled_embeddings:
+        return vectors
+    return vectors * vectors.dtype.type(config.hidden_size**0.5)
 
 
 class DecoderLayer(nnx.Module):
     """One residual block of the decoder: (batch, length, hidden) to the same."""
 
-    def __init__(self, config: LlamaConfig, *, rngs, dtype, param_dtype, implementation, window):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = {"epsilon": config.rms_norm_eps, **kinds}
-        self.input_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
-        self.self_attn = Attention(config, implementation=implementation, window=window, **kinds)
-        self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
-        self.mlp = MLP(config, **kinds)
+    def __init__(self, config: LlamaConfig, number: int, *, implementation, **kinds):
+        hidden = config.hidden_size
+        self.sandwich = config.sandwich_norms
+        self.input_layernorm = norm(config, hidden, **kinds)
+        self.self_attn = Attention(
+            config, implementation=implementation, window=config.window(number), **kinds
+        )
+        self.post_attention_layernorm = norm(config, hidden, **kinds)
+        if self.sandwich:
+            self.pre_feedforward_layernorm = norm(config, hidden, **kinds)
+            self.post_feedforward_layernorm = norm(config, hidden, **kinds)
+        self.mlp = (SparseMLP if config.is_sparse(number) else MLP)(config, **kinds)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Add attention, then the feed-forward layer, to the residual stream."""
@@ -64,17 +69,23 @@ class DecoderLayer(nnx.Module):
     def prefill(self, hidden: jax.Array) -> tuple[jax.Array, LayerCache]:
         """Return what calling gives, and the layer's keys and values."""
         mixed, cache = self.self_attn.prefill(self.input_layernorm(hidden))
-        return self._feed_forward(hidden + mixed), cache
+        return self._rest(hidden, mixed), cache
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, positions: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         """Send one more position of every row through the layer; see :meth:`Attention.decode`."""
         mixed, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, positions)
-        return self._feed_forward(hidden + mixed), cache
+        return self._rest(hidden, mixed), cache
 
-    def _feed_forward(self, hidden: jax.Array) -> jax.Array:
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def _rest(self, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
+        """Add what attention has mixed, then the feed-forward layer."""
+        if not self.sandwich:
+            hidden = hidden + mixed
+            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = hidden + self.post_attention_layernorm(mixed)
+        fed = self.mlp(self.pre_feedforward_layernorm(hidden))
+        return hidden + self.post_feedforward_layernorm(fed)
 
 
 class Llama(nnx.Module):
@@ -116,30 +127,30 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List(
-            DecoderLayer(
-                config,
-                implementation=attention_implementation,
-                window=config.window(i),
-                **kinds,
-            )
+            DecoderLayer(config, i, implementation=attention_implementation, **kinds)
             for i in range(config.num_hidden_layers)
         )
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **kinds)
+        self.norm = norm(config, config.hidden_size, **kinds)
         if not config.tie_word_embeddings:
             kinds["use_bias"] = False
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, **kinds)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Look up token vectors: (batch, length) integers to (batch, length, hidden)."""
-        return self.embed_tokens(tokens).astype(self.dtype)
+        return scaled(self.config, self.embed_tokens(tokens)).astype(self.dtype)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Normalise and project: (batch, length, hidden) to float32 (batch, length, vocab)."""
         hidden = self.norm(hidden)
         if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden).astype(jnp.float32)
-        embedding = self.embed_tokens.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("blh,vh->blv", hidden, embedding, preferred_element_type=jnp.float32)
+            logits = self.lm_head(hidden).astype(jnp.float32)
+        else:
+            embedding = self.embed_tokens.embedding[...].astype(hidden.dtype)
+            logits = jnp.einsum(
+                "blh,vh->blv", hidden, embedding, preferred_element_type=jnp.float32
+            )
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """Return what `head` reads: (batch, length) integers to (batch, length, hidden)."""
@@ -168,7 +179,7 @@ class Llama(nnx.Module):
         hidden, layers = self.embed(tokens), []
         for layer in self.layers:
             hidden, cache = layer.prefill(hidden)
-            layers.append(cache.padded(max_length))
+            layers.append(cache.kept(lengths, layer.self_attn.cache_size(max_length)))
         # Rows end at places of their own; what pads them is to their right, where none looks.
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         return self.head(last)[:, 0], Cache(tuple(layers), lengths)

@@ -78,6 +78,16 @@ class TypedValues:
         found = self._take(name, good, "a list of names", (), True)
         return None if found is None else tuple(found)
 
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """Return a list of whole numbers, none of them negative; empty where there is none."""
+
+        def good(value: Any) -> bool:
+            return isinstance(value, (list, tuple)) and all(
+                type(x) is int and x >= 0 for x in value
+            )
+
+        return tuple(self._take(name, good, "a list of whole numbers", (), True) or ())
+
     def need(self, name: str, *allowed: Any) -> None:
         """Note it where a value that is there is none of those that we can compute."""
         value = self.given.get(name, self.defaults.get(name, allowed[0]))
