@@ -111,7 +111,7 @@ def main(options: Options) -> None:
         def step(name: str, draw: int = draw) -> None:
             print(f"{time.perf_counter() - start:6.0f} s  draw {draw}  {name}", flush=True)
 
-        study, _ = compare(model, settings(options.only), calibration, evaluation, step=step)
+        study = compare(model, settings(options.only), calibration, evaluation, step=step)
         studies.append(study)
         rows = [
             [

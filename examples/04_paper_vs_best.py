@@ -127,7 +127,12 @@ def main(options: Options) -> None:
             print(f"{seconds:6.0f} s  {name}  draw {draw}  {setting}", flush=True)
 
         for found in compare_draws(
-            model, settings(FORMATS[name], options), draws(), evaluation, step=step
+            model,
+            settings(FORMATS[name], options),
+            draws(),
+            evaluation,
+            step=step,
+            folder=options.out / name,
         ):
             found.to_json(options.out / f"{name}.json")
         found.plot(options.out / f"{name}.png")

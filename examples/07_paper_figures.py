@@ -28,7 +28,7 @@ from paper_tables import FORMATS, TRANSFORMS, show
 import wush_jax as wush
 from wush_jax import transforms
 from wush_jax.calibration.model import quantize_with
-from wush_jax.calibration.observe import capture_rows, collect_moments
+from wush_jax.calibration.observe import capture_rows
 from wush_jax.evaluation.study import grid
 from wush_jax.formats.elements import E4M3
 from wush_jax.layers.nnx import dense_layers
@@ -243,16 +243,16 @@ def layers(model: Any, options: Options) -> list[dict[str, Any]]:
     }
     dense, _ = dense_layers(model)
     sites = [item.site for item in next(iter(plans.values())).sites]
-    moments = collect_moments(model, calibration, dict.fromkeys(sites))
+    known = wush.calibrate(model, calibration, rows=0)
     site_of = {path: site for site in sites for path in site.layers}
     found = []
     for name, planned in plans.items():
         print(name, flush=True)
-        _, report = quantize_with(model, planned, moments, batch)
+        _, report = quantize_with(model, planned, known, batch)
         recipe = planned.sites[0].recipe
         for row in report.layers:
             fp, integer = predicted(
-                dense[row.path].weight, moments[site_of[row.path]].finalize(), recipe
+                dense[row.path].weight, known.of(site_of[row.path]).finalize(), recipe
             )
             found.append(
                 {"format": recipe.format.name, "transform": recipe.transform, "layer": row.path}

@@ -54,6 +54,7 @@ CASES = {
     # moments and transforms
     "second_moment": Case(lambda x: wush.second_moment(x, D), (X,), grad=True),
     "Moments": Case(lambda x: wush.Moments.init(K, D).update(x).finalize(), (X,), grad=True),
+    "Sample": Case(lambda x: wush.Sample.of(x).weights, (X,)),
     "wush_transform": Case(wush.wush_transform, (MOMENTS, OTHERS)),
     "predicted_gain": Case(wush.predicted_gain, (MOMENTS, OTHERS)),
     "predicted_loss": Case(
@@ -97,7 +98,9 @@ STATIC = {"Format", "Recipe", "FAST", "PAPER", "BEST", "BEST_WIDE"} | FORMATS
 RESULTS = {"QuantizedArray", "PackedWeight"}  # what the cases above take and return
 # Models and files; tested with them.
 HOST = {
+    "Calibration",
     "Sequential",
+    "calibrate",
     "choose_recipes",
     "kl_divergence",
     "load",

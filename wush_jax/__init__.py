@@ -1,6 +1,8 @@
 """Near-optimal adaptive transforms (WUSH) for 4-bit quantization in JAX: the public names."""
 
 from wush_jax.calibration.auto import choose_recipes as choose_recipes
+from wush_jax.calibration.calibration import Calibration as Calibration
+from wush_jax.calibration.calibration import calibrate as calibrate
 from wush_jax.calibration.model import quantize_model as quantize_model
 from wush_jax.calibration.planning import plan as plan
 from wush_jax.calibration.sequential import Sequential as Sequential
@@ -41,3 +43,4 @@ from wush_jax.transforms import wush_transform as wush_transform
 from wush_jax.transforms.linalg import hadamard_matrix as hadamard_matrix
 from wush_jax.transforms.moments import Moments as Moments
 from wush_jax.transforms.moments import second_moment as second_moment
+from wush_jax.transforms.sample import Sample as Sample

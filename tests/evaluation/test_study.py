@@ -30,7 +30,15 @@ def model():
 @pytest.fixture(scope="module")
 def result(model):
     steps = []
-    found, models = study.compare(model, SETTINGS, iter(CALIBRATION), EVALUATION, step=steps.append)
+    models = {}
+    found = study.compare(
+        model,
+        SETTINGS,
+        iter(CALIBRATION),
+        EVALUATION,
+        step=steps.append,
+        each=lambda outcome, made: models.update({outcome.name: made}),
+    )
     assert steps == ["calibrate", *SETTINGS]
     return found, models
 

@@ -84,7 +84,7 @@ def test_many_batches_under_scan_stay_accurate():
 def test_moments_are_a_pytree():
     state = wush.Moments.init(K, D).update(tokens(5, K))
     leaves, tree = jax.tree.flatten(state)
-    assert [leaf.shape for leaf in leaves] == [(K // D, D, D), ()]
+    assert [leaf.shape for leaf in leaves] == [(K // D, D, D), (), ()]
     assert jax.tree.unflatten(tree, leaves).block == D
     stacked = jax.vmap(lambda x: wush.Moments.init(K, D).update(x))(tokens(3, 5, K))
     assert stacked.mean.shape == (3, K // D, D, D)

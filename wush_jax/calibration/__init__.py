@@ -1,14 +1,17 @@
 """A whole model: observe its inputs, plan, quantize, report."""
 
 from wush_jax.calibration.auto import choose_recipes
+from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
 from wush_jax.calibration.observe import Site, collect_moments, find_sites
-from wush_jax.calibration.planning import ModelPlan, SitePlan, plan
+from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.sequential import Sequential, Stack
+from wush_jax.calibration.site_plan import SitePlan
 from wush_jax.calibration.streaming import quantize_folder
 
 __all__ = [
+    "Calibration",
     "LayerReport",
     "ModelPlan",
     "Report",
@@ -16,6 +19,7 @@ __all__ = [
     "Site",
     "SitePlan",
     "Stack",
+    "calibrate",
     "choose_recipes",
     "collect_moments",
     "find_sites",

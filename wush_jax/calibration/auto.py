@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from wush_jax.calibration.calibration import Calibration, observe
 from wush_jax.calibration.losses import layer_losses
-from wush_jax.calibration.observe import Call, Site, collect_moments, find_sites, plain_call
-from wush_jax.calibration.planning import SitePlan, site_cost
+from wush_jax.calibration.observe import Call, Site, plain_call
+from wush_jax.calibration.site_plan import SitePlan, site_cost, split_sites
 from wush_jax.calibration.steps import quantize_planned
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.solvers.presets import BEST
@@ -41,9 +42,10 @@ class Choice:
 
 def choose_recipes(
     model: nnx.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Calibration,
     rules: Rules = BEST,
     *,
+    held_out: Any = None,
     transforms: Sequence[str] = TRANSFORMS,
     blocks: Sequence[int] | None = None,
     budget: int | None = None,
@@ -52,16 +54,18 @@ def choose_recipes(
 ) -> tuple[list[tuple[str, Recipe]], list[Choice]]:
     """Choose transform and block size of every site by its loss on held-out inputs.
 
-    Every candidate is tried by rounding to nearest, on the moments of all batches but the last; the
-    losses are those of the last batch. The choice minimises the sum over layers of the relative
+    Every candidate is tried by rounding to nearest, on the moments of the batches; the losses are
+    those of a batch that is held out. The choice minimises the sum over layers of the relative
     losses among all choices whose transforms fit the budget, up to the steps of the sites' lower
     convex hulls.
 
     Args:
       model: an NNX module.
-      batches: at least two; the last is held out.
+      batches: of calibration, or a `Calibration`.
       rules: what the sites get apart from transform and block size; layers without a recipe stay
         as they are.
+      held_out: the batch for the losses. None is the last of the batches, which the moments then do
+        not see, and for a `Calibration` its first, which they have seen.
       transforms: candidates.
       blocks: candidates for d; None: the group size, doubled up to 128. Those that do not divide a
         site's K are left out there.
@@ -73,8 +77,9 @@ def choose_recipes(
       Rules for `wush_jax.quantize_model`, and the choice behind each.
 
     Raises:
-      ValueError: fewer than two batches, an unknown transform, a site that no candidate fits, a
-        budget that even the smallest transforms exceed.
+      ValueError: fewer than two batches and none held out, a calibration of another model or one
+        that keeps too little for the candidates, an unknown transform, a site that no candidate
+        fits, a budget that even the smallest transforms exceed.
 
     >>> import jax
     >>> layer = nnx.List([nnx.Linear(64, 32, rngs=nnx.Rngs(0))])
@@ -83,47 +88,50 @@ def choose_recipes(
     >>> rules[0][0], rules[0][1].transform
     ('0', 'identity')
     """
-    batches = list(batches)
-    if len(batches) < 2:
-        raise ValueError(f"batches holds {len(batches)}; pass at least two, the last is held out")
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     layers, _ = dense_layers(model, dense_types)
     book = RuleBook(rules)
-    parts = _parts(find_sites(model, batches[0], **options), book)
-    candidates = {
-        site: _candidates(site, recipe, transforms, blocks) for site, recipe in parts.items()
-    }
-    rows = max((p.sample_rows for plans in candidates.values() for p in plans), default=0)
-    moments = collect_moments(model, batches[:-1], dict.fromkeys(parts), rows=rows, **options)
-    table: dict[Site, list[Choice]] = {}
-    for site, plans in candidates.items():
-        table[site] = []
-        for item in plans:
-            packed = quantize_planned(item, layers, moments[site])
-            losses = layer_losses(model, batches[-1], [site], packed, **options)
-            loss = float(np.mean([x.relative for x in losses.values()]))
-            final = _final(parts[site], item.recipe)
-            nbytes = site_cost(SitePlan(site, final), layers).transform_bytes
-            table[site].append(Choice(site, final, loss, nbytes))
+
+    def candidates(sites: Sequence[Site]) -> list[SitePlan]:
+        parts = split_sites(sites, book)
+        return [trial for part in parts for trial in _candidates(part, transforms, blocks)]
+
+    calibration, held_out = _observed(model, batches, held_out, candidates, options)
+    trials = candidates(calibration.sites)
+    calibration.check(model, layers, trials)
+    recipes = {part.site: part.recipe for part in split_sites(calibration.sites, book)}
+    table: dict[Site, list[Choice]] = {site: [] for site in recipes}
+    for item in trials:
+        site = item.site
+        packed = quantize_planned(item, layers, calibration.of(site))
+        losses = layer_losses(model, held_out, [site], packed, **options)
+        loss = float(np.mean([x.relative for x in losses.values()]))
+        final = _final(recipes[site], item.recipe)
+        nbytes = site_cost(SitePlan(site, final), layers).transform_bytes
+        table[site].append(Choice(site, final, loss, nbytes))
     chosen = spend(table, budget)
     found = [(re.escape(path), c.recipe) for c in chosen for path in c.site.layers]
     return found, chosen
 
 
-def _parts(sites: Sequence[Site], book: RuleBook) -> dict[Site, Recipe]:
-    """The sites, split where their layers have different recipes."""
-    parts = {}
-    for site in sites:
-        recipes = {path: book.match(path) for path in site.layers}
-        for recipe in dict.fromkeys(recipes.values()):
-            if recipe is not None:
-                paths = tuple(path for path in site.layers if recipes[path] == recipe)
-                parts[Site(paths, site.size)] = recipe
-    return parts
+def _observed(model, batches, held_out, candidates, options) -> tuple[Calibration, Any]:
+    """What is known of the inputs, for all candidates, and the batch that is held out."""
+    if isinstance(batches, Calibration):
+        return batches, batches.first if held_out is None else held_out
+    batches = list(batches)
+    if held_out is None:
+        if len(batches) < 2:
+            raise ValueError(
+                f"batches holds {len(batches)}; pass at least two, the last is held out"
+            )
+        held_out = batches.pop()
+    found = observe(model, batches, lambda sites, layers, skipped: candidates(sites), **options)
+    return found, held_out
 
 
-def _candidates(site: Site, recipe: Recipe, transforms, blocks) -> list[SitePlan]:
+def _candidates(part: SitePlan, transforms, blocks) -> list[SitePlan]:
     """The recipes to try on a site, by rounding to nearest."""
+    site, recipe = part.site, part.recipe
     g = recipe.format.group_size
     if blocks is None:
         blocks = [g * 2**i for i in range(8) if g * 2**i <= max(g, LARGEST_BLOCK)]

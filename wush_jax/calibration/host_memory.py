@@ -51,12 +51,13 @@ def check_host_memory(
         )
 
 
-def check_device_memory(costs: Mapping[str, int], *, sequential: bool) -> None:
+def check_device_memory(costs: Mapping[str, int], *, sequential: bool, remedy: str = "") -> None:
     """Refuse a calibration whose moments or largest site cannot fit all local devices together.
 
     Args:
       costs: of the plan, `wush_jax.solvers.costs.total_costs`.
       sequential: whether only the moments of one layer are held at a time.
+      remedy: put before those that always help.
 
     Raises:
       ValueError: with what the plan needs and what there is.
@@ -67,8 +68,9 @@ def check_device_memory(costs: Mapping[str, int], *, sequential: bool) -> None:
         return
     raise ValueError(
         f"rules: the plan needs {site / 1e9:.1f} GB for its largest site and {moments / 1e9:.1f} "
-        f"GB for the moments of all, and {free / 1e9:.1f} GB are free; calibrate layer after layer "
-        "(sequential=wush_jax.Sequential()), use solver='rtn', or exclude layers by a rule"
+        f"GB for the moments of all, and {free / 1e9:.1f} GB are free; {remedy}calibrate layer "
+        "after layer (sequential=wush_jax.Sequential()), use solver='rtn', or exclude layers by a "
+        "rule"
     )
 
 

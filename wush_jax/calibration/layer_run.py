@@ -26,9 +26,10 @@ from wush_jax.calibration.observe import (
     collect_moments,
     plain_call,
 )
-from wush_jax.calibration.planning import ModelPlan, SitePlan, packed_like, site_cost
+from wush_jax.calibration.planning import ModelPlan, packed_like
 from wush_jax.calibration.report import LayerReport
 from wush_jax.calibration.resume import RunState
+from wush_jax.calibration.site_plan import SitePlan, site_cost
 from wush_jax.calibration.steps import measured_rows, quantize_planned, swap
 from wush_jax.layers.nnx import Dense, DenseTypes, dense_layers
 from wush_jax.solvers.costs import total_costs

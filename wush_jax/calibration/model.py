@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from flax import nnx
 
+from wush_jax.calibration.calibration import Calibration, observe, parts_of
 from wush_jax.calibration.host_memory import check_device_memory, within_memory
 from wush_jax.calibration.losses import layer_losses
-from wush_jax.calibration.observe import Call, Progress, Site, collect_moments, plain_call
+from wush_jax.calibration.observe import Call, Progress, plain_call
 from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential, quantize_sequentially
 from wush_jax.calibration.steps import finish, measured_rows, quantize_planned
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
-from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.recipe import Rules
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.transforms.moments import Moments
 
 
 def quantize_model(
     model: nnx.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Calibration,
     rules: Rules,
     *,
     call: Call = plain_call,
@@ -38,7 +36,7 @@ def quantize_model(
     Args:
       model: an NNX module.
       batches: calibration inputs, read once; not needed by recipes that look at no data, but
-        always used for the report.
+        always used for the report. Or a `Calibration` of this model, which spares the observing.
       rules: as for `plan`.
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
@@ -52,7 +50,8 @@ def quantize_model(
 
     Raises:
       ValueError: as `plan`; no batches; what is no token of a language model; non-finite weights
-        or activations, naming the layer; moments that cannot fit the devices' memory.
+        or activations, naming the layer; moments that cannot fit the devices' memory; a
+        calibration of another model, or one that keeps too little for these rules.
       MemoryError: it ran out on the way; with what was planned.
 
     >>> import jax
@@ -64,6 +63,11 @@ def quantize_model(
     ('QuantizedDense', '0')
     """
     if sequential is not None:
+        if isinstance(batches, Calibration):
+            raise ValueError(
+                "batches is a Calibration, of the original model; sequential= observes each layer "
+                "behind quantized ones: pass batches, or leave sequential out"
+            )
         return quantize_sequentially(
             model,
             batches,
@@ -74,59 +78,56 @@ def quantize_model(
             implementation=implementation,
             progress=progress,
         )
-    batches = iter(model_inputs(model, batches) if call is plain_call else batches)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError("batches is empty; pass at least one calibration batch")
-    planned = plan(model, rules, first, call=call, dense_types=dense_types)
-    check_device_memory(planned.report.details, sequential=False)
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
+    if isinstance(batches, Calibration):
+        found = batches
+    else:
+        found = observe(model, batches, parts_of(rules), progress=progress, **options)
+    planned = plan(model, rules, found, **options)
+    check_device_memory(planned.report.details, sequential=True)
     with within_memory(planned.report.details):
-        moments = collect_moments(
-            model,
-            itertools.chain([first], batches),
-            {item.site: item.moment_block for item in planned.sites},
-            rows=planned.sample_rows,
-            progress=progress,
-            **options,
-        )
-        options["implementation"] = implementation
-        return quantize_with(model, planned, moments, first, **options)
+        return quantize_with(model, planned, found, implementation=implementation, **options)
 
 
 def quantize_with(
     model: nnx.Module,
     planned: ModelPlan,
-    moments: Mapping[Site, Moments],
-    batch: Any,
+    calibration: Calibration,
+    batch: Any = None,
     *,
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
     implementation: str | None = None,
 ) -> tuple[nnx.Module, Report]:
-    """Quantize a planned model from moments that were collected before.
+    """Quantize a planned model from what was calibrated before.
 
     Args:
       model: the NNX module that was planned.
       planned: what `plan` returned.
-      moments: of every planned site; full moments serve every recipe.
-      batch: the batch on whose inputs the report's layer losses are measured.
+      calibration: of the model.
+      batch: the batch on whose inputs the report's layer losses are measured; None takes the
+        first that was calibrated on.
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
       implementation: of the quantized layers.
 
     Returns:
       As `quantize_model`.
+
+    Raises:
+      ValueError: as `quantize_model`.
     """
     layers, _ = dense_layers(model, dense_types)
+    calibration.check(model, layers, planned.sites)
     packed: dict[str, PackedWeight] = {}
     for item in planned.sites:
-        packed |= quantize_planned(item, layers, moments[item.site])
+        packed |= quantize_planned(item, layers, calibration.of(item.site))
     sites = [item.site for item in planned.sites]
+    batch = calibration.first if batch is None else batch
     losses = layer_losses(model, batch, sites, packed, call=call, dense_types=dense_types)
     rows = [
         row
         for item in planned.sites
-        for row in measured_rows(item, layers, moments[item.site], losses)
+        for row in measured_rows(item, layers, calibration.of(item.site), losses)
     ]
     return finish(model, layers, packed, implementation, rows, planned.report)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wush_jax.calibration.observe import (
-    Call,
-    Site,
-    collect_moments,
-    find_sites,
-    plain_call,
-)
+from wush_jax.calibration.calibration import Calibration, observe, parts_of
+from wush_jax.calibration.observe import Call, Site, find_sites, plain_call
 from wush_jax.calibration.report import LayerReport, Report
+from wush_jax.calibration.site_plan import SitePlan, planned_sites, site_cost
 from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Dense,
@@ -30,40 +24,13 @@ from wush_jax.layers.nnx import (
     dense_layers,
 )
 from wush_jax.solvers.batched import packed_shapes
-from wush_jax.solvers.costs import SiteCost, total_costs
+from wush_jax.solvers.costs import total_costs
 from wush_jax.solvers.recipe import Recipe, RuleBook, Rules
 from wush_jax.solvers.site import PackedWeight, quantize_site
 from wush_jax.solvers.site_transform import site_weight_moment
 from wush_jax.transforms import linalg, predicted_gain
 from wush_jax.transforms.moments import Moments
 from wush_jax.transforms.sample import Sample
-
-# Rows of a site's input that are kept for recipes that look at single tokens: enough for the error
-# moments of blocks of 128, and for eight gains to be told apart.
-SAMPLE_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """A site whose layers are quantized alike.
-
-    Attributes:
-      site: the layers and their K.
-      recipe: for all of them.
-    """
-
-    site: Site
-    recipe: Recipe
-
-    @property
-    def moment_block(self) -> int | None:
-        """Block size of the moments that calibration has to keep; None for the full matrix."""
-        return None if self.recipe.solver == "gptq" else self.recipe.block
-
-    @property
-    def sample_rows(self) -> int:
-        """Rows of the input that calibration has to keep."""
-        return SAMPLE_ROWS if self.recipe.needs_sample else 0
 
 
 @dataclass(frozen=True)
@@ -77,11 +44,6 @@ class ModelPlan:
 
     sites: Sequence[SitePlan]
     report: Report
-
-    @property
-    def sample_rows(self) -> int:
-        """The most rows that any site has to keep."""
-        return max(item.sample_rows for item in self.sites)
 
 
 def plan(
@@ -99,10 +61,11 @@ def plan(
       model: an NNX module.
       rules: a `Recipe`, or (pattern, Recipe or None) pairs; the first full match of a layer's
         dotted path wins.
-      batch: one batch (or its shapes) to trace which layers share an input; without it every
-        layer is a site of its own.
+      batch: one batch (or its shapes) to trace which layers share an input, or a `Calibration`,
+        which knows; without either every layer is a site of its own.
       measure: run the batch (twice, once timed) for every layer's predicted gain and the seconds a
-        calibration batch takes. Without it nothing is computed.
+        calibration batch takes; from a `Calibration`, the gains alone. Without it nothing is
+        computed.
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
 
@@ -112,7 +75,8 @@ def plan(
       time (`wush_jax.solvers.costs`) and, where measured, ``seconds_per_batch``.
 
     Raises:
-      ValueError: malformed rules, a recipe that does not fit a layer, nothing to quantize.
+      ValueError: malformed rules, a recipe that does not fit a layer, nothing to quantize; a
+        calibration of another model, or one that keeps too little to measure these rules.
 
     >>> layer = nnx.List([nnx.Linear(64, 32, rngs=nnx.Rngs(0))])
     >>> plan(layer, Recipe()).report.layers[0].bytes_after
@@ -120,69 +84,40 @@ def plan(
     """
     book = RuleBook(rules)
     layers, skipped = dense_layers(model, dense_types)
-    recipes = {path: book.match(path) for path in layers}
-    skipped |= {path: "no rule, or a rule with None" for path, r in recipes.items() if r is None}
-    if batch is None:
+    options: dict[str, Any] = {"call": call, "dense_types": dense_types}
+    calibration = batch if isinstance(batch, Calibration) else None
+    if calibration is not None:
+        sites = calibration.sites
+    elif batch is None:
         sites = tuple(Site((path,), la.contraction.shape[1]) for path, la in layers.items())
     else:
-        sites = find_sites(model, batch, call=call, dense_types=dense_types)
-        reached = set(itertools.chain.from_iterable(site.layers for site in sites))
-        skipped |= {path: "not reached by the call" for path in layers if path not in reached}
-    planned = []
-    for site in sites:
-        # Layers of one site may have different recipes: each recipe has its own transform.
-        for recipe in dict.fromkeys(recipes[path] for path in site.layers):
-            if recipe is not None:
-                chosen = tuple(path for path in site.layers if recipes[path] == recipe)
-                planned.append(SitePlan(Site(chosen, site.size), recipe.fitted(site.size)))
-    if not planned:
-        raise ValueError(f"rules quantize none of the {len(layers)} dense layers: {skipped}")
-    for item in planned:
-        _check_fits(item)
+        sites = find_sites(model, batch, **options)
+    planned, skipped = planned_sites(sites, book, layers, skipped)
+    if calibration is not None:
+        calibration.check(model, layers, planned if measure else ())
     rows = [row for item in planned for row in dry_rows(item, layers)]
     details: dict[str, Any] = dict(total_costs([site_cost(i, layers) for i in planned]))
     if measure:
-        if batch is None:
-            raise ValueError("measure=True needs a batch to run; pass one")
-        gains, details["seconds_per_batch"] = _measure(model, planned, batch, call, dense_types)
+        if calibration is None:
+            calibration, details["seconds_per_batch"] = _timed(model, batch, rules, options)
+        gains = {
+            path: site_gain(item, layers, calibration.of(item.site))
+            for item in planned
+            for path in item.site.layers
+        }
         rows = [replace(row, predicted_gain=gains[row.path]) for row in rows]
     return ModelPlan(planned, Report(rows, skipped, book.unused(layers), details))
 
 
-def site_cost(item: SitePlan, layers: Mapping[str, Dense]) -> SiteCost:
-    """Return what a planned site costs."""
-    return SiteCost(
-        item.recipe,
-        item.site.size,
-        tuple(math.prod(layers[path].contraction.shape) for path in item.site.layers),
-        math.prod(layers[item.site.name].contraction.batch),
-        item.sample_rows,
-    )
-
-
-def _measure(model, planned, batch, call, dense_types) -> tuple[dict[str, float | None], float]:
-    """Predicted gain by layer, and the seconds of a calibration batch once it is compiled."""
-    layers, _ = dense_layers(model, dense_types)
-    blocks = {item.site: item.moment_block for item in planned}
-    options: dict[str, Any] = {"call": call, "dense_types": dense_types}
-    jax.block_until_ready(collect_moments(model, [batch], blocks, **options))
+def _timed(model, batch, rules, options) -> tuple[Calibration, float]:
+    """Calibrate on one batch, and say how many seconds it takes once it is compiled."""
+    if batch is None:
+        raise ValueError("measure=True needs a batch to run; pass one")
+    jax.block_until_ready(observe(model, [batch], parts_of(rules), **options).moments)
     start = time.perf_counter()
-    moments = jax.block_until_ready(collect_moments(model, [batch], blocks, **options))
-    seconds = time.perf_counter() - start
-    gains = {
-        path: site_gain(item, layers, moments[item.site])
-        for item in planned
-        for path in item.site.layers
-    }
-    return gains, seconds
-
-
-def _check_fits(item: SitePlan) -> None:
-    if item.site.size % item.recipe.block:
-        raise ValueError(
-            f"layer {item.site.name}: K={item.site.size} is not a multiple of block_size="
-            f"{item.recipe.block}; choose another block_size or exclude the layer by a rule"
-        )
+    calibration = observe(model, [batch], parts_of(rules), **options)
+    jax.block_until_ready(calibration.moments)
+    return calibration, time.perf_counter() - start
 
 
 def packed_like(sites: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[str, PackedWeight]:

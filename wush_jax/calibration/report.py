@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from wush_jax.storage import write_json
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Report:
 
     def to_json(self, path: str | Path) -> None:
         """Write everything as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_json(path, dataclasses.asdict(self))
 
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the layers' relative losses, or of their bytes in a dry run."""

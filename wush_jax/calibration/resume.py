@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
@@ -159,8 +161,22 @@ def digest(arrays: Iterable[Any], sample: int = 4096) -> str:
         state.update(f"{array.shape}{array.dtype}".encode())
         flat = array.reshape(-1)
         step = max(1, flat.size // sample)
-        state.update(np.ascontiguousarray(np.asarray(flat[::step])).tobytes())
+        some = flat[::step]
+        if isinstance(some, jax.Array) and not some.is_fully_addressable:
+            some = multihost_utils.process_allgather(some, tiled=True)
+        state.update(np.ascontiguousarray(np.asarray(some)).tobytes())
     return state.hexdigest()[:16]
+
+
+def model_digest(model: nnx.Module) -> str | None:
+    """Return the `digest` of a model's weights; None for a model of shapes alone.
+
+    Random state, such as of dropout, is left out: it moves on with every call.
+    """
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return None
+    return digest(leaves)
 
 
 def _difference(old: Any, new: Any) -> str:
@@ -174,7 +190,9 @@ def _difference(old: Any, new: Any) -> str:
 def _checksum(leaves: Mapping[str, np.ndarray]) -> str:
     total = 0
     for name in sorted(leaves):
-        total = zlib.crc32(np.asarray(leaves[name], order="C").reshape(-1).view(np.uint8), total)
+        total = zlib.crc32(
+            np.asarray(leaves[name], order="C").reshape(-1).view(np.uint8).data, total
+        )
     return f"{total:08x}"
 
 

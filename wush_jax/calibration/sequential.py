@@ -23,7 +23,7 @@ from wush_jax.calibration.layer_run import Stack as Stack
 from wush_jax.calibration.observe import Call, Progress, plain_call
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import LayerReport, Report
-from wush_jax.calibration.resume import RunState, digest
+from wush_jax.calibration.resume import RunState, digest, model_digest
 from wush_jax.calibration.steps import finish, swap
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.models.tokens import model_inputs
@@ -125,9 +125,8 @@ def _open_state(model, batches, rules, settings: Sequential) -> Iterator[RunStat
     if settings.state_dir is None:
         yield None
         return
-    # The state of random streams, such as of dropout, moves on with every call.
     fingerprint = {
-        "model": digest(jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))),
+        "model": str(model_digest(model)),
         "batches": digest(jax.tree.leaves(batches)),
         "rules": repr(rules),
         "settings": f"{settings.granularity} {settings.hidden_dtype}",

@@ -9,9 +9,10 @@ import jax
 from flax import nnx
 
 from wush_jax.calibration.losses import LayerLoss
-from wush_jax.calibration.planning import SitePlan, dry_rows, site_gain
+from wush_jax.calibration.planning import dry_rows, site_gain
 from wush_jax.calibration.replicas import on_one_device
 from wush_jax.calibration.report import LayerReport, Report
+from wush_jax.calibration.site_plan import SitePlan
 from wush_jax.formats import elements
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import (

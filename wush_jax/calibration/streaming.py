@@ -31,9 +31,10 @@ from wush_jax.calibration.layer_run import (
     local_sites,
 )
 from wush_jax.calibration.observe import Progress
-from wush_jax.calibration.planning import ModelPlan, SitePlan, plan
+from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest
+from wush_jax.calibration.site_plan import SitePlan
 from wush_jax.calibration.steps import swap
 from wush_jax.checkpoints.checkpoint import native_extra
 from wush_jax.checkpoints.packed_layout import layer_tensors, record_of

@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from wush_jax import formats
 from wush_jax.checkpoints.checkpoint import save
 from wush_jax.commands.terminal import console, progress_bar
-from wush_jax.evaluation.study import compare, grid
+from wush_jax.evaluation.study import Outcome, compare, grid
 from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
 
 DEMO_TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
@@ -66,13 +67,18 @@ def demo(
             done = 0 if name == "calibrate" else list(settings).index(name) + 1
             bar.update(task, description=name, completed=done)
 
-        study, models = compare(model, settings, calibration, evaluation, step=step)
+        best: list[tuple[Outcome, nnx.Module]] = []
+
+        def keep(outcome: Outcome, quantized: nnx.Module) -> None:
+            best[:] = (min([*best, (outcome, quantized)], key=lambda pair: pair[0].kl),)
+
+        path = out / "report.json"
+        study = compare(model, settings, calibration, evaluation, step=step, each=keep, path=path)
         bar.update(task, description="done", completed=len(settings) + 1)
     terminal.print(study.table())
-    study.to_json(out / "report.json")
     study.plot(out / "plot.png")
-    best = min(study.outcomes, key=lambda outcome: outcome.kl)
-    save(out / "checkpoint", models[best.name])
-    terminal.print(f"best by KL: {best.name}; its checkpoint: {out / 'checkpoint'}")
+    ((outcome, quantized),) = best
+    save(out / "checkpoint", quantized)
+    terminal.print(f"best by KL: {outcome.name}; its checkpoint: {out / 'checkpoint'}")
     terminal.print(f"report.json and plot.png are in {out}; ", end="")
     terminal.print(f"{time.perf_counter() - start:.0f} s on {jax.devices()[0].device_kind}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from wush_jax.calibration.calibration import Calibration
 from wush_jax.evaluation.study import Study, compare
 from wush_jax.formats import Format
 from wush_jax.solvers.presets import BEST, PAPER
 from wush_jax.solvers.recipe import Recipe, Rules
+from wush_jax.storage import write_json
 
 
 def ablation(fmt: Format, best: Recipe = BEST) -> dict[str, Recipe]:
@@ -133,7 +134,7 @@ class Draws:
             "rows": [dataclasses.asdict(row) for row in self.rows()],
             "studies": [dataclasses.asdict(study) for study in self.studies],
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(path, content)
 
     def plot(self, path: str | Path) -> None:
         """Write a plot: KL of every setting, a dot a draw, and the ratio of the layer losses."""
@@ -192,11 +193,12 @@ class _Measured:
 def compare_draws(
     model: nnx.Module,
     settings: Mapping[str, Rules],
-    draws: Iterable[Iterable[Any]],
+    draws: Iterable[Iterable[Any] | Calibration],
     evaluation: Sequence[Any],
     *,
     base: str = "paper",
     step: Callable[[int, str], Any] | None = None,
+    folder: str | Path | None = None,
     **options: Any,
 ) -> Iterator[Draws]:
     """Run `wush_jax.evaluation.study.compare` on several draws of calibration batches.
@@ -204,10 +206,11 @@ def compare_draws(
     Args:
       model: an NNX language model, tokens (batch, length) to logits.
       settings: rules by name; all must quantize the same layers.
-      draws: for each draw its calibration batches.
+      draws: for each draw its calibration batches, or a `wush_jax.Calibration` on them.
       evaluation: token batches, the same for all.
       base: the setting to which ratios are taken.
       step: called with the draw and what is about to be done.
+      folder: where every draw's study is written after each setting, as ``draw-0.json`` and so on.
       **options: of `compare`.
 
     Yields:
@@ -218,6 +221,8 @@ def compare_draws(
     """
     if base not in settings:
         raise ValueError(f"base={base!r} is not among the settings {list(settings)}")
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     studies: list[Study] = []
     for index, calibration in enumerate(draws):
 
@@ -225,7 +230,8 @@ def compare_draws(
             if step is not None:
                 step(index, name)
 
-        study, _ = compare(model, settings, calibration, evaluation, step=report, **options)
+        path = None if folder is None else Path(folder) / f"draw-{index}.json"
+        study = compare(model, settings, calibration, evaluation, step=report, path=path, **options)
         studies.append(study)
         yield Draws(list(studies), base)
 

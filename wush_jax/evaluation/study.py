@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,15 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_with
-from wush_jax.calibration.observe import Call, collect_moments, find_sites, plain_call
+from wush_jax.calibration.observe import Call, plain_call
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import Report
 from wush_jax.evaluation.evaluate import Score, cross_entropy, score
-from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes
+from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.solvers.recipe import Recipe, Rules
+from wush_jax.storage import write_json
 
 Step = Callable[[str], Any]
 
@@ -82,8 +83,8 @@ class Study:
         return table
 
     def to_json(self, path: str | Path) -> None:
-        """Write everything, layers included, as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        """Write everything, layers included, as JSON; a file that is there is replaced whole."""
+        write_json(path, dataclasses.asdict(self))
 
     def plot(self, path: str | Path) -> None:
         """Write a bar chart: KL and layer loss of every setting, logarithmic."""
@@ -107,64 +108,69 @@ class Study:
 def compare(
     model: nnx.Module,
     settings: Mapping[str, Rules],
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | Calibration,
     evaluation: Sequence[Any],
     *,
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
     step: Step | None = None,
-) -> tuple[Study, dict[str, nnx.Module]]:
+    each: Callable[[Outcome, nnx.Module], Any] | None = None,
+    path: str | Path | None = None,
+) -> Study:
     """Quantize a model in every setting and measure each on the same text.
 
-    The moments are collected once, in full, and serve every setting.
+    The model is calibrated once, for all settings; one quantized model is there at a time.
 
     Args:
       model: an NNX language model, tokens (batch, length) to logits.
       settings: rules by name.
-      calibration: token batches for the moments.
+      calibration: token batches, or a `wush_jax.Calibration`.
       evaluation: token batches for KL and perplexity; the first also for the layer losses.
       call: how to run the model.
       dense_types: module types that are dense layers.
       step: called with what is about to be done; once for the reference, once per setting.
+      each: called with every outcome and its quantized model, which is then let go.
+      path: a JSON file that holds the study so far after each setting, as `Study.to_json` writes.
 
     Returns:
-      The `Study`, and the quantized models by name.
+      The `Study`.
 
     Raises:
-      ValueError: as `quantize_model`; no evaluation batch.
+      ValueError: as `quantize_model`; no evaluation batch, no settings.
     """
     step = step or (lambda name: None)
     if not len(evaluation):
         raise ValueError("evaluation is empty; pass at least one token batch")
+    if not settings:
+        raise ValueError("settings is empty; pass rules by name, such as those of grid")
     step("calibrate")
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
-    sites = find_sites(model, evaluation[0], **options)
-    planned = {
-        name: plan(model, rules, evaluation[0], **options) for name, rules in settings.items()
-    }
-    rows = max((p.sample_rows for p in planned.values()), default=0)
-    moments = collect_moments(model, calibration, dict.fromkeys(sites), rows=rows, **options)
+    if not isinstance(calibration, Calibration):
+        calibration = calibrate(model, calibration, *settings.values(), **options)
+    plans = {name: plan(model, rules, calibration, **options) for name, rules in settings.items()}
+    for planned in plans.values():  # before hours of work, not after
+        calibration.check(model, dense_layers(model, dense_types)[0], planned.sites)
     loss = cross_entropy(model, evaluation, call=call)
-    original = Score(loss, 0.0, loss)
-    outcomes, models = [], {}
-    for name in settings:
+    study = Study(Score(loss, 0.0, loss), [])
+    for name, planned in plans.items():
         step(name)
         start = time.perf_counter()
-        todo = planned[name]
-        chosen = {item.site: moments[_site_of(item.site, sites)] for item in todo.sites}
-        models[name], report = quantize_with(model, todo, chosen, evaluation[0], **options)
-        measured = score(models[name], evaluation, model, call=call)
-        seconds = time.perf_counter() - start
-        losses = [(r.relative_loss, r.typical_loss) for r in report.layers]
-        layer_loss, typical = np.mean(np.array(losses, float), axis=0).tolist()
-        kl, perplexity = measured.kl, measured.perplexity
-        outcomes.append(Outcome(name, layer_loss, typical, kl, perplexity, seconds, report))
-    return Study(original, outcomes), models
+        made, report = quantize_with(model, planned, calibration, evaluation[0], **options)
+        measured = score(made, evaluation, model, call=call)
+        outcome = _outcome(name, report, measured, time.perf_counter() - start)
+        study = dataclasses.replace(study, outcomes=[*study.outcomes, outcome])
+        if path is not None:
+            study.to_json(path)
+        if each is not None:
+            each(outcome, made)
+        del made  # before the next one is made
+    return study
 
 
-def _site_of(part, sites):
-    """The traced site that a planned one, perhaps only some of its layers, came from."""
-    return next(site for site in sites if part.name in site.layers)
+def _outcome(name: str, report: Report, measured: Score, seconds: float) -> Outcome:
+    losses = [(r.relative_loss, r.typical_loss) for r in report.layers]
+    layer_loss, typical = np.mean(np.array(losses, float), axis=0).tolist()
+    return Outcome(name, layer_loss, typical, measured.kl, measured.perplexity, seconds, report)
 
 
 def grid(

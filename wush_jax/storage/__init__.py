@@ -2,7 +2,7 @@
 
 from wush_jax.storage.folder_lock import sole_writer
 from wush_jax.storage.folder_writer import copy_companions, write_folder
-from wush_jax.storage.json_file import read_config, read_json
+from wush_jax.storage.json_file import read_config, read_json, write_json
 from wush_jax.storage.tensor_file import write_tensors
 from wush_jax.storage.tensor_folder import TensorFolder
 
@@ -13,5 +13,6 @@ __all__ = [
     "read_json",
     "sole_writer",
     "write_folder",
+    "write_json",
     "write_tensors",
 ]

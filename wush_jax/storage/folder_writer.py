@@ -40,7 +40,7 @@ def write_folder(
 
     Args:
       path: the folder; may exist if it is empty or holds nothing but an earlier checkpoint of the
-        same ``quant_method``, which is replaced.
+        same ``quant_method`` and ``kind``, which is replaced.
       tensors: by name; brought to the host one at a time.
       config: JSON content of ``config.json``.
       shard_bytes: the largest size of a file, unless one tensor alone is larger.
@@ -158,13 +158,15 @@ def check_replaceable(path: Path, config: Mapping[str, Any]) -> None:
     strangers = [name for name in names if not OWN_FILE.fullmatch(name)]
     if strangers:
         raise ValueError(f"path={str(path)!r} holds other files ({some(strangers)}); {remedy}")
-    if names and _method(read_json(path / CONFIG)) != _method(config):
+    if names and _kind(read_json(path / CONFIG)) != _kind(config):
         raise ValueError(f"path={str(path)!r} holds another kind of model; {remedy}")
 
 
-def _method(config: Mapping[str, Any]) -> Any:
+def _kind(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a folder holds: a model of some method, or something else that says so."""
     quantization = config.get("quantization_config")
-    return quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return config.get("kind"), method
 
 
 def _move_into_place(fresh: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""JSON files of a folder, read without trust: ``config.json`` and the like."""
+"""JSON files: read without trust, such as a folder's ``config.json``, and replaced whole."""
 
 from __future__ import annotations
 
@@ -69,3 +69,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         raise ValueError("a name occurs twice")
     return content
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write plain values as JSON: a reader, or a crash, never finds half of a file.
+
+    Raises:
+      OSError: the place is not writable; what was there is still there.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_json(Path(folder) / "x.json", {"a": 1})
+    ...     read_json(Path(folder) / "x.json")
+    {'a': 1}
+    """
+    path = Path(path)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)

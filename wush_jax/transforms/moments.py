@@ -59,6 +59,7 @@ class Moments:
     Attributes:
       mean: float32 (K, K) or (K/d, d, d).
       count: int32 scalar, tokens seen.
+      largest: float32 scalar, the largest magnitude of any value seen.
       sample: some of the rows themselves, or None.
 
     >>> m = Moments.init(4, block=2).update(jnp.ones((3, 4))).update(jnp.zeros((1, 4)))
@@ -68,6 +69,7 @@ class Moments:
 
     mean: jax.Array
     count: jax.Array
+    largest: jax.Array
     sample: Sample | None = None
 
     @classmethod
@@ -80,7 +82,8 @@ class Moments:
             raise ValueError(f"block={block} does not divide size={size}; choose a divisor")
         shape = (size, size) if block is None else (size // block, block, block)
         sample = Sample.init(size, rows) if rows else None
-        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32), sample)
+        zero = jnp.zeros((), jnp.float32)
+        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32), zero, sample)
 
     @property
     def block(self) -> int | None:
@@ -90,7 +93,9 @@ class Moments:
     def update(self, x: jax.Array) -> Moments:
         """Return the moments with the tokens of ``x`` (..., K) added."""
         rows = _rows(x)
-        batch = Moments(_gram(rows, self.block) / rows.shape[0], jnp.int32(rows.shape[0]))
+        largest = jnp.max(jnp.abs(rows)).astype(jnp.float32)
+        count = jnp.int32(rows.shape[0])
+        batch = Moments(_gram(rows, self.block) / rows.shape[0], count, largest)
         sample = None if self.sample is None else self.sample.update(rows)
         return replace(self.merge(batch), sample=sample)
 
@@ -103,7 +108,8 @@ class Moments:
         sample = self.sample
         if sample is not None and other.sample is not None:
             sample = sample.merge(other.sample)
-        return Moments(self.mean + (other.mean - self.mean) * share, count, sample)
+        largest = jnp.maximum(self.largest, other.largest)
+        return Moments(self.mean + (other.mean - self.mean) * share, count, largest, sample)
 
     def finalize(self) -> jax.Array:
         """Return the second moment.

@@ -1,0 +1,99 @@
+"""Which recipe each site gets, what that needs of calibration, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from wush_jax.calibration.observe import Site
+from wush_jax.layers.nnx import Dense
+from wush_jax.solvers.costs import SiteCost
+from wush_jax.solvers.recipe import Recipe, RuleBook
+
+# Rows of a site's input that are kept for recipes that look at single tokens: enough for the error
+# moments of blocks of 128, and for eight gains to be told apart.
+SAMPLE_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """A site whose layers are quantized alike.
+
+    Attributes:
+      site: the layers and their K.
+      recipe: for all of them.
+    """
+
+    site: Site
+    recipe: Recipe
+
+    @property
+    def moment_block(self) -> int | None:
+        """Block size of the moments that calibration has to keep; None for the full matrix."""
+        return None if self.recipe.solver == "gptq" else self.recipe.block
+
+    @property
+    def sample_rows(self) -> int:
+        """Rows of the input that calibration has to keep."""
+        return SAMPLE_ROWS if self.recipe.needs_sample else 0
+
+
+def split_sites(sites: Sequence[Site], book: RuleBook) -> list[SitePlan]:
+    """Return what rules quantize: a site whose layers have different recipes is several.
+
+    Each recipe has its own transform.
+    """
+    parts = []
+    for site in sites:
+        recipes = {path: book.match(path) for path in site.layers}
+        for recipe in dict.fromkeys(recipes.values()):
+            if recipe is not None:
+                paths = tuple(path for path in site.layers if recipes[path] == recipe)
+                parts.append(SitePlan(Site(paths, site.size), recipe))
+    return parts
+
+
+def planned_sites(
+    sites: Sequence[Site],
+    book: RuleBook,
+    layers: Mapping[str, Dense],
+    skipped: Mapping[str, str],
+) -> tuple[list[SitePlan], dict[str, str]]:
+    """Return what rules quantize, and the reason by path for every dense layer that they leave.
+
+    Args:
+      sites: those that the model's call reaches.
+      book: the rules.
+      layers: dense layers by path.
+      skipped: reasons by path for layers that cannot be quantized.
+
+    Raises:
+      ValueError: nothing is quantized, or a recipe does not fit a layer.
+    """
+    skipped = dict(skipped)
+    skipped |= {p: "no rule, or a rule with None" for p in layers if book.match(p) is None}
+    reached = {path for site in sites for path in site.layers}
+    skipped |= {path: "not reached by the call" for path in layers if path not in reached}
+    parts = split_sites(sites, book)
+    planned = [replace(part, recipe=part.recipe.fitted(part.site.size)) for part in parts]
+    if not planned:
+        raise ValueError(f"rules quantize none of the {len(layers)} dense layers: {skipped}")
+    for item in planned:
+        if item.site.size % item.recipe.block:
+            raise ValueError(
+                f"layer {item.site.name}: K={item.site.size} is not a multiple of block_size="
+                f"{item.recipe.block}; choose another block_size or exclude the layer by a rule"
+            )
+    return planned, skipped
+
+
+def site_cost(item: SitePlan, layers: Mapping[str, Dense]) -> SiteCost:
+    """Return what a planned site costs."""
+    return SiteCost(
+        item.recipe,
+        item.site.size,
+        tuple(math.prod(layers[path].contraction.shape) for path in item.site.layers),
+        math.prod(layers[item.site.name].contraction.batch),
+        item.sample_rows,
+    )
