@@ -1,9 +1,12 @@
+import functools
 import json
 
 import pytest
-from checkpoint_tools import change_config, llama, pair, refuse
+from checkpoint_tools import Pair, change_config, llama, model_arrays, pair, refuse
+from flax import nnx
 
 import wush_jax as wush
+from wush_jax.checkpoints.quantization_config import format_to_json
 
 pytestmark = pytest.mark.files
 
@@ -89,3 +92,84 @@ def test_config_beyond_the_decoder(tmp_path):
     file.write_text(file.read_text().replace('"model_type": "qwen2"', '"model_type": "mamba"'))
     with pytest.raises(NotImplementedError, match="mamba"):
         wush.load(tmp_path / "model")
+
+
+def leaves(value, path=()):
+    """The paths of all entries of a config that are no containers."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in items:
+        if isinstance(item, dict | list) and item:
+            yield from leaves(item, (*path, key))
+        else:
+            yield (*path, key)
+
+
+OTHERS = {
+    bool: lambda old: not old,
+    int: lambda old: old + 1,
+    float: lambda old: old * 2,
+    str: lambda old: {"FP8": "MXFP4", "NVINT4": "FP8", "e4m3": "e5m2"}.get(old, old[:-1]),
+    dict: lambda old: {"more": 1},
+    type(None): lambda old: 7.0,
+}
+MIXED = {
+    "mxfp4 a8": (wush.MXFP4, wush.FP8),
+    "nvint4 a4": (wush.NVINT4, "tuned"),
+    "nvfp4 a16": (wush.NVFP4, None),
+}
+
+
+@pytest.mark.parametrize("formats", MIXED.values(), ids=MIXED)
+def test_a_folder_with_one_entry_changed_is_refused(formats, tmp_path):
+    """Or computes the same, where the entry decides nothing. Each entry in turn, each once gone."""
+    model, folder = pair(*formats, block_size=32), tmp_path / "model"
+    wush.save(folder, model)
+    assert model_arrays(wush.load(folder, Pair(nnx.Rngs(0)))) == model_arrays(model)
+    file = folder / "config.json"
+    text = file.read_text()
+    paths = list(leaves(json.loads(text)["quantization_config"]))
+    assert len(paths) > 25
+    for path in paths:
+        for gone in (False, True):
+            config = json.loads(text)
+            *parents, last = path
+            entry = functools.reduce(lambda c, key: c[key], parents, config["quantization_config"])
+            old = entry.pop(last)
+            if not gone:
+                other = OTHERS[type(old)](old)
+                entry.insert(last, other) if isinstance(entry, list) else entry.update(
+                    {last: other}
+                )
+            file.write_text(json.dumps(config))
+            if (path, gone) == (("digest",), True):
+                assert model_arrays(wush.load(folder, Pair(nnx.Rngs(0)))) == model_arrays(model)
+                continue
+            with pytest.raises(ValueError, match="folder"):
+                wush.load(folder, Pair(nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("weight", "found", "other"),
+    [
+        (wush.MXFP4, wush.FP8, wush.MXFP4),  # A4 for A8
+        (wush.MXFP4, wush.MXFP4, wush.FP8),
+        (wush.NVINT4, wush.FP8, None),  # A16 for A8
+        (wush.NVINT4, None, wush.FP8),
+        (wush.NVFP4, wush.FP8, wush.MXFP8),  # A8 of other groups
+        (wush.MXFP4, wush.MXFP4, wush.MXFP4.replace(global_scale=3.5)),
+    ],
+    ids=lambda fmt: getattr(fmt, "name", "none"),
+)
+def test_no_reader_without_the_digest_takes_other_activations(weight, found, other, tmp_path):
+    """The small tensors say by themselves how inputs are rounded, where a rule is one number."""
+    folder = tmp_path / "model"
+    wush.save(folder, pair(weight, found, block_size=32))
+
+    def exchange(config):
+        stored = None if other is None else format_to_json(other)
+        config["formats"]["X"] = stored or config["formats"].popitem()[1]
+        for layer in config["layers"].values():
+            layer["input_format"] = None if other is None else "X"
+
+    change_config(exchange)(folder)
+    refuse(folder, "config says|surplus|missing|not among|tensors")

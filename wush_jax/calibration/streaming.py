@@ -38,7 +38,7 @@ from wush_jax.calibration.site_plan import SitePlan
 from wush_jax.calibration.steps import swap
 from wush_jax.checkpoints.checkpoint import native_extra
 from wush_jax.checkpoints.packed_layout import layer_tensors, record_of
-from wush_jax.checkpoints.quantization_config import LayerRecord, records_to_json
+from wush_jax.checkpoints.quantization_config import LayerRecord, records_to_json, sealed
 from wush_jax.layers.nnx import DENSE_TYPES, dense_layers
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
@@ -303,7 +303,7 @@ class _Stream:
             **records_to_json(self.records),
             **native_extra(self.model, metadata),
         }
-        return {**self.tensors.config.to_dict(), "quantization_config": quantization}
+        return {**self.tensors.config.to_dict(), "quantization_config": sealed(quantization)}
 
 
 def _head(model: Llama, hidden: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from wush_jax.checkpoints.quantization_config import LayerRecord, is_scale
 from wush_jax.formats import Format, QuantizedArray
 from wush_jax.formats.elements import E2M1, FloatElement
 from wush_jax.formats.format import SCALE_DTYPES
-from wush_jax.formats.scales import POW2_RULES
+from wush_jax.formats.scales import POW2_RULES, SIGNED_RULES
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.tensor_folder import TensorFolder
 
@@ -42,7 +42,7 @@ def activation_scale_scale(fmt: Format) -> float | None:
     ``scale = nearest(amax / (activation_global_scale * activation_scale_scale))`` with "nearest" in
     the type of the scales. For `absmax` that is the magnitude on which amax lands (6 for NVFP4).
     For powers of two it makes up for rules that do not round to nearest: 4 for MXFP4, since
-    ``2**floor(log2 a) = nearest(3/4 a)``.
+    ``2**floor(log2 a) = nearest(3/4 a)``. Signed rules: the scale's magnitude.
 
     Returns:
       None for rules whose scale is not a function of amax.
@@ -53,6 +53,8 @@ def activation_scale_scale(fmt: Format) -> float | None:
     """
     if fmt.rule in ("absmax", "four_over_six", "three_candidates"):
         return fmt.element.max
+    if fmt.rule in SIGNED_RULES:
+        return 2.0 ** (fmt.element.bits - 1)
     if fmt.rule not in POW2_RULES or fmt.global_scale is None:
         return None
     if not isinstance(fmt.element, FloatElement):
@@ -164,7 +166,7 @@ def read_packed(
     _check_constants(folder, name, record)
     weight = QuantizedArray(
         take(_codes_name(name, fmt), jnp.uint8, (*lead, k * fmt.element.bits // 8)),
-        take(f"{name}.scale_quant", SCALE_DTYPES[fmt.scale_dtype], (*lead, k // fmt.group_size)),
+        take(f"{name}.scale_quant", SCALE_DTYPES[fmt.scale_dtype], (*lead, fmt.groups(k))),
         place(f"{name}.weight_global_scale", np.asarray(record.global_scale, np.float32)),
         fmt,
     )

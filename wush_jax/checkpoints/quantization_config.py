@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +51,7 @@ class LayerRecord:
         if min(self.shape) < 1:
             raise ValueError(f"shape={self.shape} is empty")
         for fmt in (self.format, self.input_format):
-            if fmt is not None and (k % fmt.group_size or k * fmt.element.bits % 8):
+            if fmt is not None and (not fmt.holds(k) or k * fmt.element.bits % 8):
                 raise ValueError(f"groups of {fmt.group_size} ({fmt.name}) do not tile K={k}")
         if self.block is not None and (self.block < 1 or k % self.block):
             raise ValueError(f"block={self.block} does not divide K={k}")
@@ -84,6 +86,34 @@ def records_to_json(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
     return {"quant_method": METHOD, "layout": LAYOUT, "formats": formats, "layers": layers}
 
 
+def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``quantization_config`` with a digest of all its entries.
+
+    What tensors cannot say decides what a folder computes: with one entry changed, FP8 for MXFP8
+    activations or another group size, it would be another model without any sign of it.
+
+    >>> sealed({"layout": 1})
+    {'layout': 1, 'digest': '8954f737e150e913'}
+    """
+    return {**config, "digest": _digest(config)}
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    entries = {key: value for key, value in config.items() if key != "digest"}
+    as_read = json.loads(json.dumps(entries))  # keys are text there
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_seal(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where an entry is not what was written; files without a digest pass."""
+    if "digest" in config and config["digest"] != _digest(config):
+        raise ValueError(
+            f"the entries of quantization_config are not those that its digest {config['digest']!r}"
+            " is of: something changed them; fetch the folder again, or delete 'digest' to have "
+            "what they say now"
+        )
+
+
 def records_from_json(config: Mapping[str, Any]) -> dict[str, LayerRecord]:
     """Undo `records_to_json`, checking everything.
 
@@ -112,6 +142,7 @@ def records_from_json(config: Mapping[str, Any]) -> dict[str, LayerRecord]:
         first = records.get(record.site or name)
         if first is None or first.site != record.site or first.block != record.block:
             raise ValueError(f"layer {name!r}: site={record.site!r} is not the first of a site")
+    _check_seal(config)
     return records
 
 
@@ -145,6 +176,7 @@ def format_from_json(values: Mapping[str, Any]) -> Format:
         scale_dtype=_take(values, "scale_dtype", str),
         rule=_take(values, "rule", str),
         global_scale=scale if scale is None else float(scale),
+        short_last="short_last" in values and _take(values, "short_last", bool),
     )
 
 
@@ -157,7 +189,8 @@ def _element(value: str | Mapping[str, Any]) -> Element:
     bits = _take(value, "bits", int)
     if bits not in (4, 6, 8):
         raise ValueError(f"element has bits={bits}, expected 4, 6 or 8")
-    return IntElement(_take(value, "name", str), bits, _take(value, "midrise", bool))
+    full = "full" in value and _take(value, "full", bool)
+    return IntElement(_take(value, "name", str), bits, _take(value, "midrise", bool), full)
 
 
 def _record(values: Mapping[str, Any], formats: Mapping[str, Format]) -> LayerRecord:

@@ -20,6 +20,8 @@ from wush_jax.transforms.sample import Sample
 # Gains to try for a block: an octave in steps of 2**(1/8), 1 first so that it wins ties.
 # Power-of-two scales repeat after an octave.
 GAINS = tuple(2.0 ** (j / 8) for j in range(8))
+# Exponent bits of a grid on which nearly all values of a group are normal.
+MANY_OCTAVES = 4
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def modelled_noise(
     """Return the moment of e in original coordinates, modelled as independent of x.
 
     ``T_X^-1 (eps * mean over each group of diag(T_X M_X T_X^T)) T_X^-T`` with eps of
-    `relative_error`: a group shares its scale, so all its values get the same noise.
+    `relative_error`: a group shares its scale, so all its values get the same noise. On grids of
+    many octaves (E4M3, E5M2), whose steps follow each value, so does its noise: a group of one.
 
     Args:
       activation_blocks: M_X (K/d, d, d).
@@ -66,7 +69,8 @@ def modelled_noise(
     >>> jnp.allclose(noise[0], relative_error(MXFP4) * jnp.eye(32)).item()
     True
     """
-    d, g = transform.block_size, fmt.group_size
+    follows = getattr(fmt.element, "exponent_bits", 0) >= MANY_OCTAVES
+    d, g = transform.block_size, 1 if follows else fmt.group_size
     metric = scale_search.group_metric(activation_blocks, transform.activation, g)
     power = jnp.trace(metric, axis1=-2, axis2=-1) / g
     variance = relative_error(fmt) * jnp.repeat(power, g).reshape(-1, d)

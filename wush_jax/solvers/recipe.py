@@ -259,8 +259,9 @@ def tuned(fmt: Format) -> Format:
     """Return a format for activations: the same bits and the same cost, the least error known.
 
     MXFP4 by `pow2_div3`: the constant 3.5 instead of 3, which rounds the largest value of a group
-    to [3.5, 7) steps; a little clipping for a finer grid. NVFP4 by absmax: three candidate scales
-    a group. Other formats come back as they are. Measured on models in docs/quality.md.
+    to [3.5, 7) steps; a little clipping for a finer grid. NVFP4 by absmax, NVINT4: three candidate
+    scales a group. Other formats come back as they are; FP8 has nothing to choose, since its error
+    does not depend on a power of two. Measured on models in docs/quality.md.
 
     >>> tuned(MXFP4).global_scale
     3.5
@@ -269,6 +270,8 @@ def tuned(fmt: Format) -> Format:
         return fmt.replace(global_scale=3.5)
     if fmt.element == E2M1 and (fmt.rule, fmt.scale_dtype) == ("absmax", "e4m3"):
         return fmt.replace(rule="three_candidates")
+    if fmt.rule == "signed_absmax":
+        return fmt.replace(rule="signed_candidates")
     return fmt
 
 

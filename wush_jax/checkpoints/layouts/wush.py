@@ -21,6 +21,7 @@ from wush_jax.checkpoints.quantization_config import (
     LayerRecord,
     records_from_json,
     records_to_json,
+    sealed,
 )
 from wush_jax.formats import MXFP4, NVFP4
 from wush_jax.solvers.site import PackedWeight
@@ -135,7 +136,7 @@ def _write(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors: dict[str, Any] = {}
     for name, packed in content.layers.items():
         tensors |= layer_tensors(name, packed)
-    return tensors, {**records_to_json(content.records), **content.extra}
+    return tensors, sealed({**records_to_json(content.records), **content.extra})
 
 
 LAYOUT = Layout(NAME, _claims, _records, _read, _write)
