@@ -36,7 +36,13 @@ quick_gains = jax.jit(noise.best_gains, static_argnames="fmt")
 
 @pytest.mark.parametrize(
     ("fmt", "expected"),
-    [(wush.MXFP4, 0.0140), (wush.NVFP4, 0.0090), (wush.INT4, 0.0104)],
+    [
+        (wush.MXFP4, 0.0140),
+        (wush.NVFP4, 0.0090),
+        (wush.INT4, 0.0104),
+        (wush.NVINT4, 0.0060),
+        (wush.FP8, 0.00070),
+    ],
     ids=lambda v: getattr(v, "name", None),
 )
 def test_relative_error_is_that_of_gaussians(fmt, expected):
@@ -51,7 +57,7 @@ def test_relative_error_is_a_number_under_jit():
     assert jax.jit(lambda x: x * noise.relative_error(wush.MXFP6))(jnp.ones(())) < 1e-2
 
 
-@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.FP8], ids=lambda f: f.name)
 def test_the_model_agrees_with_measurement(fmt):
     """Where the transform whitens: all of the error's moment, in original coordinates."""
     rng = np.random.default_rng(3)

@@ -15,7 +15,7 @@ from wush_jax.transforms.sample import Sample
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.once]
 
-FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
+FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4, wush.NVINT4]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 
 
@@ -70,7 +70,8 @@ def test_fast_rounds_with_the_better_rules():
 def test_activations_know_their_format():
     assert tuned(wush.MXFP4) == wush.MXFP4.replace(global_scale=3.5)
     assert tuned(wush.NVFP4) == wush.NVFP4.replace(rule="three_candidates")
-    for fmt in (wush.INT4, wush.MXFP8, wush.MXFP4.replace(rule="ceil", global_scale=1.0)):
+    assert tuned(wush.NVINT4) == wush.NVINT4.replace(rule="signed_candidates")
+    for fmt in (wush.INT4, wush.MXFP8, wush.FP8, wush.MXFP4.replace(rule="ceil", global_scale=1.0)):
         assert tuned(fmt) is fmt
     with pytest.raises(ValueError, match="activation_format='best' is unknown; choose one of same"):
         wush.Recipe(activation_format="best")

@@ -28,6 +28,10 @@ def test_defaults_follow_the_format():
     assert wush.Recipe(activation_format=None).input_format is None
     mixed = wush.Recipe(activation_format=wush.MXFP8)
     assert (mixed.format, mixed.input_format) == (wush.MXFP4, wush.MXFP8)
+    # A group of FP8 spans blocks of any size.
+    eight = wush.BEST.replace(format=wush.NVINT4, activation_format=wush.FP8)
+    assert (eight.block, eight.input_format) == (16, wush.FP8)
+    assert eight.replace(block_size="widest").fitted(576).block == 64
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,7 @@ def test_defaults_follow_the_format():
         ({"damping": -1.0}, "damping=-1.0 must be finite and non-negative; try 1e-2"),
         ({"damping": float("nan")}, "damping=nan must be finite"),
         ({"format": "mxfp4"}, "format='mxfp4' is not a Format; use wush_jax.MXFP4"),
+        ({"format": wush.FP8}, "format=FP8 is for activations, activation_format=FP8; for weights"),
         ({"format": None}, "format=None is not a Format; exclude a layer with a rule (path, None)"),
     ],
 )
