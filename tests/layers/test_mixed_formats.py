@@ -75,8 +75,7 @@ def test_rounding_under_transformations(fmt):
     x = jnp.asarray(INPUTS)
     run = jax.jit(lambda v: wush.fake_quantize(v, fmt))
     whole = np.asarray(run(x))
-    np.testing.assert_array_equal(wush.fake_quantize(x, fmt), whole)
-    np.testing.assert_array_equal(jax.vmap(lambda v: wush.fake_quantize(v, fmt))(x), whole)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(run))(x), whole)
     np.testing.assert_array_equal(run(x[2:3]), whole[2:3])
     _, pull = jax.vjp(run, x)
     np.testing.assert_array_equal(pull(x)[0], x)
@@ -139,7 +138,8 @@ def test_eight_bits_lie_between_four_and_none(input_error):
 
 
 @pytest.mark.once
-def test_the_best_recipe_takes_fp8_and_nvint4():
-    """Measured 0.5: NVINT4 leaves 0.43 of MXFP4's squared error."""
-    best = wush.BEST.replace(activation_format=wush.FP8, refit=1, descent=1)
-    assert loss(best.replace(format=wush.NVINT4)) < 0.7 * loss(best)
+@pytest.mark.parametrize("preset", ["FAST", pytest.param("BEST", marks=pytest.mark.slow)])
+def test_nvint4_with_fp8_is_half_as_far(preset):
+    """Of Gaussian values NVINT4 leaves 0.43 of MXFP4's squared error."""
+    recipe = getattr(wush, preset).replace(activation_format=wush.FP8, block_size=32)
+    assert loss(recipe.replace(format=wush.NVINT4)) < 0.65 * loss(recipe)
