@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
-import optax
 import tyro
 from flax import nnx
 
 import wush_jax as wush
+from wush_jax.layers.distill import distill
 from wush_jax.layers.finetune import pack, unpack
 from wush_jax.layers.nnx import QuantizedDense, replace_modules
 from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
@@ -64,19 +63,6 @@ def with_adapters(model: nnx.Module, rank: int) -> nnx.Module:
     return replace_modules(model, adapt)
 
 
-def divergence(student: nnx.Module, teacher: nnx.Module, tokens: jax.Array) -> jax.Array:
-    """Mean KL divergence of the student's next-byte probabilities from the teacher's."""
-    p, q = (jax.nn.log_softmax(model(tokens)) for model in (teacher, student))
-    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
-
-
-@nnx.jit
-def train_step(student, optimizer, teacher, tokens):
-    loss, gradient = nnx.value_and_grad(divergence)(student, teacher, tokens)
-    optimizer.update(student, gradient)
-    return loss
-
-
 def main(options: Options) -> None:
     """Quantize, measure, train, measure again."""
     teacher = load_demo_model()
@@ -103,16 +89,11 @@ def main(options: Options) -> None:
         student = with_adapters(student, options.rank)
     trained = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(student, nnx.Param)))
     print(f"training {trained:,} parameters")
-    schedule = optax.cosine_decay_schedule(options.rate, options.steps)
-    optimizer = nnx.Optimizer(student, optax.adamw(schedule, weight_decay=0.0), wrt=nnx.Param)
     start = time.monotonic()
-    text = token_batches(stdlib_text("train"), **size, limit=options.steps, seed=1)
-    for step, tokens in enumerate(text, start=1):
-        loss = train_step(student, optimizer, teacher, tokens)
-        if step == 1 or step % 50 == 0:
-            print(
-                f"step {step}: KL {float(loss):.4f}, {time.monotonic() - start:.0f} s", flush=True
-            )
+    text = list(token_batches(stdlib_text("train"), **size, limit=options.steps, seed=1))
+    losses = distill(student, teacher, text, rate=options.rate)
+    seconds = time.monotonic() - start
+    print(f"KL of the first batch {losses[0]:.4f}, of the last {losses[-1]:.4f}, {seconds:.0f} s")
     student = pack(student)
     report("fine-tuned")
 

@@ -87,7 +87,7 @@ def test_every_folder_is_a_floor_with_a_door():
     folders = {p.name for p in (ROOT / "wush_jax").iterdir() if (p / "__init__.py").exists()}
     assert folders == set(FLOORS)
     files = {p.name for p in (ROOT / "wush_jax").glob("*.py")}
-    assert files == {"__init__.py", "cli.py"}
+    assert files == {"__init__.py", "__main__.py", "cli.py"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

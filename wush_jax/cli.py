@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 import tomllib
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 
 from wush_jax.commands.demo import demo
@@ -35,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
       130 when interrupted. Anything else is a mistake of ours, and a traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"wush {importlib.metadata.version('wush-jax')}, jax {jax.__version__}")
+        return 0
     app = tyro.extras.SubcommandApp()
     for command in COMMANDS:
         app.command(command)

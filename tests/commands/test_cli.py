@@ -1,8 +1,10 @@
 """The command and its demonstration: what it writes, and how it refuses."""
 
 import gc
+import importlib.metadata
 import json
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -147,3 +149,13 @@ def test_bad_config_files(text, message, tmp_path, capsys):
         file.write_text(text)
     assert cli.main(["demo", "--config", str(file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_it_says_its_version_and_runs_as_a_module(capsys):
+    assert cli.main(["--version"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"wush {importlib.metadata.version('wush-jax')}, jax 0.")
+    found = subprocess.run(
+        [sys.executable, "-m", "wush_jax", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == said

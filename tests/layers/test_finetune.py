@@ -122,9 +122,3 @@ def test_adapters_beside_quantized_layers(example):
     np.testing.assert_allclose(run(student, x), expected, atol=1e-5 * np.abs(expected).max())
     losses = train(student, block, x)
     assert losses[-1] < 0.9 * losses[0]
-
-
-def test_divergence_of_the_example(example):
-    logits = jnp.log(jnp.float32([[0.5, 0.5]])), jnp.log(jnp.float32([[0.75, 0.25]]))
-    found = example.divergence(lambda _: logits[1], lambda _: logits[0], None)
-    assert float(found) == pytest.approx(0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25))

@@ -1,5 +1,6 @@
 """Quantized layers: the linear map, its Flax modules, and what dense layers look like."""
 
+from wush_jax.layers.distill import distill, recover
 from wush_jax.layers.finetune import pack, unpack
 from wush_jax.layers.kernel_layout import pack_for_kernels, unpack_from_kernels
 from wush_jax.layers.linear import gated_dot, layer_loss, quantized_dot
@@ -24,11 +25,13 @@ __all__ = [
     "call_gated",
     "call_together",
     "dense_layers",
+    "distill",
     "gated_dot",
     "layer_loss",
     "pack",
     "pack_for_kernels",
     "quantized_dot",
+    "recover",
     "unpack",
     "unpack_from_kernels",
 ]
