@@ -90,7 +90,7 @@ class ChatTemplate:
             from jinja2 import TemplateError
         except ImportError as error:
             raise ValueError(
-                "a chat template needs jinja2: pip install 'wush-jax[hf]', or give the text as it "
+                "a chat template needs jinja2: pip install 'wush-jax[hub]', or give the text as it "
                 "is"
             ) from error
         values = {"tools": None, "documents": None, **self.tokens, **variables}

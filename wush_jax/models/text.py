@@ -183,7 +183,7 @@ def _read_inner(file: Path) -> Any:
         from tokenizers import Tokenizer as Inner
     except ImportError as error:
         raise ValueError(
-            f"{file} needs the tokenizers package: pip install 'wush-jax[hf]', or give tokens "
+            f"{file} needs the tokenizers package: pip install 'wush-jax[hub]', or give tokens "
             "in place of text"
         ) from error
     read_json(file)  # refuses what is no JSON, and links out of the folder
