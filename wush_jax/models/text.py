@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wush_jax.models.chat import ChatTemplate
-from wush_jax.storage.json_file import read_config, read_json
+from wush_jax.storage.json_file import check_inside, read_config, read_json
 
 TOKENIZER, SETTINGS, GENERATION = (
     "tokenizer.json",
@@ -27,6 +27,7 @@ class Tokenizer:
       inner: a tokenizer of the ``tokenizers`` package; None takes bytes as tokens.
       stop_tokens: those that end a text.
       bos: the token that begins a text, where the folder names one.
+      eos: the token that ends a text by the tokenizer itself; `stop_tokens` may be others.
       front: what goes before every text in place of the tokenizer's own rule; None keeps that.
       chat: how a conversation is written, where the folder says so.
 
@@ -37,6 +38,7 @@ class Tokenizer:
     inner: Any = None
     stop_tokens: tuple[int, ...] = ()
     bos: int | None = None
+    eos: int | None = None
     front: tuple[int, ...] | None = None
     chat: ChatTemplate | None = None
 
@@ -68,12 +70,15 @@ class Tokenizer:
         names = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
         ids = {name: inner.token_to_id(text) for name, text in names.items() if text is not None}
         _apply_settings(inner, settings, names, ids)
-        # The tokenizer's own token goes first, as in transformers; generation's decides on ends.
-        bos = ids["bos_token"] if ids.get("bos_token") is not None else plain.bos
-        stops = plain.stop_tokens
-        if not stops and ids.get("eos_token") is not None:
-            stops = (ids["eos_token"],)
-        return cls(inner, stops, bos, chat=ChatTemplate.read(folder, settings))
+        eos = ids.get("eos_token")
+        return cls(
+            inner,
+            plain.stop_tokens or (() if eos is None else (eos,)),
+            # A folder with settings that name none has none: its texts never begin with one.
+            ids.get("bos_token") if settings else plain.bos,
+            eos,
+            chat=ChatTemplate.read(folder, settings),
+        )
 
     @classmethod
     def of_config(cls, folder: Path, config: Mapping[str, Any]) -> Tokenizer:
@@ -186,7 +191,7 @@ def _read_inner(file: Path) -> Any:
             f"{file} needs the tokenizers package: pip install 'wush-jax[hub]', or give tokens "
             "in place of text"
         ) from error
-    read_json(file)  # refuses what is no JSON, and links out of the folder
+    check_inside(file)
     try:
         inner = Inner.from_file(str(file))
     except Exception as error:  # the package raises nothing more special
