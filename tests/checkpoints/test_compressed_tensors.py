@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_tools import llama_of
-from layout_tools import DERIVED, ROUND_175, model
+from flax import nnx
+from layout_tools import DERIVED, ROUND_175, model, wide_layer
 
 import wush_jax as wush
 from wush_jax.checkpoints import interchange
+from wush_jax.checkpoints.layouts.compressed_tensors import FP8_128
 from wush_jax.formats import NVFP4
 
 torch = pytest.importorskip("torch")
@@ -21,6 +23,7 @@ with warnings.catch_warnings():
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.quantization.lifecycle import forward
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
     from compressed_tensors.quantization.utils import helpers
     from compressed_tensors.transform import TransformConfig, TransformFactory
     from safetensors.torch import load_file
@@ -101,6 +104,29 @@ def test_weights_and_inputs_are_what_we_mean(case, tmp_path):
     # Values next to a boundary of two codes fall either way: a few in a thousand.
     close = np.isclose(theirs, ours, rtol=2**-7, atol=1e-6)
     assert close.mean() > 0.995
+
+
+def test_their_scheme_for_fp8_activations(tmp_path):
+    """MXFP4xFP8: their own preset, and the activations that it rounds to."""
+    source = wide_layer(FP8_128)
+    interchange.export(tmp_path / "model", nnx.List([source]), "mxfp4-pack-quantized")
+    layer = Layer(tmp_path / "model", "0")
+    preset = preset_name_to_scheme("MXFP4xFP8", ["Linear"])
+    for ours, theirs in (
+        (layer.scheme.weights, preset.weights),
+        (layer.scheme.input_activations, preset.input_activations),
+    ):
+        for key in ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic"):
+            assert getattr(ours, key) == getattr(theirs, key)
+        assert ours.scale_dtype == theirs.scale_dtype
+    np.testing.assert_array_equal(
+        layer.weight().float().numpy(), wush.dequantize(source.packed.weight)
+    )
+    x = np.random.default_rng(3).standard_normal((40, 256)).astype("f4")
+    found = layer.rounded(torch.tensor(x)).numpy()
+    wanted = np.asarray(wush.fake_quantize(x, FP8_128))
+    # Values next to a boundary of two codes fall either way, since the scale is a quotient.
+    assert np.isclose(found, wanted, rtol=1e-6, atol=0).mean() > 0.999
 
 
 @pytest.mark.parametrize(

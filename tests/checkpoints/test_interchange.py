@@ -12,13 +12,14 @@ import pytest
 from checkpoint_tools import llama_of, open_file, write_file
 from checkpoint_tools import pair as native_pair
 from flax import nnx
-from layout_tools import DERIVED, ROUND_175, effective, model, shapes, transform
+from layout_tools import DERIVED, ROUND_175, effective, model, shapes, transform, wide_layer
 from rich.console import Console
 
 import wush_jax as wush
 from wush_jax.checkpoints import interchange
 from wush_jax.checkpoints.checkpoint import written
 from wush_jax.checkpoints.layouts import LAYOUTS
+from wush_jax.checkpoints.layouts.compressed_tensors import FP8_128
 from wush_jax.checkpoints.layouts.layout import Content
 from wush_jax.checkpoints.packed_layout import record_of
 from wush_jax.formats import INT4, MXFP4, NVFP4
@@ -90,6 +91,58 @@ def test_exports_mean_the_same_weights(case, tmp_path):
     np.testing.assert_array_equal(loaded.up.bias[...], source.up.bias[...])
     if source.up.transform is not None:
         assert loaded.up.transform is loaded.gate.transform
+
+
+def one_wide():
+    return nnx.eval_shape(lambda: nnx.List([nnx.Linear(256, 8, use_bias=False, rngs=nnx.Rngs(0))]))
+
+
+def test_fp8_activations_of_another_layout(tmp_path):
+    source = wide_layer(FP8_128)
+    interchange.export(tmp_path / "out", nnx.List([source]), "mxfp4-pack-quantized")
+    loaded = wush.load(tmp_path / "out", one_wide(), implementation="reference")
+    assert loaded[0].input_format == FP8_128
+    for name in ("codes", "scales"):
+        found, wanted = (getattr(m.packed.weight, name) for m in (loaded[0], source))
+        assert found.tobytes() == wanted.tobytes()
+    file = tmp_path / "out" / "config.json"
+    text = file.read_text()
+    for key, value in (
+        ("group_size", 64),
+        ("strategy", "token"),
+        ("num_bits", 6),
+        ("type", "int"),
+        ("dynamic", False),
+        ("scale_dtype", "torch.uint8"),
+    ):
+        config = json.loads(text)
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["input_activations"][key] = value
+        file.write_text(json.dumps(config))
+        with pytest.raises(NotImplementedError, match=r"input_activations=.*none of .*FP8_128"):
+            wush.load(tmp_path / "out", one_wide())
+
+
+@pytest.mark.parametrize(
+    ("fmt", "inputs", "layout", "match"),
+    [
+        (ROUND_175, wush.FP8, "mxfp4-pack-quantized", "activation formats .*groups of 128"),
+        (NVFP4, wush.FP8, "nvfp4-pack-quantized", "activation formats .*groups of 16"),
+        (MXFP4, wush.FP8, "fp_quant", "activation formats"),
+        (wush.NVINT4, "same", "nvfp4-pack-quantized", "weight formats .*has NVINT4"),
+        (wush.NVINT4, "same", "mxfp4-pack-quantized", "weight formats .*has NVINT4"),
+        (wush.NVINT4, "same", "fp_quant", "NVINT4"),
+    ],
+)
+def test_what_other_layouts_cannot_hold_is_refused(fmt, inputs, layout, match, tmp_path):
+    source = nnx.List([wide_layer(inputs, fmt)])
+    with pytest.raises(ValueError, match=match):
+        interchange.export(tmp_path / "out", source, layout)
+    assert not (tmp_path / "out").exists()
+    wush.save(tmp_path / "native", source)
+    loaded = wush.load(tmp_path / "native", one_wide(), implementation="reference")
+    assert loaded[0].packed.weight.format == fmt
+    assert loaded[0].input_format == source[0].input_format
 
 
 def test_through_every_layout(tmp_path):

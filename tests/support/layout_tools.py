@@ -12,7 +12,7 @@ from flax import nnx
 import wush_jax as wush
 from wush_jax.calibration.steps import swap
 from wush_jax.formats import MXFP4, NVFP4
-from wush_jax.layers.nnx import dense_layers
+from wush_jax.layers.nnx import QuantizedDense, dense_layers
 
 ROUND_175 = MXFP4.replace(rule="round_175", global_scale=1.0)
 DERIVED = NVFP4.replace(global_scale=None)
@@ -58,6 +58,14 @@ def model(fmt, kind="blocks", d=32, dtype="bfloat16", inputs="same"):
             scale = None if inputs is None else jnp.float32(1.7)
             packed[path] = replace(layer, weight=weight, input_global_scale=scale)
     return swap(Pair(nnx.Rngs(0)), layers, packed)
+
+
+@functools.cache
+def wide_layer(inputs, fmt=ROUND_175):
+    """A layer of 256 inputs without a transform: two groups of 128."""
+    dense = dense_layers(nnx.Linear(256, 8, use_bias=False, rngs=nnx.Rngs(0)))[0][""]
+    recipe = wush.Recipe(fmt, inputs, transform="identity", block_size=128)
+    return QuantizedDense(dense, random_packed((8, 256), recipe, None, seed=4))
 
 
 # The readers: from the description of a layout to the weight in original coordinates.

@@ -6,7 +6,7 @@ Of a layer with N outputs and K inputs:
 - NVFP4: ``weight_scale`` E4M3 (N, K/16), ``weight_global_scale`` and ``input_global_scale`` F32
   (1,), which divide;
 - MXFP4: ``weight_scale`` U8 (N, K/32), the exponent + 127, or + 125 in files of versions before
-  0.14 (9 January 2026). No global scale.
+  0.14 (9 January 2026). No global scale. Activations as the weights, or E4M3 (`FP8_128`).
 
 Transforms are not in the files. Names of known ones are in ``transform_config``
 (`wush_jax.checkpoints.layouts.hadamard_config`): the identity and one Hadamard matrix for all
@@ -27,7 +27,7 @@ from wush_jax.checkpoints.layouts import layout as shared
 from wush_jax.checkpoints.layouts.layout import Content, Layout
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
-from wush_jax.formats import MXFP4, NVFP4, Format
+from wush_jax.formats import FP8, MXFP4, NVFP4, Format
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.tensor_folder import TensorFolder
 
@@ -36,6 +36,14 @@ NV, MX = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 FORMATS = {
     NV: NVFP4.replace(global_scale=None),
     MX: MXFP4.replace(name="MXFP4_ROUND_175", rule="round_175", global_scale=1.0),
+}
+# Activations of its scheme MXFP4xFP8: a float32 scale, amax / 448, for a token and 128 columns.
+FP8_128 = FP8.replace(
+    name="FP8_128", group_size=128, scale_dtype="float32", rule="absmax", short_last=False
+)
+INPUTS: dict[str, tuple[Format | None, ...]] = {
+    NV: (FORMATS[NV], None),
+    MX: (FP8_128, FORMATS[MX], None),
 }
 STORED = {NV: jnp.float8_e4m3fn, MX: np.uint8}
 # Files of this version and later hold exponent + 127.
@@ -50,7 +58,7 @@ def _claims(folder: TensorFolder, name: str) -> bool:
 
 def _records(folder: TensorFolder, layout: str) -> dict[str, LayerRecord]:
     config = shared.quantization_config(folder)
-    fmt, quantized_inputs = FORMATS[layout], _has_inputs(folder)
+    fmt, inputs = FORMATS[layout], _input_format(folder, layout)
     try:
         block = hadamard.block_from(config.get("transform_config"))
     except ValueError as error:
@@ -64,14 +72,14 @@ def _records(folder: TensorFolder, layout: str) -> dict[str, LayerRecord]:
             sites[name] = bytes(d)
         scales = {"weight_global_scale": 1.0, "input_global_scale": None}
         for key in scales if layout == NV else ():
-            if key == "weight_global_scale" or quantized_inputs:
+            if key == "weight_global_scale" or inputs is not None:
                 scales[key] = float(shared.read_scalar(folder, f"{name}.{key}"))
             else:
                 folder.skip(f"{name}.{key}")
         records[name] = LayerRecord(
             shape=shape,
             format=fmt,
-            input_format=fmt if quantized_inputs else None,
+            input_format=inputs,
             block=d,
             site=None,
             global_scale=scales["weight_global_scale"],
@@ -80,8 +88,8 @@ def _records(folder: TensorFolder, layout: str) -> dict[str, LayerRecord]:
     return shared.with_sites(records, sites)
 
 
-def _has_inputs(folder: TensorFolder) -> bool:
-    """Tell whether activations are quantized, from the one group of layers in the config."""
+def _input_format(folder: TensorFolder, layout: str) -> Format | None:
+    """Return the format of activations, from the one group of layers in the config."""
     groups = shared.quantization_config(folder).get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
     if not groups or not all(isinstance(group, dict) for group in groups):
@@ -90,10 +98,24 @@ def _has_inputs(folder: TensorFolder) -> bool:
     if any(i != inputs[0] for i in inputs):
         raise NotImplementedError(f"{folder.path}: groups of layers with different inputs")
     if inputs[0] is None:
-        return False
-    if not isinstance(inputs[0], dict) or inputs[0].get("num_bits") != 4:
-        raise NotImplementedError(f"{folder.path}: input_activations={inputs[0]!r} are not FP4")
-    return True
+        return None
+    found = inputs[0] if isinstance(inputs[0], dict) else {}
+    for fmt in INPUTS[layout]:
+        if fmt is not None and _means(found, _arguments(fmt, True)):
+            return fmt
+    raise NotImplementedError(
+        f"{folder.path}: input_activations={inputs[0]!r} of {layout!r} are none of "
+        f"{', '.join(fmt.name for fmt in INPUTS[layout] if fmt is not None)}"
+    )
+
+
+def _means(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether arguments say what wanted ones say; of FP4 they may leave out all but the bits."""
+    if wanted["num_bits"] == 4:
+        keys = ("type", "strategy", "group_size", "symmetric")
+        found = {**{key: wanted[key] for key in keys}, **found}
+        return all(found.get(key) == wanted[key] for key in ("num_bits", *keys))
+    return all(found.get(key) == value for key, value in wanted.items())
 
 
 def exponent_bias(version: Any) -> int:
@@ -153,10 +175,10 @@ def _write(content: Content, layout: str) -> tuple[dict[str, Any], dict[str, Any
     for name, packed in content.layers.items():
         record = content.records[name]
         shared.check_format(name, record.format, [fmt], "weight", layout)
-        shared.check_format(name, record.input_format, [fmt, None], "activation", layout)
+        shared.check_format(name, record.input_format, INPUTS[layout], "activation", layout)
         block, ratio = hadamard.block_of(name, packed.transform, layout)
         blocks.append(block)
-        formats.append(record.input_format is not None)
+        formats.append(record.input_format)
         weight = packed.interchange
         tensors[f"{name}.weight_packed"] = weight.codes
         if layout == MX:
@@ -169,10 +191,10 @@ def _write(content: Content, layout: str) -> tuple[dict[str, Any], dict[str, Any
             if value is not None:
                 tensors[f"{name}.{key}_global_scale"] = np.reshape(np.float32(value), 1)
     _check_fused(scales)
-    quantized_inputs = shared.only("kind of activations", formats, layout)
+    inputs = shared.only("kind of activations", formats, layout)
     ignored = content.unquantized
     transform = hadamard.to_json(shared.only("transform", blocks, layout), ignored)
-    return tensors, _config(layout, quantized_inputs, ignored, transform)
+    return tensors, _config(layout, inputs, ignored, transform)
 
 
 def _global_scales(name: str, record: LayerRecord, ratio: float) -> tuple[Any, Any]:
@@ -223,24 +245,27 @@ def _check_fused(scales: dict[str, tuple]) -> None:
 
 def _arguments(fmt: Format, dynamic: bool | str) -> dict[str, Any]:
     nv = fmt.scale_dtype == "e4m3"
+    stored = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
     return {
-        "num_bits": 4,
+        "num_bits": fmt.element.bits,
         "type": "float",
         "strategy": "tensor_group" if nv else "group",
         "group_size": fmt.group_size,
         "symmetric": True,
         "dynamic": dynamic,
-        "scale_dtype": "torch.float8_e4m3fn" if nv else "torch.uint8",
+        "scale_dtype": stored.get(fmt.scale_dtype),
     }
 
 
-def _config(layout: str, inputs: bool, ignored: list[str], transform: dict) -> dict[str, Any]:
+def _config(
+    layout: str, inputs: Format | None, ignored: list[str], transform: dict
+) -> dict[str, Any]:
     fmt = FORMATS[layout]
     dynamic = "local" if layout == NV else True
     group = {
         "targets": ["Linear"],
         "weights": _arguments(fmt, False),
-        "input_activations": _arguments(fmt, dynamic) if inputs else None,
+        "input_activations": None if inputs is None else _arguments(inputs, dynamic),
         "output_activations": None,
         "format": layout,
     }
