@@ -22,7 +22,7 @@ from wush_jax.calibration.observe import (
     Progress,
     Site,
     collect_moments,
-    find_sites,
+    observe_calls,
     plain_call,
 )
 from wush_jax.calibration.resume import model_digest
@@ -285,8 +285,10 @@ def observe(
     first = next(batches, None)
     if first is None:
         raise ValueError("batches is empty; pass at least one calibration batch")
+    calls = observe_calls(model, first, **options)
+    model, sites = calls.marked(model, dense_types), calls.sites
     layers, skipped = dense_layers(model, dense_types)
-    sites = find_sites(model, first, **options)
+    skipped |= calls.faults
     if not sites:
         raise ValueError(
             f"model: its call reaches none of its {len(layers)} dense layers; pass call= or "

@@ -10,7 +10,7 @@ from flax import nnx
 from wush_jax.calibration.calibration import Calibration, observe, parts_of
 from wush_jax.calibration.host_memory import check_device_memory, within_memory
 from wush_jax.calibration.losses import layer_losses
-from wush_jax.calibration.observe import Call, Progress, plain_call
+from wush_jax.calibration.observe import Call, Progress, plain_call, stacked
 from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential, quantize_sequentially
@@ -83,6 +83,7 @@ def quantize_model(
         found = batches
     else:
         found = observe(model, batches, parts_of(rules), progress=progress, **options)
+    model = stacked(model, found.first, **options)
     planned = plan(model, rules, found, **options)
     check_device_memory(planned.report.details, sequential=True)
     with within_memory(planned.report.details):

@@ -1,13 +1,8 @@
-"""Calibration: which layers share an input, and the second moments of what flows into them.
-
-Layers are swapped for probes inside a traced function, so that capturing inputs is pure: arrays in,
-moments out. Layers that receive the identical array share a *site*.
-"""
+"""Calibration: second moments of what flows into a model's dense layers, and some rows of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,112 +12,34 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
+from wush_jax.calibration.sites import Call as Call
+from wush_jax.calibration.sites import Observed as Observed
+from wush_jax.calibration.sites import Site as Site
+from wush_jax.calibration.sites import find_sites as find_sites
+from wush_jax.calibration.sites import observe_calls as observe_calls
+from wush_jax.calibration.sites import plain_call as plain_call
+from wush_jax.calibration.sites import run_tagged
+from wush_jax.calibration.sites import stacked as stacked
 from wush_jax.formats import elements
-from wush_jax.layers.nnx import (
+from wush_jax.layers.calls import Call as LayerCall
+from wush_jax.layers.contraction import Contraction
+from wush_jax.layers.dense import (
     DENSE_TYPES,
-    Contraction,
     Dense,
     DenseTypes,
     dense_layers,
-    dotted,
-    replace_modules,
 )
+from wush_jax.layers.interpreter import Interpreter
 from wush_jax.models.tokens import model_inputs
-from wush_jax.solvers.batched import empty_moments
+from wush_jax.solvers.batched import empty_moments, over_batch
 from wush_jax.transforms.moments import Moments
 
-Call = Callable[[nnx.Module, Any], Any]
-See = Callable[[Any, Any], Any]
 # Called with what is done, the total where it is known, and what is under way.
 Progress = Callable[[int, int | None, str], Any]
 
 
-def plain_call(model: nnx.Module, batch: Any) -> Any:
-    """Run a model the usual way: ``model(batch)``."""
-    return model(batch)
-
-
-@dataclass(frozen=True, order=True)  # ordered, so that a dictionary by site is a pytree
-class Site:
-    """An input shared by some layers.
-
-    Attributes:
-      layers: dotted paths, in the order in which the model calls them.
-      size: channels K.
-    """
-
-    layers: tuple[str, ...]
-    size: int
-
-    @property
-    def name(self) -> str:
-        """The path of the first layer."""
-        return self.layers[0]
-
-
 # XLA may leave out roundings to bfloat16 inside of what it fuses; more devices, other fusions.
 ROUNDED = {"xla_allow_excess_precision": False}
-
-
-class Seen(nnx.Variable):
-    """What a probe keeps of the inputs it has seen: any pytree."""
-
-
-class Probe(nnx.Module):
-    """Stands in for a dense layer and folds its inputs into a variable before calling it.
-
-    A variable, since flax carries it through `nnx.remat`, `nnx.scan`, `nnx.vmap` and their like;
-    in a scan over stacked layers it gets their leading axis.
-
-    Args:
-      layer: the module that it stands for.
-      see: (what was seen so far, input) -> what was seen.
-      seen: before the first call, None for nothing.
-    """
-
-    def __init__(self, layer: nnx.Module, see: See, seen: Any = None):
-        self.layer = layer
-        self.see = see
-        self.seen = nnx.data(None if seen is None else Seen(seen))
-
-    def __call__(self, x: Any, *args, **kwargs) -> Any:
-        """Call the layer."""
-        if self.seen is None:
-            self.seen = Seen(self.see(None, x))
-        else:
-            self.seen.set_value(self.see(self.seen.get_value(), x))
-        return self.layer(x, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their layers, such as shapes.
-        if name.startswith("_") or "layer" not in vars(self):
-            raise AttributeError(name)
-        return getattr(self.layer, name)
-
-
-def run_probed(
-    model: nnx.Module, batch: Any, call: Call, probes: Mapping[str, tuple[See, Any]]
-) -> dict[str, Any]:
-    """Run a model and return, by layer path, what the probes have seen.
-
-    Args:
-      model: an NNX module; it is left as it is.
-      batch: passed to the call.
-      call: how to run the model.
-      probes: (see, seen before) of a `Probe` by the path of a layer.
-
-    Returns:
-      What was seen; without the layers that the call does not reach, or reaches only in a copy
-      of the model that it makes by itself (`nnx.merge`).
-    """
-
-    def probe(path: str, module: nnx.Module) -> nnx.Module | None:
-        return Probe(module, *probes[path]) if path in probes else None
-
-    probed = replace_modules(model, probe)
-    call(probed, batch)
-    found = {dotted(p): m.seen for p, m in nnx.iter_modules(probed) if isinstance(m, Probe)}
-    return {path: seen.get_value() for path, seen in found.items() if seen is not None}
 
 
 def capture_rows(
@@ -134,66 +51,41 @@ def capture_rows(
 ) -> dict[str, jax.Array]:
     """Run a model and return, by layer path, the (..., K) rows of each layer's first call.
 
-    To be called inside a traced function. Rows of a batch of kernels are (*batch, ..., K).
+    To be called inside a traced function. Rows of a batch of kernels are (*batch, ..., K); they are
+    zeros where a branch with the call was not taken.
     """
+    shapes: dict[str, Any] = {}
 
-    def first(rows: Callable[[jax.Array], jax.Array], seen: Any, x: jax.Array) -> jax.Array:
-        return rows(x) if seen is None else seen
+    def note(call: LayerCall, seen: Any) -> Any:
+        stack = layers[call.tag.layer].contraction.stack
+        shapes.setdefault(call.tag.layer, (stack, *call.own_rows()))
+        return seen
 
-    probes = {path: (partial(first, la.contraction.rows), None) for path, la in layers.items()}
-    return run_probed(model, batch, call, probes)
+    def first(call: LayerCall, seen: Any) -> Any:
+        _, shape, dtype = shapes[call.tag.layer]
+        if call.own_rows() != (shape, dtype):
+            return seen
 
+        def keep(seen: Any, rows: jax.Array) -> Any:
+            return jnp.bool_(True), jnp.where(seen[0], seen[1], rows)
 
-def find_sites(
-    model: nnx.Module,
-    batch: Any,
-    *,
-    call: Call = plain_call,
-    dense_types: DenseTypes = DENSE_TYPES,
-) -> tuple[Site, ...]:
-    """Find which dense layers receive the identical input, by an abstract run (nothing computed).
+        return seen | {call.tag.layer: call.fold(seen[call.tag.layer], keep)}
 
-    Args:
-      model: an NNX module.
-      batch: one batch, or its shapes.
-      call: how to run the model on a batch.
-      dense_types: what counts as a dense layer.
+    jax.eval_shape(lambda: run_tagged(model, batch, call, layers, Interpreter(note), {}))
+    empty = {
+        path: (jnp.zeros(stack, bool), jnp.zeros((*stack, *shape), dtype))
+        for path, (stack, shape, dtype) in shapes.items()
+    }
 
-    Returns:
-      Sites in the order of their first call. Layers that the call does not reach are in none.
+    def merge(layer: str, one: Any, two: Any) -> Any:
+        return jax.tree.map(partial(_either, one[0]), one, two)
 
-    >>> layer = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
-    >>> pair = nnx.List([layer, nnx.Linear(32, 8, rngs=nnx.Rngs(1))])
-    >>> both = lambda model, x: (model[0](x), model[1](x))
-    >>> [site.layers for site in find_sites(pair, jnp.ones((1, 32)), call=both)]
-    [('0', '1')]
-    """
-    graph, state = nnx.split(model)
-    layers, _ = dense_layers(model, dense_types)
-    inputs: dict[str, list[Any]] = {}
-
-    def note(path: str, seen: Any, x: Any) -> jax.Array:
-        inputs.setdefault(path, []).append(x)
-        return jnp.zeros(()) if seen is None else seen
-
-    probes = {path: (partial(note, path), None) for path in layers}
-
-    def trace(state, batch):
-        return run_probed(nnx.merge(graph, state), batch, call, probes)
-
-    reached = jax.eval_shape(trace, state, batch)
-    found: dict[Any, list[str]] = {}
-    for path, seen in inputs.items():
-        if path in reached:
-            # The tracers are still alive in `inputs`, so their ids are distinct.
-            same = tuple(id(x) for x in seen), _reading(layers[path].contraction)
-            found.setdefault(same, []).append(path)
-    return tuple(Site(tuple(p), layers[p[0]].contraction.shape[1]) for p in found.values())
+    found = run_tagged(model, batch, call, layers, Interpreter(first, merge), empty)
+    return {path: rows for path, (_, rows) in found.items()}
 
 
-def _reading(contraction: Contraction) -> Any:
-    """What layers of the same input must have in common to have the same rows of it."""
-    return contraction.reading, contraction.batch, contraction.shape[1]
+def _either(taken: jax.Array, one: jax.Array, two: jax.Array) -> jax.Array:
+    return jnp.where(taken.reshape(taken.shape + (1,) * (one.ndim - taken.ndim)), one, two)
 
 
 def collect_moments(
@@ -254,18 +146,30 @@ def collect_moments(
 def _add_batch(graph, sites, call, dense_types, state, totals, batch):
     model = nnx.merge(graph, state)
     layers, _ = dense_layers(model, dense_types)
-    probes = {
-        site.name: (partial(_add_input, layers[site.name].contraction), moments)
-        for site, moments in zip(sites, totals, strict=True)
-    }
-    seen = run_probed(model, batch, call, probes)
-    return [seen[site.name] for site in sites]
+    chosen = {site.name: layers[site.name] for site in sites}
+
+    def add(call: LayerCall, seen: Any) -> Any:
+        path = call.tag.layer
+        fault = call.fault
+        if not fault and call.stack != chosen[path].contraction.positions:
+            fault = f"is stacked at axes {call.stack} of its kernel; take `stacked(model, batch)`"
+        if fault:
+            raise ValueError(f"layer {path} {fault}")
+        update = partial(_add_rows, call.tag.contraction)
+        return seen | {path: call.fold(seen[path], update)}
+
+    def merge(path: str, one: Moments, two: Moments) -> Moments:
+        return over_batch(Moments.merge, chosen[path].contraction.batch)(one, two)
+
+    totals = dict(zip(chosen, totals, strict=True))
+    seen = run_tagged(model, batch, call, chosen, Interpreter(add, merge), totals)
+    return [seen[path] for path in chosen]
 
 
-def _add_input(contraction: Contraction, moments: Moments, x: jax.Array) -> Moments:
-    """Add a call's input to the moments of a layer: one moment, or one for each expert."""
+def _add_rows(contraction: Contraction, moments: Moments, rows: jax.Array) -> Moments:
+    """Add a call's rows to the moments of a layer: one moment, or one for each expert."""
     update = Moments.update if contraction.experts is None else jax.vmap(Moments.update)
-    return update(moments, contraction.rows(x))
+    return update(moments, rows)
 
 
 def _local(tree: Any) -> Any:

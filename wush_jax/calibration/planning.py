@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.calibration.calibration import Calibration, observe, parts_of
-from wush_jax.calibration.observe import Call, Site, find_sites, plain_call
+from wush_jax.calibration.observe import Call, Site, observe_calls, plain_call
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.site_plan import SitePlan, planned_sites, site_cost
 from wush_jax.layers.nnx import (
@@ -86,12 +86,16 @@ def plan(
     layers, skipped = dense_layers(model, dense_types)
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     calibration = batch if isinstance(batch, Calibration) else None
-    if calibration is not None:
-        sites = calibration.sites
-    elif batch is None:
-        sites = tuple(Site((path,), la.contraction.shape[1]) for path, la in layers.items())
+    if batch is None:
+        sites, lost = _sites_apart(layers)
+        skipped |= lost
     else:
-        sites = find_sites(model, batch, **options)
+        shown = batch if calibration is None else calibration.first
+        observed = observe_calls(model, shown, **options)
+        model = observed.marked(model, dense_types)
+        layers, _ = dense_layers(model, dense_types)
+        skipped |= observed.faults
+        sites = observed.sites if calibration is None else calibration.sites
     planned, skipped = planned_sites(sites, book, layers, skipped)
     if calibration is not None:
         calibration.check(model, layers, planned if measure else ())
@@ -107,6 +111,18 @@ def plan(
         }
         rows = [replace(row, predicted_gain=gains[row.path]) for row in rows]
     return ModelPlan(planned, Report(rows, skipped, book.unused(layers), details))
+
+
+def _sites_apart(layers: Mapping[str, Dense]) -> tuple[tuple[Site, ...], dict[str, str]]:
+    """Every layer as a site of its own, and those of which no call has shown the stack."""
+    unknown = {
+        path: f"its kernel {la.contraction.kernel_shape} has axes beyond its equation; pass a "
+        "batch: a call shows which ones a scan takes away"
+        for path, la in layers.items()
+        if la.contraction.stack and la.contraction.stack_axes is None
+    }
+    apart = {path: la for path, la in layers.items() if path not in unknown}
+    return tuple(Site((p,), la.contraction.shape[1]) for p, la in apart.items()), unknown
 
 
 def _timed(model, batch, rules, options) -> tuple[Calibration, float]:

@@ -74,17 +74,22 @@ def planned_sites(
     skipped = dict(skipped)
     skipped |= {p: "no rule, or a rule with None" for p in layers if book.match(p) is None}
     reached = {path for site in sites for path in site.layers}
-    skipped |= {path: "not reached by the call" for path in layers if path not in reached}
+    lost = {path for path in layers if path not in reached and path not in skipped}
+    skipped |= dict.fromkeys(lost, "not reached by the call")
     parts = split_sites(sites, book)
     planned = [replace(part, recipe=part.recipe.fitted(part.site.size)) for part in parts]
     if not planned:
         raise ValueError(f"rules quantize none of the {len(layers)} dense layers: {skipped}")
-    for item in planned:
-        if item.site.size % item.recipe.block:
-            raise ValueError(
-                f"layer {item.site.name}: K={item.site.size} is not a multiple of block_size="
-                f"{item.recipe.block}; choose another block_size or exclude the layer by a rule"
-            )
+    unfit = [
+        f"layer {path}: K={item.site.size} is not a multiple of block_size={item.recipe.block}"
+        for item in planned
+        if item.site.size % item.recipe.block
+        for path in item.site.layers
+    ]
+    if unfit:
+        raise ValueError(
+            f"{'; '.join(unfit)}; choose another block_size or exclude the layers by a rule"
+        )
     return planned, skipped
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
@@ -15,16 +16,17 @@ class Contraction:
 
     Kernel axes that only x has too are contracted (K); those that only the output has are outputs
     (N); those that both have are *experts*: a batch of E kernels, each with inputs of its own.
-    Leading axes of the kernel beyond the equation are a *stack*, such as the layers of a scan,
-    which takes them away before the layer is called.
+    Axes of the kernel beyond the equation are a *stack*, such as the layers of a scan, which takes
+    them away before the layer is called.
 
     Attributes:
       equation: such as "...k,kn->...n", "btd,dnh->btnh" or "ecd,edf->ecf".
       kernel_shape: shape of the kernel, with its stack.
+      stack_axes: where the stack is; None where it is in front, if there is one.
 
     Raises:
       ValueError: no equation of one input and one kernel, or an axis of the kernel that neither
-        side has.
+        side has; another number of stack axes than the kernel has beyond the equation.
 
     >>> Contraction("btd,dnh->btnh", (8, 2, 3)).shape
     (6, 8)
@@ -35,6 +37,7 @@ class Contraction:
 
     equation: str
     kernel_shape: tuple[int, ...]
+    stack_axes: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if not re.fullmatch(r"[\w.]+,\w+->[\w.]+", self.equation.replace(" ", "")):
@@ -44,6 +47,12 @@ class Contraction:
         x, kernel, y = self._axes
         if len(kernel) > len(self.kernel_shape):
             raise ValueError(f"equation={self.equation!r} does not fit kernel {self.kernel_shape}")
+        beyond = len(self.kernel_shape) - len(kernel)
+        if self.stack_axes is not None and len(self.stack_axes) != beyond:
+            raise ValueError(
+                f"equation={self.equation!r} leaves {beyond} axes of kernel {self.kernel_shape} "
+                f"for a stack, not {self.stack_axes}"
+            )
         lost = [a for a in kernel if a not in x and a not in y]
         repeated = any(len(set(axes)) < len(axes) for axes in (x, kernel, y))
         dense = self._contracted and self._outputs and not lost and not repeated
@@ -80,8 +89,24 @@ class Contraction:
         return [a for a in y if a in kernel and a not in x]
 
     def _sizes(self, axes: list[str]) -> list[int]:
-        kernel = self._axes[1]
-        return [self.kernel_shape[len(self.stack) + kernel.index(a)] for a in axes]
+        kernel, own = self._axes[1], self.own_shape
+        return [own[kernel.index(a)] for a in axes]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The stack's axes, wherever they are."""
+        beyond = len(self.kernel_shape) - len(self._axes[1])
+        return tuple(range(beyond)) if self.stack_axes is None else self.stack_axes
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape of one kernel of the stack."""
+        return tuple(n for i, n in enumerate(self.kernel_shape) if i not in self.positions)
+
+    @property
+    def one(self) -> Contraction:
+        """The contraction of one kernel of the stack."""
+        return Contraction(self.equation, self.own_shape)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,8 +115,8 @@ class Contraction:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """Sizes of the kernel's leading axes that the equation does not name."""
-        return self.kernel_shape[: len(self.kernel_shape) - len(self._axes[1])]
+        """Sizes of the kernel's axes that the equation does not name."""
+        return tuple(self.kernel_shape[i] for i in self.positions)
 
     @property
     def experts(self) -> int | None:
@@ -115,6 +140,7 @@ class Contraction:
     def weight(self, kernel: jax.Array) -> jax.Array:
         """Return the kernel as W (N, K), or (*batch, N, K)."""
         axes, stack = self._axes[1], len(self.stack)
+        kernel = jnp.moveaxis(kernel, self.positions, range(stack)) if stack else kernel
         named = self._experts + self._outputs + self._contracted
         order = [*range(stack), *(stack + axes.index(a) for a in named)]
         return kernel.transpose(order).reshape(*self.batch, *self.shape)
@@ -123,7 +149,8 @@ class Contraction:
         """Undo `weight`: W (*batch, N, K) as a kernel."""
         axes, stack = self._experts + self._outputs + self._contracted, len(self.stack)
         order = [*range(stack), *(stack + axes.index(a) for a in self._axes[1])]
-        return weight.reshape(*self.stack, *self._sizes(axes)).transpose(order)
+        kernel = weight.reshape(*self.stack, *self._sizes(axes)).transpose(order)
+        return jnp.moveaxis(kernel, range(stack), self.positions) if stack else kernel
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Return the layer's input as (..., K), or (E, ..., K): as it is where it is so already."""

@@ -14,7 +14,7 @@ stacked for a scan are a batch of kernels here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from wush_jax.layers.nnx import Contraction, Dense, QuantizedDense, general_equation
+from wush_jax.layers.contraction import Contraction
+from wush_jax.layers.dense import Dense, general_equation, is_array
 
 # From (linen module, its parameters as NNX variables, the arguments of its call, the input as a
 # shape) to the layer's `Dense` view; ValueError for what it cannot express.
@@ -89,14 +90,6 @@ class LinenScope(nnx.Module):
     def __init__(self, kind: str):
         self.kind = kind
 
-    def places(self) -> Iterator[nnx.Module]:
-        """Yield what stands in the places of dense layers, here and below."""
-        for value in vars(self).values():
-            if isinstance(value, LinenScope):
-                yield from value.places()
-            elif isinstance(value, nnx.Module):
-                yield value
-
     def assemble(self) -> dict[str, Any]:
         """Return the params collection; what stands in a layer's place is split into its place."""
         params: dict[str, Any] = {}
@@ -105,19 +98,11 @@ class LinenScope(nnx.Module):
                 params[name] = value.get_value()
             elif isinstance(value, LinenScope):
                 params[name] = value.assemble()
-            elif isinstance(value, LinenDense):
+            elif type(value) is LinenDense:
                 params[name] = _values(value.params)
             elif isinstance(value, nnx.Module):
                 params[name] = {STANDIN: nnx.split(value)}
         return params
-
-    def take(self, params: Mapping[str, Any]) -> None:
-        """Take back what stands in layers' places, as a call has changed it."""
-        for name, value in list(vars(self).items()):
-            if isinstance(value, LinenScope):
-                value.take(params[name])
-            elif isinstance(value, nnx.Module) and not isinstance(value, LinenDense):
-                setattr(self, name, nnx.merge(*params[name][STANDIN]))
 
 
 class LinenDense(nnx.Module):
@@ -142,16 +127,16 @@ class LinenDense(nnx.Module):
         Raises:
           ValueError: calls that differ in more than the input, or have not one input.
         """
-        kinds = {tuple(None if _is_input(a) else a for a in call) for call in self.arguments}
+        kinds = {tuple(None if is_array(a) else a for a in call) for call in self.arguments}
         if len(kinds) > 1:
             raise ValueError(f"it is called in different ways: {sorted(map(str, kinds))}")
-        if sum(map(_is_input, self.arguments[0])) != 1:
+        if sum(map(is_array, self.arguments[0])) != 1:
             raise ValueError(f"its call does not have one input: {self.arguments[0]}")
         return self.view(self.linen.value, self.params, *self.arguments[0])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the linen layer."""
-        arguments = [x if _is_input(a) else a for a in self.arguments[0]]
+        arguments = [x if is_array(a) else a for a in self.arguments[0]]
         return self.linen.value.apply({PARAMS: _values(self.params)}, *arguments)
 
 
@@ -210,20 +195,9 @@ class LinenModel(LinenScope):
         Returns:
           The output; with ``mutable`` the output and the changed collections.
         """
-        # What is neither a layer nor its twin, such as a probe, may change when it is called.
-        changes = not all(isinstance(m, (LinenDense, QuantizedDense)) for m in self.places())
-        asked = [mutable] if isinstance(mutable, str) else list(mutable or ())
-        collections = asked + [PARAMS] * changes
         variables = {PARAMS: self.assemble(), **_values(self.collections)}
         with nn.intercept_methods(_answer):
-            out = self.linen.value.apply(
-                variables, *arguments, mutable=collections or False, **keywords
-            )
-        if not changes:
-            return out
-        out, updates = out
-        self.take(updates[PARAMS])
-        return (out, {name: updates[name] for name in asked}) if asked else out
+            return self.linen.value.apply(variables, *arguments, mutable=mutable, **keywords)
 
 
 def _answer(call: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
@@ -232,11 +206,8 @@ def _answer(call: Callable, arguments: tuple, keywords: dict, context: Any) -> A
     if context.method_name != "__call__" or not module.has_variable(PARAMS, STANDIN):
         return call(*arguments, **keywords)
     standin = nnx.merge(*module.get_variable(PARAMS, STANDIN))
-    [x] = [a for a in (*arguments, *keywords.values()) if _is_input(a)]
-    y = standin(x)
-    if module.is_mutable_collection(PARAMS):
-        module.put_variable(PARAMS, STANDIN, nnx.split(standin))
-    return y
+    [x] = [a for a in (*arguments, *keywords.values()) if is_array(a)]
+    return standin(x)
 
 
 def _calls(module: nn.Module, variables, arguments, keywords) -> dict[tuple, list]:
@@ -246,7 +217,7 @@ def _calls(module: nn.Module, variables, arguments, keywords) -> dict[tuple, lis
     def note(call: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
         if context.method_name == "__call__":
             shapes = [
-                jax.ShapeDtypeStruct(a.shape, a.dtype) if _is_input(a) else a
+                jax.ShapeDtypeStruct(a.shape, a.dtype) if is_array(a) else a
                 for a in (*arguments, *keywords.values())
             ]
             module = context.module
@@ -254,11 +225,11 @@ def _calls(module: nn.Module, variables, arguments, keywords) -> dict[tuple, lis
         return call(*arguments, **keywords)
 
     leaves, tree = jax.tree.flatten((arguments, keywords))
-    shown = [leaf for leaf in leaves if _is_input(leaf)]
+    shown = [leaf for leaf in leaves if is_array(leaf)]
 
     def trace(variables, shown):
         given = iter(shown)
-        call = [next(given) if _is_input(leaf) else leaf for leaf in leaves]
+        call = [next(given) if is_array(leaf) else leaf for leaf in leaves]
         arguments, keywords = jax.tree.unflatten(tree, call)
         with nn.intercept_methods(note):
             return module.apply(variables, *arguments, **keywords)
@@ -282,10 +253,6 @@ def _fill(scope: LinenScope, params: Mapping[str, Any], path: tuple, calls, view
             child = LinenScope("scope" if module is None else type(module).__name__)
             setattr(scope, name, child)
             _fill(child, value, here, calls, views)
-
-
-def _is_input(argument: Any) -> bool:
-    return hasattr(argument, "shape") and hasattr(argument, "dtype")
 
 
 def _values(params: Any) -> Any:

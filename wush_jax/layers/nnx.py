@@ -1,12 +1,9 @@
-"""Flax NNX: dense layers seen as ``y = x W^T``, their quantized twins, and the swap."""
+"""Flax NNX: the quantized twins of dense layers, and the swap."""
 
 from __future__ import annotations
 
-import itertools
 import operator
-import string
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,98 +14,21 @@ from flax import nnx
 from pallas_kernels.fragments import Fragments
 from wush_jax.formats import QuantizedArray
 from wush_jax.layers.contraction import Contraction as Contraction
+from wush_jax.layers.dense import DENSE_TYPES as DENSE_TYPES
+from wush_jax.layers.dense import Dense as Dense
+from wush_jax.layers.dense import DenseTypes as DenseTypes
+from wush_jax.layers.dense import dense_layers as dense_layers
+from wush_jax.layers.dense import dense_view as dense_view
+from wush_jax.layers.dense import dotted as dotted
+from wush_jax.layers.dense import is_array, is_sharding, same_call
 from wush_jax.layers.linear import quantized_dot
-from wush_jax.solvers.site import PackedWeight
+from wush_jax.layers.stacks import stack_of
+from wush_jax.solvers.batched import over_batch
+from wush_jax.solvers.site import PackedWeight, effective_weight
 
 
 class Packed(nnx.Variable):
     """Codes, scales and transforms of a quantized layer: state that no optimizer touches."""
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A dense layer as quantization sees it.
-
-    Attributes:
-      contraction: what the layer computes, without its bias.
-      kernel: the weight, in the layer's own shape.
-      bias: N values added to the outputs, or None.
-      dtype: what the layer casts its input to; None promotes input and kernel to one dtype.
-      attributes: the layer's static attributes and the shapes of its parameters, which models may
-        read (``layer.out_features``, ``layer.kernel.shape``).
-    """
-
-    contraction: Contraction
-    kernel: jax.Array
-    bias: nnx.Variable | None
-    dtype: Any = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def weight(self) -> jax.Array:
-        """W (N, K), or (*batch, N, K)."""
-        return self.contraction.weight(self.kernel)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(N, K), or (*batch, N, K)."""
-        return *self.contraction.batch, *self.contraction.shape
-
-
-DenseTypes = tuple[tuple[type, Callable[[Any], Dense]], ...]
-
-
-def _linear(module: nnx.Linear) -> Dense:
-    kernel = module.kernel.get_value()
-    return Dense(Contraction("...k,kn->...n", kernel.shape), kernel, module.bias, module.dtype)
-
-
-def _linear_general(module: nnx.LinearGeneral) -> Dense:
-    kernel = module.kernel.get_value()
-    axis = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
-    features = 1 if isinstance(module.out_features, int) else len(module.out_features)
-    equation = general_equation(axis, sorted(module.batch_axis), features)
-    return Dense(Contraction(equation, kernel.shape), kernel, module.bias, module.dtype)
-
-
-def general_equation(axis: Sequence[int], batch: Sequence[int], features: int) -> str:
-    """Return the einsum of a `LinearGeneral` or `DenseGeneral`.
-
-    Args:
-      axis: input axes to contract; they must be the last ones.
-      batch: input axes that the kernel has too; they must be the first ones.
-      features: number of output axes.
-
-    Raises:
-      ValueError: other axes.
-
-    >>> general_equation((-2, -1), (), 1)
-    '...ab,abc->...c'
-    """
-    if sorted(axis) != list(range(-len(axis), 0)) or list(batch) != list(range(len(batch))):
-        raise ValueError(f"axis={tuple(axis)}, batch_axis={tuple(batch)}: not the last, the first")
-    names = iter(string.ascii_lowercase)
-    # In whatever order `axis` names them, flax contracts them in the order of the input.
-    experts, inputs, outputs = (
-        "".join(itertools.islice(names, n)) for n in (len(batch), len(axis), features)
-    )
-    return f"{experts}...{inputs},{experts}{inputs}{outputs}->{experts}...{outputs}"
-
-
-def _einsum(module: nnx.Einsum) -> Dense:
-    kernel = module.kernel.get_value()
-    return Dense(Contraction(module.einsum_str, kernel.shape), kernel, module.bias, module.dtype)
-
-
-# Which layers are dense. To add one of yours, give it a method ``dense_view()`` or, if you cannot
-# change it, pass ``(*DENSE_TYPES, (MyDense, view))``: each returns the layer's `Dense` view, or
-# raises ValueError for what it cannot express. A tuple, since it has to be hashable: compiled
-# functions are cached by it.
-DENSE_TYPES: DenseTypes = (
-    (nnx.Linear, _linear),
-    (nnx.LinearGeneral, _linear_general),
-    (nnx.Einsum, _einsum),
-)
 
 
 class QuantizedDense(nnx.Module):
@@ -136,15 +56,18 @@ class QuantizedDense(nnx.Module):
         self.contraction = dense.contraction
         self.dtype = dense.dtype
         self.kernel_dtype = dense.kernel.dtype
+        self.kernel_name = dense.kernel_name
+        self.result_dtype = dense.result_dtype
+        self.adapter = nnx.data(None if dense.adapter is None else nnx.clone(dense.adapter))
         self.input_format = packed.input_format
         self.implementation = implementation
+        self.stack = stack_of(dense.contraction)
         self.hold(packed.weight)
-        if transform is None and packed.transform is not None:
-            transform = Packed(packed.transform)
+        # A stack in front is as the packed arrays have it; elsewhere each layer lays out its own.
+        if self.stack is not None or transform is None:
+            transform = self._held(packed.transform)
         self.transform = nnx.data(transform)
-        self.input_global_scale = nnx.data(
-            None if packed.input_global_scale is None else Packed(packed.input_global_scale)
-        )
+        self.input_global_scale = nnx.data(self._held(packed.input_global_scale))
         # A copy: training the quantized model's bias must not change the original's.
         self.bias = nnx.data(None if dense.bias is None else dense.bias.copy())
         for name, value in dense.attributes.items():
@@ -154,38 +77,67 @@ class QuantizedDense(nnx.Module):
     def hold(self, weight: QuantizedArray | Fragments) -> None:
         """Keep a weight, in the layout that it has, in place of the one before."""
         self.weight_format = weight.format
-        self.global_scale = Packed(weight.global_scale)
-        self.codes, self.scales = _held(weight, "codes"), _held(weight, "scales")
-        self.records, self.unit = _held(weight, "records"), _held(weight, "unit")
+        names = ("global_scale", "codes", "scales", "records", "unit")
+        for name in names:
+            setattr(self, name, nnx.data(self._held(getattr(weight, name, None))))
         self.operand = getattr(weight, "operand", "")  # what records expand to
+
+    def _held(self, array: jax.Array | None) -> Packed | None:
+        """Return an array in a variable, with its stack where the replaced kernel had it."""
+        if array is None or self.stack is None:
+            return None if array is None else Packed(array)
+        return Packed(self.stack.lay(array), natural=array.shape[len(self.stack.axes) :])
+
+    def _value(self, variable: Packed | None) -> Any:
+        """Return a variable's array as the functional routines take it."""
+        if variable is None or self.stack is None:
+            return None if variable is None else variable[...]
+        return self.stack.undo(variable[...], variable.natural)
 
     @property
     def packed(self) -> PackedWeight:
         """The layer's weight as the functional routines take it, in the layout that is held."""
         weight: QuantizedArray | Fragments
+        value, scale = self._value, self._value(self.global_scale)
         if self.records is None:
-            weight = QuantizedArray(
-                self.codes[...], self.scales[...], self.global_scale[...], self.weight_format
-            )
+            codes, scales = value(self.codes), value(self.scales)
+            weight = QuantizedArray(codes, scales, scale, self.weight_format)
         else:
             weight = Fragments(
-                *(self.records[...], self.unit[...], self.global_scale[...]),
+                *(value(self.records), value(self.unit), scale),
                 *(self.weight_format, self.contraction.shape, self.operand),
             )
-        transform = None if self.transform is None else self.transform[...]
-        scale = None if self.input_global_scale is None else self.input_global_scale[...]
-        return PackedWeight(weight, transform, scale, self.input_format)
+        inputs = value(self.transform), value(self.input_global_scale)
+        return PackedWeight(weight, *inputs, self.input_format)
 
-    def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, *arguments: Any, **keywords: Any) -> jax.Array:
         """Apply the layer.
 
         Args:
-          x: as the replaced layer took it.
-          out_sharding: of flax's layers; None only, since it asks for explicit mesh axes.
+          arguments: as the replaced layer took them: the input, a sharding of the output, and its
+            own equation.
+          keywords: likewise.
+
+        Raises:
+          ValueError: an argument that asks for another product.
         """
-        if out_sharding is not None:
-            raise NotImplementedError(f"out_sharding={out_sharding}: meshes with Auto axes only")
-        return self.around(partial(quantized_dot, implementation=self.implementation), x)
+        given = [*arguments, *keywords.values()]
+        inputs = [value for value in given if is_array(value)]
+        others = [value for value in given if not is_array(value)]
+        if len(inputs) != 1 or not same_call(self.contraction, others):
+            raise ValueError(
+                f"a quantized layer {self.contraction.equation!r} takes one input, not {given}"
+            )
+        y = self.around(partial(quantized_dot, implementation=self.implementation), inputs[0])
+        for sharding in filter(is_sharding, others):
+            y = jax.sharding.reshard(y, sharding)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read their layers' kernels: shapes everywhere, values in a few.
+        if name.startswith("_") or name != vars(self).get("kernel_name"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return Kernel(self)
 
     def around(self, dot: Callable, x: jax.Array, *more: jax.Array) -> jax.Array:
         """Return the layer's output with ``dot(rows, packed, *more)`` as its matrix product.
@@ -194,13 +146,18 @@ class QuantizedDense(nnx.Module):
         """
         if self.contraction.experts is not None:
             dot = jax.vmap(dot)
-        return self.outputs(dot(self.rows(x), self.packed, *more))
+        y = self.outputs(dot(self.rows(x), self.packed, *more))
+        return y if self.adapter is None else y + self.adapter(x)
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Return the input as rows (..., K) of the layer's dtype."""
         # Flax promotes x and the kernel to one dtype where the layer has none of its own.
         dtype = self.dtype
-        x = x.astype(jnp.promote_types(x.dtype, self.kernel_dtype) if dtype is None else dtype)
+        dtype = jnp.promote_types(x.dtype, self.kernel_dtype) if dtype is None else dtype
+        # Rounded to the layer's dtype, then as wide as the result, which is of the rows' dtype.
+        x = x.astype(dtype)
+        if self.result_dtype is not None:
+            x = x.astype(jnp.promote_types(dtype, self.result_dtype))
         return self.contraction.rows(x)
 
     def outputs(self, y: jax.Array) -> jax.Array:
@@ -210,72 +167,32 @@ class QuantizedDense(nnx.Module):
         return self.contraction.outputs(y)
 
 
-def _held(weight: QuantizedArray | Fragments, name: str) -> Any:
-    """Return a weight's array in a variable, or None where its layout has no such array."""
-    return nnx.data(Packed(getattr(weight, name)) if hasattr(weight, name) else None)
-
-
-def dense_view(module: nnx.Module, dense_types: DenseTypes = DENSE_TYPES) -> Dense | None:
-    """Return a module's view as a dense layer, or None where its type is no dense layer's.
-
-    Raises:
-      ValueError: a dense type in a form that cannot be quantized.
-    """
-    view = dict(dense_types).get(type(module)) or getattr(type(module), "dense_view", None)
-    if view is None:
-        return None
-    dense = view(module)
-    # The twin stands in for the layer also where a model reads, say, its number of features or the
-    # shape of its kernel.
-    static = {}
-    for name, value in vars(module).items():
-        if isinstance(value, nnx.Param) and _is_array(value.get_value()):
-            static[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
-        elif not name.startswith("_") and not nnx.is_data(value) and not nnx.has_data(value):
-            static[name] = value
-    return replace(dense, attributes=static)
-
-
-def dense_layers(
-    model: nnx.Module, dense_types: DenseTypes = DENSE_TYPES
-) -> tuple[dict[str, Dense], dict[str, str]]:
-    """Return the dense layers of a model by dotted path, and why others cannot be quantized.
+class Kernel:
+    """The kernel of a quantized layer, for models that read it: dequantized where it is read.
 
     Args:
-      model: any NNX module.
-      dense_types: module types and how to see them as dense layers.
-
-    Returns:
-      Layers by path, and reasons by path for layers of a dense type that have another form, and
-      for modules of no dense type that hold matrices.
-
-    >>> layers, skipped = dense_layers(nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0))]))
-    >>> {path: layer.contraction.shape for path, layer in layers.items()}
-    {'0': (3, 2)}
+      layer: the layer.
     """
-    layers, skipped = {}, {}
-    for path, module in nnx.iter_modules(model):
-        try:
-            dense = dense_view(module, dense_types)
-        except ValueError as error:
-            skipped[dotted(path)] = str(error)
-            continue
-        if dense is not None:
-            layers[dotted(path)] = dense
-        elif matrices := _matrices(module):
-            kind = getattr(module, "kind", type(module).__name__)
-            skipped[dotted(path)] = f"{kind} is no registered dense layer; it holds {matrices}"
-    return layers, skipped
 
+    def __init__(self, layer: QuantizedDense):
+        self.layer, self.dtype = layer, layer.kernel_dtype
 
-def _matrices(module: nnx.Module) -> str:
-    """Name the parameters of two axes or more that a module holds by itself."""
-    own = [(n, v) for n, v in vars(module).items() if isinstance(v, nnx.Param)]
-    return ", ".join(f"{n} {v.shape}" for n, v in own if _is_array(v.get_value()) and v.ndim > 1)
+    def get_value(self) -> jax.Array:
+        """Return the weight that the layer multiplies with, as the replaced layer's kernel."""
+        packed, contraction = self.layer.packed, self.layer.contraction
+        weight = over_batch(effective_weight, packed.weight.shape[:-2])(packed)
+        gone = len(contraction.batch) > weight.ndim - 2
+        return (contraction.one if gone else contraction).kernel(weight).astype(self.dtype)
 
+    value = property(get_value)
+    shape = property(lambda self: jax.eval_shape(self.get_value).shape)
+    ndim = property(lambda self: len(self.shape))
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.get_value()[index]
+
+    def __jax_array__(self) -> jax.Array:
+        return self.get_value()
 
 
 def replace_modules(
@@ -329,8 +246,3 @@ def _exchange(child: Any, new: Mapping[int, tuple], placed: set[int]) -> Any:
         items = [_exchange(value, new, placed) for value in child]
         return type(child)(items) if any(map(operator.is_not, items, child)) else child
     return child
-
-
-def dotted(path: tuple) -> str:
-    """Return a module path as text: ("layers", 0, "q_proj") -> "layers.0.q_proj"."""
-    return ".".join(str(p) for p in path)

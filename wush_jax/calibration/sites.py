@@ -1,0 +1,222 @@
+"""How the dense layers of a model are called: which share an input, and which axes are a stack.
+
+The inputs of layers are tagged, and what was tagged is collected from the traced program: the model
+computes what it computes, in whatever loops and branches. Layers that receive the identical array
+share a *site*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from wush_jax.layers.calls import Call as LayerCall
+from wush_jax.layers.contraction import Contraction
+from wush_jax.layers.dense import (
+    DENSE_TYPES,
+    STACKED,
+    Dense,
+    DenseTypes,
+    dense_layers,
+    dotted,
+    is_array,
+)
+from wush_jax.layers.interpreter import Interpreter, Value
+from wush_jax.layers.origins import Origin
+from wush_jax.layers.tagging import tag_layers
+
+Call = Callable[[nnx.Module, Any], Any]
+
+
+def plain_call(model: nnx.Module, batch: Any) -> Any:
+    """Run a model the usual way: ``model(batch)``."""
+    return model(batch)
+
+
+@dataclass(frozen=True, order=True)  # ordered, so that a dictionary by site is a pytree
+class Site:
+    """An input shared by some layers.
+
+    Attributes:
+      layers: dotted paths, in the order in which the model calls them.
+      size: channels K.
+    """
+
+    layers: tuple[str, ...]
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The path of the first layer."""
+        return self.layers[0]
+
+
+def run_tagged(
+    model: nnx.Module,
+    batch: Any,
+    call: Call,
+    layers: Mapping[str, Dense],
+    interpreter: Interpreter,
+    seen: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Run a model and return, by layer path, what was seen of its calls.
+
+    Args:
+      model: an NNX module; it is left as it is.
+      batch: passed to the call.
+      call: how to run the model.
+      layers: what to observe, by path.
+      interpreter: what to do with each call.
+      seen: what is seen before the first call.
+    """
+    views = {path: layer.view for path, layer in layers.items()}
+    graph, state = nnx.split(tag_layers(model, views))
+
+    def run(state: Any, batch: Any) -> list[Any]:
+        out = call(nnx.merge(graph, state), batch)
+        return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
+
+    program = jax.make_jaxpr(run)(state, batch)
+    leaves, given = jax.tree.leaves(state), jax.tree.leaves(batch)
+    values = [
+        Value(leaf, Origin(i, tuple(range(leaf.ndim))) if hasattr(leaf, "ndim") else None)
+        for i, leaf in enumerate(leaves)
+    ]
+    return interpreter.run(program, [*values, *map(Value, given)], dict(seen))[1]
+
+
+def find_sites(
+    model: nnx.Module,
+    batch: Any,
+    *,
+    call: Call = plain_call,
+    dense_types: DenseTypes = DENSE_TYPES,
+) -> tuple[Site, ...]:
+    """Find which dense layers receive the identical input, by an abstract run (nothing computed).
+
+    Args:
+      model: an NNX module.
+      batch: one batch, or its shapes.
+      call: how to run the model on a batch.
+      dense_types: what counts as a dense layer.
+
+    Returns:
+      Sites in the order of their first call. Layers that the call does not reach are in none.
+
+    >>> layer = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
+    >>> pair = nnx.List([layer, nnx.Linear(32, 8, rngs=nnx.Rngs(1))])
+    >>> both = lambda model, x: (model[0](x), model[1](x))
+    >>> [site.layers for site in find_sites(pair, jnp.ones((1, 32)), call=both)]
+    [('0', '1')]
+    """
+    return observe_calls(model, batch, call=call, dense_types=dense_types).sites
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an abstract run shows of a model's dense layers.
+
+    Attributes:
+      sites: which layers share an input, in the order of their first call.
+      stacks: the axes of their kernels that a scan or a vmap takes away before the call, by path.
+      faults: why other layers that are called cannot be observed, by path.
+    """
+
+    sites: tuple[Site, ...]
+    stacks: Mapping[str, tuple[int, ...]]
+    faults: Mapping[str, str]
+
+    def marked(self, model: nnx.Module, dense_types: DenseTypes = DENSE_TYPES) -> nnx.Module:
+        """Return the model that was observed as `stacked` does."""
+        return _mark(model, self.stacks, dense_types)
+
+
+def observe_calls(
+    model: nnx.Module,
+    batch: Any,
+    *,
+    call: Call = plain_call,
+    dense_types: DenseTypes = DENSE_TYPES,
+) -> Observed:
+    """Run a model abstractly, and say how its dense layers are called; as `find_sites`."""
+    graph, state = nnx.split(model)
+    layers, _ = dense_layers(model, dense_types)
+    inputs: dict[str, list[Any]] = {}
+    stacks: dict[str, tuple[int, ...]] = {}
+    faults: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+
+    def note(call: LayerCall, seen: Any) -> Any:
+        path = call.tag.layer
+        fault = call.fault
+        if not fault:
+            own = layers[path].contraction
+            if stacks.setdefault(path, call.stack) != call.stack:
+                fault = "is called with and without a stack"
+            elif call.stack == own.positions and call.tag.contraction.shape != own.shape:
+                fault = f"is called with a part of its kernel, {call.tag.contraction.shape}"
+        if fault:
+            faults.setdefault(path, fault)
+        else:
+            sizes[path] = call.tag.contraction.shape[1]
+        inputs.setdefault(path, []).append(call.x)
+        return seen
+
+    interpreter = Interpreter(note, lost=faults.setdefault)
+
+    def trace(state: Any, batch: Any) -> Any:
+        return run_tagged(nnx.merge(graph, state), batch, call, layers, interpreter, {})
+
+    jax.eval_shape(trace, state, batch)
+    found: dict[Any, list[str]] = {}
+    for path, seen in inputs.items():
+        if path not in faults:
+            # The tracers are still alive in `inputs`, so their ids are distinct.
+            same = tuple(map(id, seen)), stacks[path], _reading(layers[path].contraction)
+            found.setdefault(same, []).append(path)
+    sites = tuple(Site(tuple(p), sizes[p[0]]) for p in found.values())
+    return Observed(sites, stacks, faults)
+
+
+def stacked(
+    model: nnx.Module,
+    batch: Any,
+    *,
+    call: Call = plain_call,
+    dense_types: DenseTypes = DENSE_TYPES,
+) -> nnx.Module:
+    """Return a model whose layers know which axes of their kernels a scan takes away.
+
+    Args:
+      model: an NNX module.
+      batch: one batch, or its shapes.
+      call: how to run the model on a batch.
+      dense_types: what counts as a dense layer.
+
+    Returns:
+      The model itself, where those are the first axes; else a copy that shares its arrays.
+    """
+    return observe_calls(model, batch, call=call, dense_types=dense_types).marked(
+        model, dense_types
+    )
+
+
+def _mark(model: nnx.Module, stacks: Mapping[str, tuple[int, ...]], dense_types) -> nnx.Module:
+    layers, _ = dense_layers(model, dense_types)
+    new = {p: axes for p, axes in stacks.items() if axes != layers[p].contraction.positions}
+    if not new:
+        return model
+    model = nnx.clone(model)
+    for path, module in nnx.iter_modules(model):
+        if dotted(path) in new:
+            setattr(module, STACKED, new[dotted(path)])
+    return model
+
+
+def _reading(contraction: Contraction) -> Any:
+    """What layers of the same input must have in common to have the same rows of it."""
+    return contraction.reading, contraction.batch, contraction.shape[1]
