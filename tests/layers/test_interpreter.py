@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from wush_jax.calibration.observe import capture_rows, collect_moments, observe
+from wush_jax.calibration.observe import capture_rows, collect_moments, observe_calls
 from wush_jax.calibration.observe import stacked as nnx_stacked
 from wush_jax.layers.dense import dense_layers
 
@@ -128,7 +128,7 @@ STEPS = {"looped": 3, "while_looped": 2, "scanned_shared": 3}
 def test_moments_are_of_every_row_in_every_loop(way):
     x = np.random.default_rng(0).standard_normal((2, 3, K)).astype(np.float32)
     model = Model(way, linear())
-    (site,) = observe(model, x).sites
+    (site,) = observe_calls(model, x).sites
     moments = collect_moments(model, [x], {site: None})[site]
     kernel = np.asarray(model.layers[0].kernel[...], np.float64)
     rows = tanh_rows(x.astype(np.float64), kernel, STEPS.get(way.__name__, 1))
@@ -176,7 +176,7 @@ def indexed(axis):
 def test_layers_stacked_at_any_axis_have_moments_of_their_own(way, axis):
     x = np.random.default_rng(1).standard_normal((2, 3, K)).astype(np.float32)
     model = Model(way(axis), stacked(3, axis))
-    found = observe(model, x)
+    found = observe_calls(model, x)
     assert found.stacks == {"layers.0": (axis,)}
     model = nnx_stacked(model, x)
     moments = collect_moments(model, [x], {found.sites[0]: None})[found.sites[0]]

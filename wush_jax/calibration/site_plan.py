@@ -71,11 +71,10 @@ def planned_sites(
     Raises:
       ValueError: nothing is quantized, or a recipe does not fit a layer.
     """
-    skipped = dict(skipped)
-    skipped |= {p: "no rule, or a rule with None" for p in layers if book.match(p) is None}
     reached = {path for site in sites for path in site.layers}
-    lost = {path for path in layers if path not in reached and path not in skipped}
-    skipped |= dict.fromkeys(lost, "not reached by the call")
+    lost = {p: "no rule, or a rule with None" for p in layers if book.match(p) is None}
+    lost |= {path: "not reached by the call" for path in layers if path not in reached}
+    skipped = lost | dict(skipped)  # a reason of the layer's own counts most
     parts = split_sites(sites, book)
     planned = [replace(part, recipe=part.recipe.fitted(part.site.size)) for part in parts]
     if not planned:

@@ -113,7 +113,7 @@ def unpack(
         if not isinstance(module, QuantizedDense):
             return None
         found.append(path)
-        return LatentDense(module, _weight(layers, path))
+        return LatentDense(module, _weight(layers, path, module))
 
     unpacked = replace_modules(quantized, latent)
     if not found:
@@ -121,10 +121,10 @@ def unpack(
     return unpacked
 
 
-def _weight(layers: dict[str, Dense], path: str) -> jax.Array:
+def _weight(layers: dict[str, Dense], path: str, twin: QuantizedDense) -> jax.Array:
     if path not in layers:
         raise ValueError(f"original has no dense layer {path!r}; give the model that was quantized")
-    return layers[path].weight
+    return twin.contraction.weight(layers[path].kernel)
 
 
 def pack(model: nnx.Module) -> nnx.Module:
