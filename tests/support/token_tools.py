@@ -13,8 +13,10 @@ def byte_tokenizer(folder, *, bos=None, eos=None, truncation=None, padding=None,
     """Write one whose ids are bytes, with 256 and 257 for the named tokens; return it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the others are moved up
+    moved = [byte for byte in range(256) if byte not in shown]
+    names = {chr(byte): byte for byte in shown} | {chr(256 + i): b for i, b in enumerate(moved)}
+    inner = Tokenizer(models.BPE(vocab=names, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(name, special=True) for name in (bos, eos) if name])
@@ -25,7 +27,7 @@ def byte_tokenizer(folder, *, bos=None, eos=None, truncation=None, padding=None,
     if truncation:
         inner.enable_truncation(truncation)
     if padding:
-        inner.enable_padding(length=padding, pad_id=0, pad_token=alphabet[0])
+        inner.enable_padding(length=padding, pad_id=0, pad_token=chr(256))
     inner.save(str(folder / "tokenizer.json"))
     _write_settings(folder, bos, eos, settings)
     return inner

@@ -46,8 +46,8 @@ class Tokenizer:
     def read(cls, folder: str | Path) -> Tokenizer:
         """Read ``tokenizer.json`` of a model's folder; without one, bytes are tokens.
 
-        As transformers does, the truncation and padding that the file may hold are not applied, and
-        ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` go before its rule.
+        As in transformers, the truncation and padding that the file may hold are not applied, and
+        what goes around a text is the file's rule alone, whatever ``tokenizer_config.json`` says.
 
         Raises:
           ValueError: no tokenizer and a vocabulary that is not of 256 bytes; a file that is none;
@@ -69,7 +69,6 @@ class Tokenizer:
         inner = _read_inner(folder / TOKENIZER)
         names = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
         ids = {name: inner.token_to_id(text) for name, text in names.items() if text is not None}
-        _apply_settings(inner, settings, names, ids)
         eos = ids.get("eos_token")
         return cls(
             inner,
@@ -208,26 +207,3 @@ def _content(token: Any) -> str | None:
     """Return the text of a token in tokenizer_config.json: a string, or an object with it."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
-
-
-def _apply_settings(
-    inner: Any,
-    settings: Mapping[str, Any],
-    names: Mapping[str, str | None],
-    ids: Mapping[str, int | None],
-) -> None:
-    """Put BOS and EOS around texts where tokenizer_config.json says so, or says not to."""
-    if not {"add_bos_token", "add_eos_token"} & set(settings):
-        return
-    from tokenizers import processors
-
-    chosen = {
-        name: bool(settings.get(f"add_{name}")) and ids.get(name) is not None for name in names
-    }
-    front = f"{names['bos_token']}:0 " if chosen["bos_token"] else ""
-    back = f" {names['eos_token']}:0" if chosen["eos_token"] else ""
-    inner.post_processor = processors.TemplateProcessing(
-        single=f"{front}$A:0{back}",
-        pair=f"{front}$A:0{back} $B:1",
-        special_tokens=[(names[name], ids[name]) for name in names if chosen[name]],
-    )

@@ -6,7 +6,6 @@ by `cut`, and windows become batches by `in_batches`, in one way for every comma
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,14 +265,7 @@ def read_tokens(
         ValueError: no such file; as `check_tokens`; rows of nothing but padding.
     """
     named = f"--tokens {file}"
-    try:
-        values = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError, OverflowError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{named} is no .npy file of integers ({_first_line(error)}); write one by numpy.save"
-        ) from error
-    if not isinstance(values, np.ndarray):
-        raise ValueError(f"{named} is an archive of several arrays; save one array by numpy.save")
+    values = _load(file, named)
     if values.ndim == 1:
         return [check_tokens(values[None], vocabulary, name=named)[0]]
     if pad is None or pad == -1 or values.ndim != 2:
@@ -294,6 +286,23 @@ def read_tokens(
     tokens = np.where(text, tokens, pad)
     extra = 1 if pad in stops else 0
     return [row[a : b + extra] for row, a, b in zip(tokens, starts, ends, strict=True)]
+
+
+def _load(file: Path, named: str) -> np.ndarray:
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(len(np.lib.format.MAGIC_PREFIX))
+        if start[:2] == b"PK":
+            raise ValueError("but an archive, as of several arrays")
+        if start != np.lib.format.MAGIC_PREFIX:
+            raise ValueError("it does not begin as one")
+        # Mapped, so that a header cannot ask for memory that the file does not fill.
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError, OverflowError, SyntaxError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{named} is no .npy file of integers ({reason}); write one by numpy.save"
+        ) from error
 
 
 def _refuse_runs(tokens: np.ndarray, named: str) -> None:
@@ -330,7 +339,3 @@ def read_text(file: Path) -> str:
     if not text:
         raise ValueError(f"{named} is empty; give a text")
     return text
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
