@@ -15,6 +15,7 @@ from wush_jax.formats.format import (
     NVINT4,
     Format,
 )
+from wush_jax.formats.partition import Partition
 
 __all__ = [
     "FORMATS",
@@ -30,6 +31,7 @@ __all__ = [
     "FloatElement",
     "Format",
     "IntElement",
+    "Partition",
     "QuantizedArray",
     "dequantize",
     "fake_quantize",

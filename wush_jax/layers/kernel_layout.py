@@ -7,6 +7,8 @@ records of `pallas_kernels.fragments`. Values are equal, bit for bit but for the
 from __future__ import annotations
 
 import functools
+import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ from pallas_kernels import exactly, fragments
 from pallas_kernels.fragments import Fragments
 from pallas_kernels.hopper import mosaic_gpu
 from wush_jax.formats import QuantizedArray, dequantize
+from wush_jax.formats.partition import Partition, partition_of
 from wush_jax.layers.linear import quantized_dot
 from wush_jax.layers.nnx import QuantizedDense, dotted
+from wush_jax.layers.parallel import check_parts
 from wush_jax.solvers.site import PackedWeight
 
 
@@ -25,9 +29,11 @@ def pack_for_kernels(model: nnx.Module, *, force: bool = False) -> dict[str, int
     """Lay out a model's quantized layers for the kernels, in place, one at a time.
 
     A layer changes where this device's kernels serve its calls, where its weight is one matrix on
-    one device, and where records hold each of its values; all others stay as they are. Without a
-    Hopper GPU that is all of them. `wush_jax.quantize_model` and `wush_jax.load` end with this;
-    ``implementation="reference"`` there keeps codes and scales.
+    one device or divided over one axis of a mesh, and where records hold each of its values; all
+    others stay as they are. Without a Hopper GPU that is all of them. A division that would cut
+    records, blocks or scales stays with the compiler, and a warning gives the numbers.
+    `wush_jax.quantize_model` and `wush_jax.load` end with this; ``implementation="reference"``
+    there keeps codes and scales.
 
     Args:
       model: any NNX module; codes and scales are freed unless something else holds them.
@@ -52,10 +58,11 @@ def pack_for_kernels(model: nnx.Module, *, force: bool = False) -> dict[str, int
         if not isinstance(layer, QuantizedDense) or not (force or _is_served(layer)):
             continue
         weight = layer.packed.weight
-        laid = _laid_out(layer.packed)
+        partition = _partition(dotted(path), layer.packed)
+        laid = _laid_out(layer.packed, partition)
         if laid is not None:
             gained[dotted(path)] = laid.nbytes - weight.nbytes
-            layer.hold(laid)
+            layer.hold(laid, partition)
     return gained
 
 
@@ -70,19 +77,37 @@ def unpack_from_kernels(model: nnx.Module) -> None:
             layer.hold(layer.packed.interchange)
 
 
-def _laid_out(packed: PackedWeight) -> Fragments | None:
+def _laid_out(packed: PackedWeight, partition: Partition | None) -> Fragments | None:
     """Return the records of a layer's weight, or None where there are none for it."""
     weight = packed.weight
-    if len(_devices(weight)) != 1:
+    if len(_devices(weight)) != 1 and partition is None:
         return None
     for operand in _operands(packed):
         try:
             laid = fragments.lay_out(weight, operand)
         except NotImplementedError:
             continue
+        if partition is not None:
+            laid = replace(laid, records=jax.device_put(laid.records, partition.sharding()))
         if bool(_equal(weight, laid)):
             return laid
     return None
+
+
+def _partition(path: str, packed: PackedWeight) -> Partition | None:
+    """Return how a layer's codes are divided over a mesh, where records can be, too."""
+    weight = packed.weight
+    found = partition_of(weight.codes) if isinstance(weight, QuantizedArray) else None
+    if found is None or len(packed.shape) != 2:
+        return None
+    try:
+        check_parts(packed, found, fragments.ROWS, fragments.COLUMNS)
+    except (ValueError, NotImplementedError) as error:
+        warnings.warn(
+            f"layer {path}: no kernels on this mesh, XLA serves it: {error}", stacklevel=3
+        )
+        return None
+    return found
 
 
 def _operands(packed: PackedWeight) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from jax import lax
 
 import pallas_kernels
 from pallas_kernels.reference import swiglu
+from wush_jax.layers.parallel import partitioned_dot
 from wush_jax.solvers.site import PackedWeight, effective_weight
 from wush_jax.transforms import linalg
 
@@ -93,6 +94,8 @@ def gated_dot(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated(implementation, x, pair):
+    if pair[0].partition is not None:
+        return partitioned_dot(x, pair, gated=True, implementation=implementation)
     return pallas_kernels.transform_quantize_matmul(
         x, pair[0].transform, pair, gated=True, implementation=implementation
     )
@@ -116,6 +119,8 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot(implementation, x, packed):
+    if packed[0].partition is not None:
+        return partitioned_dot(x, packed, implementation=implementation)
     return pallas_kernels.transform_quantize_matmul(
         x, packed[0].transform, packed, implementation=implementation
     )

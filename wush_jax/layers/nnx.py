@@ -13,6 +13,7 @@ from flax import nnx
 
 from pallas_kernels.fragments import Fragments
 from wush_jax.formats import QuantizedArray
+from wush_jax.formats.partition import Partition
 from wush_jax.layers.contraction import Contraction as Contraction
 from wush_jax.layers.dense import DENSE_TYPES as DENSE_TYPES
 from wush_jax.layers.dense import Dense as Dense
@@ -74,8 +75,9 @@ class QuantizedDense(nnx.Module):
             if not hasattr(self, name):
                 setattr(self, name, value)
 
-    def hold(self, weight: QuantizedArray | Fragments) -> None:
+    def hold(self, weight: QuantizedArray | Fragments, partition: Partition | None = None) -> None:
         """Keep a weight, in the layout that it has, in place of the one before."""
+        self.partition = partition
         self.weight_format = weight.format
         names = ("global_scale", "codes", "scales", "records", "unit")
         for name in names:
@@ -108,7 +110,7 @@ class QuantizedDense(nnx.Module):
                 *(self.weight_format, self.contraction.shape, self.operand),
             )
         inputs = value(self.transform), value(self.input_global_scale)
-        return PackedWeight(weight, *inputs, self.input_format)
+        return PackedWeight(weight, *inputs, self.input_format, self.partition)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> jax.Array:
         """Apply the layer.

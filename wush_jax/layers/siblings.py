@@ -65,6 +65,7 @@ def call_gated(gate: nnx.Module, up: nnx.Module, x: jax.Array) -> jax.Array:
     first, second = cast(QuantizedDense, gate), cast(QuantizedDense, up)
     alike = reading is not None and reading == _reading(up)
     alike = alike and first.bias is second.bias is None and first.contraction == second.contraction
+    alike = alike and (first.partition is None or not first.partition.by_columns)
     if not alike:
         return swiglu(*call_together([gate, up], x))
     dot = partial(gated_dot, implementation=first.implementation)
@@ -80,6 +81,6 @@ def _reading(layer: Any) -> tuple | None:
         id(v) if v is not None else None for v in (layer.transform, layer.input_global_scale)
     )
     return (
-        *(*variables, layer.input_format, layer.implementation),
+        *(*variables, layer.input_format, layer.implementation, layer.partition),
         *(layer.contraction.reading, layer.dtype, layer.kernel_dtype),
     )

@@ -17,6 +17,7 @@ import numpy as np
 from pallas_kernels.fragments import Fragments
 from wush_jax import transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
+from wush_jax.formats.partition import Partition
 from wush_jax.solvers import noise, scale_search
 from wush_jax.solvers.gptq import gptq
 from wush_jax.solvers.recipe import DATA_FREE, Recipe
@@ -40,12 +41,15 @@ class PackedWeight:
       transform: T_X, (K/d, d, d), or (d, d) shared by all blocks, or None for the identity.
       input_global_scale: global scale of the activations, float32 scalar, or None for the format's.
       input_format: format of the activations, or None to leave them unquantized; static.
+      partition: how the weight is divided over a mesh whose devices run the kernels each on its
+        part; None for a weight of one device, or one that the compiler divides; static.
     """
 
     weight: QuantizedArray | Fragments
     transform: jax.Array | None
     input_global_scale: jax.Array | None
     input_format: Format | None = field(metadata={"static": True})
+    partition: Partition | None = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
