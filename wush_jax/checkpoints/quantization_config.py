@@ -100,7 +100,8 @@ def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(config: Mapping[str, Any]) -> str:
     entries = {key: value for key, value in config.items() if key != "digest"}
-    as_read = json.loads(json.dumps(entries))  # keys are text there
+    # As it will be read: keys are text there. What JSON lacks, writing refuses.
+    as_read = json.loads(json.dumps(entries, default=repr))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()[:16]
 
 
