@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference, repack
 from pallas_kernels.hopper import matmul, mosaic_gpu
-from pallas_kernels.library import scaled_dot, xla, xla_fp8
+from pallas_kernels.library import scaled_dot, xla, xla_fp8, xla_ragged
 
 Implementation = str | Sequence[str] | None
 
@@ -196,6 +196,91 @@ def transform_quantize_matmul(
     return products if isinstance(packed, tuple) else products[0]
 
 
+def ragged_transform_quantize_matmul(
+    x, packed, group_sizes, *, out_dtype=None, implementation: Implementation = None
+):
+    """Return the quantized linear map of every row with the weight of its group.
+
+    Args:
+      x: (M, K), sorted by group.
+      packed: weights stacked over G groups: an object with ``weight`` (G, N, K), ``input_format``,
+        ``input_global_scale`` and ``transform``: (G, K/d, d, d) or (G, d, d), with one in place of
+        G where all groups share it, (d, d), or None. A tuple of them multiplies the same quantized
+        x; the first one's transform, format and scale count.
+      group_sizes: (G,) integers; rows beyond their sum give zeros.
+      out_dtype: of the result; default x's dtype.
+      implementation: None chooses; a name, or names in order, forces: "xla"
+        (`jax.lax.ragged_dot`), "reference" (one group after another).
+
+    Returns:
+      (M, N), or a tuple of them.
+
+    Raises:
+      ValueError: shapes that do not fit, no weight, or an unknown implementation.
+      NotImplementedError: no permitted implementation can serve the call.
+    """
+    several: tuple = packed if isinstance(packed, tuple) else (packed,)
+    if not several:
+        raise ValueError("packed is an empty tuple; pass one weight or several")
+    first, fmt = several[0], several[0].input_format
+    if x.ndim != 2 or any(len(p.weight.shape) != 3 for p in several):
+        shapes = [tuple(p.weight.shape) for p in several]
+        raise ValueError(f"x {x.shape} must be (M, K) and weights {shapes} (G, N, K)")
+    _check_operands(x, None, fmt)
+    for p in several:
+        _check_inner(x.shape, p.weight.shape[1:])
+        _check_groups(group_sizes, p.weight.shape[0], len(x))
+    transforms = of_groups(first.transform, *several[0].weight.shape[::2])
+    products = _first_able(
+        "ragged_transform_quantize_matmul",
+        {
+            "xla": _one_by_one(xla_ragged.ragged_transform_quantize_matmul),
+            "reference": _one_by_one(reference.ragged_transform_quantize_matmul),
+        },
+        implementation,
+        lambda run: run(
+            *(x, transforms, tuple(p.weight for p in several), group_sizes, fmt),
+            global_scale=first.input_global_scale,
+            out_dtype=out_dtype,
+        ),
+    )
+    return products if isinstance(packed, tuple) else products[0]
+
+
+def _check_groups(group_sizes, groups: int, rows: int) -> None:
+    if group_sizes.shape != (groups,) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(
+            f"group_sizes has shape {group_sizes.shape} and dtype {group_sizes.dtype}; the weights "
+            f"are of {groups} groups: it must be ({groups},) integers"
+        )
+    if isinstance(group_sizes, jax.core.Tracer):
+        return
+    if int(group_sizes.min()) < 0 or int(group_sizes.sum()) > rows:
+        raise ValueError(
+            f"group_sizes={group_sizes.tolist()} must be at least 0 and sum to at most the "
+            f"{rows} rows of x"
+        )
+
+
+def of_groups(transform, groups: int, k: int):
+    """Return transforms as (G or 1, K/d or 1, d, d), or None."""
+    if transform is None:
+        return None
+    shape, d = transform.shape, transform.shape[-1]
+    if transform.ndim == 2:
+        transform = transform[None, None]
+    elif transform.ndim == 3 and shape[0] in (1, groups):
+        transform = transform[:, None]
+    fits = transform.ndim == 4 and transform.shape[0] in (1, groups) and shape[-2] == d
+    if not (fits and k % d == 0 and transform.shape[1] in (1, k // d)):
+        raise ValueError(
+            f"packed.transform has shape {shape}; for {groups} groups and K={k} it must have a "
+            f"leading axis of {groups}, or of 1 where all share it (`transform[None]`), before "
+            "(K/d, d, d) or (d, d)"
+        )
+    return transform
+
+
 def _short(run: Callable, precision) -> Callable:
     """An implementation that knows sums of two precisions; those of the others are float32."""
     return functools.partial(run, precision=precision)
@@ -204,8 +289,8 @@ def _short(run: Callable, precision) -> Callable:
 def _one_by_one(run: Callable) -> Callable:
     """Let an implementation for one weight take several; compilers see that x is the same."""
 
-    def call(x, transform, weights, fmt, **options):
-        return tuple(run(x, transform, weight, fmt, **options) for weight in weights)
+    def call(x, transform, weights, *more, **options):
+        return tuple(run(x, transform, weight, *more, **options) for weight in weights)
 
     return call
 

@@ -96,6 +96,63 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
     return quantized_matmul(y, weight, out_dtype=out_dtype or x.dtype)
 
 
+def group_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:
+    """Return the number of the group that each of M sorted rows is in, int32; G beyond the last.
+
+    Args:
+      group_sizes: (G,) integers.
+      rows: M.
+    """
+    ends = jnp.cumsum(group_sizes.astype(jnp.int32), dtype=jnp.int32)
+    numbers = jnp.arange(rows, dtype=jnp.int32)
+    return jnp.searchsorted(ends, numbers, side="right").astype(jnp.int32)
+
+
+def ragged_transform_quantize_matmul(
+    x, transforms, weight, group_sizes, fmt, *, global_scale=None, out_dtype=None
+):
+    """Return `transform_quantize_matmul` of every row with the transform and weight of its group.
+
+    Args:
+      x: (M, K), sorted by group.
+      transforms: (G or 1, K/d or 1, d, d), or None.
+      weight: quantized weights (G, N, K).
+      group_sizes: (G,) integers; rows beyond their sum give zeros.
+      fmt: number format of the activations, or None.
+      global_scale: scalar, or one a group; None takes the format's own, derived group by group.
+      out_dtype: dtype of the result; default x's.
+
+    Returns:
+      (M, N).
+    """
+    groups, group = len(group_sizes), group_of_rows(group_sizes, len(x))
+    if transforms is not None:
+        blocks = x.shape[-1] // transforms.shape[-1]
+        shape = groups, blocks, *transforms.shape[-2:]
+        transforms = jnp.broadcast_to(transforms, shape)
+    if global_scale is not None:
+        global_scale = jnp.broadcast_to(global_scale, (groups,))
+    scales = jnp.broadcast_to(weight.global_scale, (groups,))
+    weight = type(weight)(weight.codes, weight.scales, scales, weight.format)
+
+    def product(number, parts):
+        member = (group == number)[:, None]
+        transform, one, scale = parts
+        y = transform_quantize_matmul(
+            jnp.where(member, x, 0), transform, one, fmt, global_scale=scale, out_dtype=out_dtype
+        )
+        return jnp.where(member, y, 0)
+
+    def add(y, numbered):
+        return y + product(*numbered), None
+
+    # One group at a time: no more than one weight is expanded.
+    parts = transforms, weight, global_scale
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    rest = jax.tree.map(lambda leaf: leaf[1:], parts)
+    return lax.scan(add, product(0, first), (jnp.arange(1, groups, dtype=jnp.int32), rest))[0]
+
+
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Return ``silu(gate) * up``, ``silu(g) = g / (1 + exp(-g))``: what gated layers pass on.
 

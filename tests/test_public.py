@@ -28,6 +28,8 @@ HADAMARD = np.asarray(oracle.hadamard(D), np.float32)
 RECIPE = wush.Recipe(transform="hadamard", solver="rtn")
 Q = jax.jit(wush.quantize, static_argnums=1)(X, wush.MXFP4)
 PACKED = wush.PackedWeight(Q, HADAMARD, None, wush.MXFP4)
+EXPERTS = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PACKED)
+SIZES = np.int32([ROWS - 3, 3])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,12 @@ CASES = {
     "quantize_weight": Case(lambda w, m: wush.quantize_weight(w, m, RECIPE), (X, BLOCKS)),
     "quantized_dot": Case(
         reference(wush.quantized_dot), (X, PACKED), grad=True, jvp=False, keeps=True
+    ),
+    "quantized_ragged_dot": Case(
+        reference(lambda x, p, **o: wush.quantized_ragged_dot(x, p, SIZES, **o)),
+        (X, EXPERTS),
+        grad=True,
+        jvp=False,
     ),
     "layer_loss": Case(wush.layer_loss, (X, X, PACKED)),
     # kernels

@@ -25,6 +25,7 @@ from wush_jax.formats import fake_quantize as fake_quantize
 from wush_jax.formats import quantize as quantize
 from wush_jax.layers.linear import layer_loss as layer_loss
 from wush_jax.layers.linear import quantized_dot as quantized_dot
+from wush_jax.layers.ragged import quantized_ragged_dot as quantized_ragged_dot
 from wush_jax.solvers.presets import BEST as BEST
 from wush_jax.solvers.presets import BEST_WIDE as BEST_WIDE
 from wush_jax.solvers.presets import FAST as FAST

@@ -13,6 +13,8 @@ from wush_jax.layers.nnx import (
     QuantizedDense,
     dense_layers,
 )
+from wush_jax.layers.ragged import quantized_ragged_dot
+from wush_jax.layers.ragged_linear import RaggedLinear
 from wush_jax.layers.siblings import call_gated, call_together
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "DenseTypes",
     "LinenModel",
     "QuantizedDense",
+    "RaggedLinear",
     "call_gated",
     "call_together",
     "dense_layers",
@@ -31,6 +34,7 @@ __all__ = [
     "pack",
     "pack_for_kernels",
     "quantized_dot",
+    "quantized_ragged_dot",
     "recover",
     "unpack",
     "unpack_from_kernels",

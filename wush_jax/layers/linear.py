@@ -143,7 +143,7 @@ def _dot_backward(implementation, residuals, cotangents):
         for cotangent, weight in zip(cotangents, packed, strict=True)
     ]
     dx = functools.reduce(jnp.add, terms)
-    return dx.astype(like.dtype), jax.tree.map(_zero_cotangent, packed)
+    return dx.astype(like.dtype), jax.tree.map(zero_cotangent, packed)
 
 
 def _check_inner(x, weights) -> None:
@@ -155,7 +155,8 @@ def _check_inner(x, weights) -> None:
             )
 
 
-def _zero_cotangent(leaf):
+def zero_cotangent(leaf: jax.Array) -> Any:
+    """Return the cotangent of a leaf of a packed weight, which gets no gradient."""
     if leaf.dtype == jnp.float8_e8m0fnu:  # has no zero, and a cast of zero gives NaN
         return lax.bitcast_convert_type(jnp.zeros(leaf.shape, jnp.uint8), leaf.dtype)
     if jnp.issubdtype(leaf.dtype, jnp.floating):

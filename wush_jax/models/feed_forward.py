@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.reference import swiglu
-from wush_jax.layers.ragged import RaggedLinear
+from wush_jax.layers.ragged_linear import RaggedLinear
 from wush_jax.layers.siblings import call_gated, call_together
 from wush_jax.models.config import LlamaConfig
 
