@@ -85,7 +85,7 @@ class Layer:
 def test_weights_and_inputs_are_what_we_mean(case, tmp_path):
     layout, options = CASES[case]
     source = model(**options).up.packed
-    interchange.export(tmp_path / "model", model(**options), layout)
+    interchange.export(tmp_path / "model", model(**options), layout, rotated=True)
     layer = Layer(tmp_path / "model", "up")
     weight = layer.weight().float().numpy()
     values = np.asarray(wush.dequantize(source.weight))
@@ -135,7 +135,7 @@ def test_their_scheme_for_fp8_activations(tmp_path):
 def test_transformers_runs_our_exports(layout, fmt, tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5")
     source = llama_of(wush.Recipe(fmt, transform="identity"))
-    interchange.export(tmp_path / "model", source, layout)
+    interchange.export(tmp_path / "model", source, layout, rotated=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.bfloat16
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_tools import decode, write_file
+from checkpoint_tools import decode, open_file, write_file
 from layout_tools import hadamard, model, shapes, transform
 
 import wush_jax as wush
@@ -173,14 +173,16 @@ def test_exponents_of_old_mxfp4_files(version, bias, tmp_path):
     ("change", "error", "match"),
     [
         ({"head_dim": 24}, NotImplementedError, "head_dim=24; only a Hadamard"),
-        ({"type": "random-hadamard"}, NotImplementedError, "only a Hadamard matrix"),
+        ({"type": "random-matrix"}, NotImplementedError, "only a Hadamard matrix"),
         ({"randomize": True}, NotImplementedError, "only a Hadamard matrix"),
         ({"apply": [{"location": "output", "targets": ["Linear"]}]}, NotImplementedError, "only a"),
         ({"apply": 3}, ValueError, "transform_config is damaged"),
     ],
 )
 def test_rotations_that_we_lack_are_refused(change, error, match, tmp_path):
-    interchange.export(tmp_path / "model", model(NVFP4, "hadamard", 16), "nvfp4-pack-quantized")
+    interchange.export(
+        tmp_path / "model", model(NVFP4, "hadamard", 16), "nvfp4-pack-quantized", rotated=True
+    )
     file = tmp_path / "model" / "config.json"
     config = json.loads(file.read_text())
     config["quantization_config"]["transform_config"]["config_groups"]["input"].update(change)
@@ -190,7 +192,9 @@ def test_rotations_that_we_lack_are_refused(change, error, match, tmp_path):
 
 
 def test_a_rotation_over_all_of_k_and_one_in_the_weights(tmp_path):
-    interchange.export(tmp_path / "model", model(NVFP4, "hadamard", 64), "nvfp4-pack-quantized")
+    interchange.export(
+        tmp_path / "model", model(NVFP4, "hadamard", 64), "nvfp4-pack-quantized", rotated=True
+    )
     file = tmp_path / "model" / "config.json"
     config = json.loads(file.read_text())
     scheme = config["quantization_config"]["transform_config"]["config_groups"]["input"]
@@ -200,6 +204,11 @@ def test_a_rotation_over_all_of_k_and_one_in_the_weights(tmp_path):
     np.testing.assert_allclose(loaded.up.transform[...], hadamard(64), rtol=1e-7)
     scheme["apply"] = scheme["apply"][1:]
     file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"surplus tensors 'gate.input_input.weight'"):
+        wush.load(tmp_path / "model", shapes())
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = open_file(weights)
+    write_file(weights, {n: t for n, t in tensors.items() if "input_input" not in n})
     assert wush.load(tmp_path / "model", shapes()).up.transform is None
 
 

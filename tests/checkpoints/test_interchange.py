@@ -40,6 +40,8 @@ BOTH = {
     "C identity": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "identity"}),
     "C rounded hadamard": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "hadamard"}),
     "C derived": ("nvfp4-pack-quantized", {"fmt": DERIVED, "kind": "hadamard", "d": 16}),
+    "C shared": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "shared"}),
+    "D shared": ("mxfp4-pack-quantized", {"fmt": ROUND_175, "kind": "shared", "d": 64}),
     "C weights only": (
         "nvfp4-pack-quantized",
         {"fmt": NVFP4, "kind": "identity", "inputs": None},
@@ -67,9 +69,9 @@ def outputs(x, up, gate):
 def test_exports_mean_the_same_weights(case, tmp_path):
     layout, options = BOTH[case]
     source = model(**options)
-    interchange.export(tmp_path / "out", source, layout)
+    interchange.export(tmp_path / "out", source, layout, rotated=True)
     wush.save(tmp_path / "native", source)
-    interchange.export(tmp_path / "again", tmp_path / "native", layout)
+    interchange.export(tmp_path / "again", tmp_path / "native", layout, rotated=True)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     # Codes and scales on every device: records have no negative zeros.
@@ -150,7 +152,7 @@ def test_through_every_layout(tmp_path):
     source = model(NVFP4, "hadamard", 16)
     wush.save(tmp_path / "0", source)
     for step, layout in enumerate(("nvfp4-pack-quantized", "fp_quant", "wush")):
-        interchange.export(tmp_path / str(step + 1), tmp_path / str(step), layout)
+        interchange.export(tmp_path / str(step + 1), tmp_path / str(step), layout, rotated=True)
     found = effective(tmp_path / "3", "up")
     np.testing.assert_array_equal(found, effective(tmp_path / "0", "up"))
     loaded = wush.load(tmp_path / "3", shapes())
@@ -162,7 +164,7 @@ def test_through_every_layout(tmp_path):
 @pytest.mark.parametrize(("layout", "fmt"), [("fp_quant", MXFP4), ("nvfp4-pack-quantized", NVFP4)])
 def test_a_llama_of_another_layout_needs_no_model(layout, fmt, tmp_path):
     source = llama_of(wush.Recipe(fmt, transform="identity"))
-    interchange.export(tmp_path / "out", source, layout)
+    interchange.export(tmp_path / "out", source, layout, rotated=True)
     loaded = wush.load(tmp_path / "out")
     tokens = np.arange(10).reshape(2, 5)
     run = nnx.jit(lambda m, t: m(t))  # one program: bit for bit
@@ -171,7 +173,8 @@ def test_a_llama_of_another_layout_needs_no_model(layout, fmt, tmp_path):
     assert loaded.layers[0].mlp.up_proj.transform is None
     assert loaded.lm_head.kernel.dtype == jnp.bfloat16
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["torch_dtype"] == "float32"
+    assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16")
+    assert config["wush_activation_dtype"] == "float32"
     assert config["model_type"] == "qwen2"
 
 
@@ -202,7 +205,6 @@ REFUSED = [
     ),
     ("fp_quant", {"fmt": NVFP4, "inputs": DERIVED}, "needs a static global scale"),
     ("nvfp4-pack-quantized", {"fmt": NVFP4}, "no room for the transform .* knows the identity"),
-    ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "shared"}, "no room for the transform"),
     ("nvfp4-pack-quantized", {"fmt": MXFP4, "kind": "identity"}, "e4m3 scales; "),
     ("mxfp4-pack-quantized", {"fmt": MXFP4, "kind": "identity"}, "'round_175' or none; "),
     (
@@ -221,7 +223,7 @@ REFUSED = [
 @pytest.mark.parametrize(("layout", "options", "match"), REFUSED)
 def test_what_a_layout_cannot_hold_is_refused(layout, options, match, tmp_path):
     with pytest.raises(ValueError, match=match):
-        interchange.export(tmp_path / "out", model(**options), layout)
+        interchange.export(tmp_path / "out", model(**options), layout, rotated=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -242,7 +244,7 @@ def test_layers_that_readers_fuse_need_one_scale(tmp_path):
     wush.save(tmp_path / "model", source)
     config = (tmp_path / "model" / "config.json").read_text()
     rename(tmp_path / "model", {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}, config)
-    interchange.export(tmp_path / "equal", tmp_path / "model", "nvfp4-pack-quantized")
+    interchange.export(tmp_path / "equal", tmp_path / "model", "nvfp4-pack-quantized", rotated=True)
     other = source.up.global_scale[...] * 2
     source.up.global_scale.set_value(other)
     wush.save(tmp_path / "other", source)
@@ -250,7 +252,9 @@ def test_layers_that_readers_fuse_need_one_scale(tmp_path):
     rename(tmp_path / "other", {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}, config)
     match = r"one global scale for mlp\.\w+_proj, mlp\.\w+_proj: use share_transform=True"
     with pytest.raises(ValueError, match=match):
-        interchange.export(tmp_path / "out", tmp_path / "other", "nvfp4-pack-quantized")
+        interchange.export(
+            tmp_path / "out", tmp_path / "other", "nvfp4-pack-quantized", rotated=True
+        )
 
 
 def test_layers_that_differ_are_refused(tmp_path):
@@ -275,8 +279,8 @@ def test_what_is_exported_comes_back(data, tmp_path_factory):
     )
     fmt = (ROUND_175 if layout == "mxfp4-pack-quantized" else MXFP4) if mx else NVFP4
     n, k = data.draw(st.integers(1, 9)), 64 * data.draw(st.integers(1, 3))
-    kinds = ["identity", "hadamard"]
-    kinds += ["blocks", "shared"] if layout in ("wush", "fp_quant") else []
+    kinds = ["identity", "hadamard", "shared"]
+    kinds += ["blocks"] if layout in ("wush", "fp_quant") else []
     kind, d = data.draw(st.sampled_from(kinds)), data.draw(st.sampled_from([16, 64]))
     matrix = transform(kind, k, d, seed=data.draw(st.integers(0, 99)))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -326,6 +330,8 @@ def test_inspect(tmp_path):
     interchange.export(tmp_path / "a", tmp_path / "model", "fp_quant")
     a = interchange.inspect_folder(tmp_path / "a")
     assert [layer.transform for layer in a.layers] == ["per block 32"] * 2
-    interchange.export(tmp_path / "c", model(NVFP4, "hadamard"), "nvfp4-pack-quantized")
+    interchange.export(
+        tmp_path / "c", model(NVFP4, "hadamard"), "nvfp4-pack-quantized", rotated=True
+    )
     c = interchange.inspect_folder(tmp_path / "c")
     assert [layer.transform for layer in c.layers] == ["shared 32"] * 2

@@ -37,8 +37,12 @@ def originals(tmp_path_factory):
     wush.save(folder / "shards", pair(), shard_bytes=2000)
     wush.save(folder / "llama", llama("identity"))
     interchange.export(folder / "fp_quant", model(wush.MXFP4), "fp_quant")
-    interchange.export(folder / "nv", model(NVFP4, "hadamard", 16), "nvfp4-pack-quantized")
-    interchange.export(folder / "mx", model(ROUND_175, "identity"), "mxfp4-pack-quantized")
+    interchange.export(
+        folder / "nv", model(NVFP4, "hadamard", 16), "nvfp4-pack-quantized", rotated=True
+    )
+    interchange.export(
+        folder / "mx", model(ROUND_175, "identity"), "mxfp4-pack-quantized", rotated=True
+    )
     return sorted(folder.iterdir())
 
 

@@ -120,8 +120,10 @@ def effective_compressed(tensors, config, name):
     if nv:
         weight = weight / scalar(tensors, f"{name}.weight_global_scale")
     groups = config["transform_config"].get("config_groups", {})
-    for scheme in groups.values():
-        weight = rotated_back(weight, hadamard(scheme["head_dim"]))
+    for key, scheme in groups.items():
+        d = scheme["head_dim"]
+        matrix = decode(*tensors[f"{name}.{key}_input.weight"]).reshape(d, d) / np.sqrt(d)
+        weight = rotated_back(weight, matrix.T)
     return weight
 
 

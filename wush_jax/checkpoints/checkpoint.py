@@ -47,6 +47,8 @@ from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
 from wush_jax.storage.json_file import CONFIG
 from wush_jax.storage.tensor_folder import TensorFolder
 
+# Beside ``dtype`` in the config of an export: what we computed activations in.
+ACTIVATIONS = "wush_activation_dtype"
 Placement = Mesh | Sharding | Callable[[str], Sharding | None] | None
 
 
@@ -149,9 +151,11 @@ def written(content: Content, layout: Layout) -> tuple[dict[str, Any], dict[str,
         )
     tensors, quantization = layout.write(content)
     model_names.add(tensors, content.plain)
-    config = dict(content.config)
+    config = {**content.config}
     if layout is not NATIVE and "activation_dtype" in content.extra:
-        config.setdefault("torch_dtype", content.extra["activation_dtype"])
+        # Readers of the other layouts decode to bfloat16, and stop where the rest is float32.
+        config |= dict.fromkeys(("dtype", "torch_dtype"), "bfloat16")
+        config[ACTIVATIONS] = content.extra["activation_dtype"]
     return tensors, {**config, "quantization_config": quantization}
 
 
@@ -259,7 +263,7 @@ def _llama(folder: TensorFolder) -> Llama:
         if not 0 < config.num_hidden_layers <= len(folder.entries) or embedding is None:
             raise ValueError("more layers than the files hold, or no embedding")
         dtype = folder.config.get("dtype", folder.config.get("torch_dtype", embedding.dtype))
-        dtype = quantization.get("activation_dtype", dtype)
+        dtype = folder.config.get(ACTIVATIONS, quantization.get("activation_dtype", dtype))
         kinds = {"dtype": dtype, "param_dtype": embedding.dtype}
         kinds = {key: jnp.dtype(kind) for key, kind in kinds.items()}
         return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kinds))

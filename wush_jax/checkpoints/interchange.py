@@ -14,13 +14,14 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from wush_jax.checkpoints.checkpoint import content_of, written
+from wush_jax.checkpoints.checkpoint import ACTIVATIONS, content_of, written
 from wush_jax.checkpoints.layouts import LAYOUTS, layout_of
 from wush_jax.checkpoints.layouts.layout import Content, quantization_config
 from wush_jax.checkpoints.quantization_config import LayerRecord
+from wush_jax.checkpoints.readers import check_rotated, notes
 from wush_jax.formats import Format
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
+from wush_jax.storage.folder_writer import SHARD_BYTES, copy_companions, write_folder
 from wush_jax.storage.tensor_folder import TensorFolder
 
 WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.write is not None)
@@ -31,23 +32,30 @@ def export(
     source: str | Path | nnx.Module,
     layout: str,
     *,
+    rotated: bool = False,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> tuple[str, ...]:
     """Write a quantized model in the layout of another library.
 
     Codes and scales are copied bit for bit, nothing is quantized again; what a layout cannot hold
-    is refused. A folder is read and written one shard at a time.
+    is refused. A folder is read and written one shard at a time, and its tokenizer, generation
+    config and the like are copied.
 
     Args:
       out_folder: where to write; as for `wush_jax.save`.
       source: a folder in any layout that we read, or a model from `wush_jax.quantize_model`.
       layout: "wush" (native), "fp_quant", "nvfp4-pack-quantized" or "mxfp4-pack-quantized"
         (compressed-tensors).
+      rotated: whether the reader applies the transforms in the files of compressed-tensors, as
+        vLLM does and transformers does not.
       shard_bytes: the largest size of a file.
+
+    Returns:
+      What to know before serving it, such as "tensor parallel 1 only"; empty if nothing.
 
     Raises:
       ValueError: a layout that is unknown or only read, a model that it cannot hold, files that
-        are damaged.
+        are damaged, transforms that are not ``rotated``.
       OSError: the place cannot be written; what was there is still there.
 
     >>> import tempfile
@@ -58,6 +66,7 @@ def export(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export(folder, nnx.List([QuantizedDense(dense, packed)]), "fp_quant")
     ...     inspect_folder(folder).layout
+    ()
     'fp_quant'
     """
     chosen = LAYOUTS.get(layout)
@@ -69,8 +78,12 @@ def export(
     else:
         content = _content_of_folder(TensorFolder(source, mapped=True))
     tensors, config = written(content, chosen)
+    check_rotated(content, layout, rotated)
     framework = None if layout == "wush" else "pt"
     write_folder(out_folder, tensors, config, shard_bytes=shard_bytes, framework=framework)
+    if not isinstance(source, nnx.Module):
+        copy_companions(source, out_folder)
+    return notes(content, layout)
 
 
 def read_layers(path: str | Path) -> dict[str, PackedWeight]:
@@ -128,9 +141,14 @@ def _content_of_folder(folder: TensorFolder) -> Content:
         name: folder.read(name, [folder.entries[name].dtype], [folder.entries[name].shape])
         for name in names
     }
-    config = {k: v for k, v in folder.config.items() if k != "quantization_config"}
+    own = ("quantization_config", ACTIVATIONS)
+    config = {k: v for k, v in folder.config.items() if k not in own}
     stored = quantization_config(folder)
-    extra = {"metadata": {"converted_from": layout.name}} if layout.name != "wush" else {}
+    extra: dict[str, Any] = (
+        {"metadata": {"converted_from": layout.name}} if layout.name != "wush" else {}
+    )
+    if ACTIVATIONS in folder.config:
+        extra["activation_dtype"] = folder.config[ACTIVATIONS]
     for key in ("library", "naming", "metadata", "activation_dtype"):
         if key in stored:
             extra[key] = stored[key]

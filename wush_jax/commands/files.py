@@ -9,22 +9,25 @@ import tyro
 
 from wush_jax.checkpoints import interchange
 from wush_jax.commands.terminal import console
-from wush_jax.storage.folder_writer import copy_companions
 
 Layout = Literal[interchange.WRITABLE]  # type: ignore[valid-type]  # made of the names there
 Arguments = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 
-def export(source: tyro.conf.Positional[Path], *, out: Path, layout: Layout) -> None:
+def export(
+    source: tyro.conf.Positional[Path], *, out: Path, layout: Layout, rotated: bool = False
+) -> None:
     """Write a quantized model in the layout of another library; nothing is quantized again.
 
     Args:
       source: folder of a quantized model, in any layout that we read.
       out: folder to write.
       layout: the layout.
+      rotated: the reader applies the transforms in compressed-tensors' files: vLLM does,
+        transformers does not.
     """
-    interchange.export(out, source, layout)
-    copy_companions(source, out)
+    for note in interchange.export(out, source, layout, rotated=rotated):
+        console().print(f"note: {note}")
     console().print(f"{out}: {layout}")
 
 

@@ -8,9 +8,8 @@ Of a layer with N outputs and K inputs:
 - MXFP4: ``weight_scale`` U8 (N, K/32), the exponent + 127, or + 125 in files of versions before
   0.14 (9 January 2026). No global scale. Activations as the weights, or E4M3 (`FP8_128`).
 
-Transforms are not in the files. Names of known ones are in ``transform_config``
-(`wush_jax.checkpoints.layouts.hadamard_config`): the identity and one Hadamard matrix for all
-blocks.
+Transforms are named in ``transform_config``, their matrices beside the layers
+(`wush_jax.checkpoints.layouts.transform_config`): one (d, d) for all blocks of a layer.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax.checkpoints.layouts import hadamard_config as hadamard
 from wush_jax.checkpoints.layouts import layout as shared
+from wush_jax.checkpoints.layouts import transform_config as transforms
 from wush_jax.checkpoints.layouts.layout import Content, Layout
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
@@ -48,7 +47,6 @@ INPUTS: dict[str, tuple[Format | None, ...]] = {
 STORED = {NV: jnp.float8_e4m3fn, MX: np.uint8}
 # Files of this version and later hold exponent + 127.
 VERSION = "0.14.0"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def _claims(folder: TensorFolder, name: str) -> bool:
@@ -57,19 +55,15 @@ def _claims(folder: TensorFolder, name: str) -> bool:
 
 
 def _records(folder: TensorFolder, layout: str) -> dict[str, LayerRecord]:
-    config = shared.quantization_config(folder)
     fmt, inputs = FORMATS[layout], _input_format(folder, layout)
-    try:
-        block = hadamard.block_from(config.get("transform_config"))
-    except ValueError as error:
-        raise ValueError(f"{folder.path}: {error}") from error
+    schemes = _schemes(folder)
     records, sites = {}, {}
     for name in shared.layer_names(folder, ".weight_packed"):
         shape = shared.weight_shape(folder, f"{name}.weight_packed")
-        d = min(shape[1], hadamard.LARGEST + 1) if block == 0 else block
-        if d is not None:
-            hadamard.check_size(d)
-            sites[name] = bytes(d)
+        scheme, d = transforms.scheme_of(schemes, name), None
+        if scheme is not None:
+            d = scheme.size(shape[1])
+            sites[name] = shared.digest(scheme.read(folder, name, shape[1]))
         scales = {"weight_global_scale": 1.0, "input_global_scale": None}
         for key in scales if layout == NV else ():
             if key == "weight_global_scale" or inputs is not None:
@@ -86,6 +80,13 @@ def _records(folder: TensorFolder, layout: str) -> dict[str, LayerRecord]:
             input_global_scale=scales["input_global_scale"],
         )
     return shared.with_sites(records, sites)
+
+
+def _schemes(folder: TensorFolder) -> list[transforms.Scheme]:
+    try:
+        return transforms.schemes_from(shared.quantization_config(folder).get("transform_config"))
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{folder.path}: {error}") from error
 
 
 def _input_format(folder: TensorFolder, layout: str) -> Format | None:
@@ -161,8 +162,11 @@ def _read(
         stored=STORED[layout],
         bits=bits,
     )
-    if record.block is not None and transform is None:
-        transform = place(f"{record.site}.transform", hadamard.matrix(record.block))
+    scheme = transforms.scheme_of(_schemes(folder), name)
+    if scheme is not None:
+        own = scheme.read(folder, name, record.shape[1])
+        if transform is None:
+            transform = place(f"{record.site}.transform", own)
     inputs = shared.place_input_scale(name, record, place)
     return PackedWeight(weight, transform, inputs, record.input_format)
 
@@ -171,13 +175,14 @@ def _write(content: Content, layout: str) -> tuple[dict[str, Any], dict[str, Any
     fmt = FORMATS[layout]
     tensors: dict[str, Any] = {}
     scales: dict[str, tuple] = {}
-    blocks, formats = [], []
+    matrices: dict[str, np.ndarray | None] = {}
+    formats = []
     for name, packed in content.layers.items():
         record = content.records[name]
         shared.check_format(name, record.format, [fmt], "weight", layout)
         shared.check_format(name, record.input_format, INPUTS[layout], "activation", layout)
-        block, ratio = hadamard.block_of(name, packed.transform, layout)
-        blocks.append(block)
+        matrices[name] = transforms.one_matrix(name, packed.transform, layout)
+        ratio = _ratio(matrices[name])
         formats.append(record.input_format)
         weight = packed.interchange
         tensors[f"{name}.weight_packed"] = weight.codes
@@ -190,11 +195,20 @@ def _write(content: Content, layout: str) -> tuple[dict[str, Any], dict[str, Any
         for key, value in zip(("weight", "input"), scales[name], strict=True):
             if value is not None:
                 tensors[f"{name}.{key}_global_scale"] = np.reshape(np.float32(value), 1)
-    _check_fused(scales)
+    shared.check_fused(scales, "global scale", layout)
+    shared.check_fused(
+        {name: None if m is None else shared.digest(m) for name, m in matrices.items()},
+        "transform",
+        layout,
+    )
     inputs = shared.only("kind of activations", formats, layout)
-    ignored = content.unquantized
-    transform = hadamard.to_json(shared.only("transform", blocks, layout), ignored)
-    return tensors, _config(layout, inputs, ignored, transform)
+    more, transform = transforms.written(matrices, content.unquantized)
+    return tensors | more, _config(layout, inputs, content.unquantized, transform)
+
+
+def _ratio(values: np.ndarray | None) -> float:
+    """Return c of a matrix c H that files mean as H; 1 for all others."""
+    return 1.0 if values is None else transforms.ratio_to_hadamard(values) or 1.0
 
 
 def _global_scales(name: str, record: LayerRecord, ratio: float) -> tuple[Any, Any]:
@@ -225,22 +239,6 @@ def _check_no_scale(name: str, record: LayerRecord, ratio: float) -> None:
             f"layout={MX!r} means the exact Hadamard matrix, that of {name} is rounded by "
             f"{ratio:.6f}: quantize with transform_dtype='float32', or blocks of 16 or 64"
         )
-
-
-def _check_fused(scales: dict[str, tuple]) -> None:
-    """Refuse layers that readers compute as one and whose global scales differ."""
-    for group in FUSED:
-        sites: dict[str, dict[str, tuple]] = {}
-        for name, pair in scales.items():
-            parent, _, last = name.rpartition(".")
-            if last in group:
-                sites.setdefault(parent, {})[name] = pair
-        for members in sites.values():
-            if len(set(members.values())) > 1:
-                raise ValueError(
-                    f"layout={NV!r} needs one global scale for {', '.join(members)}: use "
-                    "share_transform=True, or a format with a fixed global_scale"
-                )
 
 
 def _arguments(fmt: Format, dynamic: bool | str) -> dict[str, Any]:

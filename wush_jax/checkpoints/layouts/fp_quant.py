@@ -5,7 +5,8 @@ Of a layer with N outputs, K inputs, groups of g, blocks of d:
 - ``qweight`` U8 (N, K/2); ``scales`` U8, the bits of (N, K/g) E8M0 or E4M3 scales;
 - ``forward_hadamard_matrix``: what inputs are multiplied with from the right. (d, d) shared by all
   blocks, or (d, K) with ``T_b^T`` of block b in columns b d to (b + 1) d;
-- ``backward_hadamard_matrix``: a copy, for training;
+- ``backward_hadamard_matrix``: a copy, for training; written beside (d, K) only, whose reader asks
+  for it: vLLM, which reads (d, d), has no place for it;
 - ``weight_global_scale``, ``act_global_scale`` F32 (1,): divide.
 
 Exports without real quantization hold ``dqweight`` instead, which is refused.
@@ -128,6 +129,7 @@ def matrix_of(transform: np.ndarray) -> np.ndarray:
 def _write(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors: dict[str, Any] = {}
     dtypes, blocks, kinds = [], [], []
+    fused: dict[str, Any] = {}
     for name, packed in content.layers.items():
         record = content.records[name]
         shared.check_format(name, record.format, [MXFP4, NVFP4], "weight", NAME)
@@ -149,10 +151,14 @@ def _write(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{name}.qweight": weight.codes,
             f"{name}.scales": shared.bits_of(weight.scales),
             f"{name}.forward_hadamard_matrix": matrix,
-            f"{name}.backward_hadamard_matrix": matrix,
             f"{name}.weight_global_scale": np.reshape(weight_scale, 1),
             f"{name}.act_global_scale": np.reshape(inputs, 1),
         }
+        if matrix.shape[0] != matrix.shape[1]:
+            tensors[f"{name}.backward_hadamard_matrix"] = matrix
+        fused[name] = matrix.shape, shared.digest(matrix), float(weight_scale), float(inputs)
+    if all(shape[0] == shape[1] for shape, *_ in fused.values()):
+        shared.check_fused(fused, "matrix and pair of global scales", NAME)
     config = {
         "quant_method": NAME,
         "forward_dtype": shared.only("format", dtypes, NAME),

@@ -19,6 +19,8 @@ from wush_jax.formats.format import SCALE_DTYPES
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.tensor_folder import TensorFolder
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 
 class Read(Protocol):
     """Reads one layer; ``transform`` is that of its site, where it was placed before."""
@@ -61,7 +63,8 @@ class Content:
             for name, value in self.plain.items()
             if name.endswith(".weight") and len(value.shape) == 2 and "embed" not in name
         }
-        return sorted(found | {"lm_head"})
+        # A head that is tied to the embedding is a dense layer of readers without a tensor here.
+        return sorted(found | {"lm_head"} - set(self.layers))
 
 
 Write = Callable[[Content], tuple[dict[str, Any], dict[str, Any]]]
@@ -203,6 +206,28 @@ def only(what: str, values: Sequence[Any], layout: str) -> Any:
             "keep layout='wush', or quantize with one recipe"
         )
     return different[0]
+
+
+def check_fused(values: Mapping[str, Any], what: str, layout: str) -> None:
+    """Refuse layers that readers compute as one (q, k and v; gate and up) and that differ.
+
+    Args:
+      values: by layer.
+      what: they are.
+      layout: for the message.
+    """
+    sites: dict[tuple[str, int], list[str]] = {}
+    for name in values:
+        parent, _, last = name.rpartition(".")
+        for index, group in enumerate(FUSED):
+            if last in group:
+                sites.setdefault((parent, index), []).append(name)
+    for members in sites.values():
+        if len({values[name] for name in members}) > 1:
+            raise ValueError(
+                f"layout={layout!r} needs one {what} for {', '.join(members)}: use "
+                "share_transform=True, or a format with a fixed global_scale"
+            )
 
 
 def scalar_scale(name: str, value: Any, layout: str) -> np.float32:
