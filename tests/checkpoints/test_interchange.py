@@ -17,7 +17,7 @@ from rich.console import Console
 
 import wush_jax as wush
 from wush_jax.checkpoints import interchange
-from wush_jax.checkpoints.checkpoint import written
+from wush_jax.checkpoints.content import written
 from wush_jax.checkpoints.layouts import LAYOUTS
 from wush_jax.checkpoints.layouts.compressed_tensors import FP8_128
 from wush_jax.checkpoints.layouts.layout import Content

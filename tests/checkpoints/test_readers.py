@@ -13,7 +13,7 @@ from layout_tools import hadamard, model, transform
 import wush_jax as wush
 from wush_jax import cli
 from wush_jax.checkpoints import interchange
-from wush_jax.checkpoints.checkpoint import content_of, written
+from wush_jax.checkpoints.content import content_of, written
 from wush_jax.checkpoints.layouts import LAYOUTS
 from wush_jax.checkpoints.packed_layout import record_of
 from wush_jax.formats import MXFP4, NVFP4

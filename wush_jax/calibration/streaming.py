@@ -36,7 +36,7 @@ from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest
 from wush_jax.calibration.site_plan import SitePlan
 from wush_jax.calibration.steps import swap
-from wush_jax.checkpoints.checkpoint import native_extra
+from wush_jax.checkpoints.content import native_extra
 from wush_jax.checkpoints.packed_layout import layer_tensors, record_of
 from wush_jax.checkpoints.quantization_config import LayerRecord, records_to_json, sealed
 from wush_jax.layers.nnx import DENSE_TYPES, dense_layers

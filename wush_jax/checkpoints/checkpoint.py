@@ -9,10 +9,8 @@ saved.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from pallas_kernels.fragments import Fragments
 from wush_jax.checkpoints import model_names
+from wush_jax.checkpoints.content import ACTIVATIONS, content_of, written
 from wush_jax.checkpoints.layouts import layout_of
-from wush_jax.checkpoints.layouts.layout import Content, Layout
+from wush_jax.checkpoints.layouts.layout import Layout
 from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
-from wush_jax.checkpoints.packed_layout import Place, record_of
+from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import (
@@ -37,18 +35,14 @@ from wush_jax.layers.nnx import (
     Packed,
     QuantizedDense,
     dense_view,
-    dotted,
     replace_modules,
 )
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import folder_config
-from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
 from wush_jax.storage.json_file import CONFIG
 from wush_jax.storage.tensor_folder import TensorFolder
 
-# Beside ``dtype`` in the config of an export: what we computed activations in.
-ACTIVATIONS = "wush_activation_dtype"
 Placement = Mesh | Sharding | Callable[[str], Sharding | None] | None
 
 
@@ -89,74 +83,6 @@ def save(
     content = content_of(qmodel, metadata)
     tensors, config = written(content, NATIVE)
     write_folder(path, tensors, config, shard_bytes=shard_bytes)
-
-
-def content_of(qmodel: nnx.Module, metadata: Mapping[str, Any] | None = None) -> Content:
-    """Return what there is to write of a quantized model.
-
-    Args:
-      qmodel: a model from `quantize_model`.
-      metadata: plain values to keep.
-
-    Raises:
-      ValueError: nothing is quantized, something cannot be stored.
-    """
-    layers: dict[str, PackedWeight] = {}
-    records: dict[str, LayerRecord] = {}
-    first: dict[int, str] = {}
-    for module_path, module in nnx.iter_modules(qmodel):
-        if not isinstance(module, QuantizedDense):
-            continue
-        name, site = model_names.layer_name(qmodel, dotted(module_path)), None
-        if module.transform is not None:
-            site = first.setdefault(id(module.transform), name)
-        packed = module.packed
-        if isinstance(packed.weight, Fragments):
-            # To the host at once: all layers in both layouts may not fit the device.
-            packed = dataclasses.replace(packed, weight=jax.device_get(packed.interchange))
-        layers[name] = packed
-        records[name] = record_of(name, packed, site)
-    if not records:
-        raise ValueError("qmodel has no quantized layers; pass what quantize_model returned")
-    config: dict[str, Any] = getattr(getattr(qmodel, "config", None), "to_dict", dict)()
-    plain = model_names.plain_tensors(qmodel)
-    return Content(layers, records, plain, config, native_extra(qmodel, metadata))
-
-
-def native_extra(model: nnx.Module, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the entries of a native ``quantization_config`` beside the layers' records."""
-    extra: dict[str, Any] = {
-        "library": f"wush_jax {_library_version()}",
-        "naming": model_names.naming(model),
-        "metadata": dict(metadata or {}),
-    }
-    if isinstance(model, Llama):
-        extra["activation_dtype"] = np.dtype(model.dtype).name
-    return extra
-
-
-def written(content: Content, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return all tensors and the config of a content in a layout.
-
-    Raises:
-      ValueError: a layout that is only read, or cannot hold the content.
-    """
-    if layout.write is None:
-        raise ValueError(f"layout={layout.name!r} is only read; write 'wush' or another one")
-    stacks = [name for name, record in content.records.items() if len(record.shape) != 2]
-    if layout is not NATIVE and stacks:
-        raise ValueError(
-            f"layout={layout.name!r} holds one matrix a layer, {stacks[0]} has several kernels "
-            f"{content.records[stacks[0]].shape}; keep layout='wush'"
-        )
-    tensors, quantization = layout.write(content)
-    model_names.add(tensors, content.plain)
-    config = {**content.config}
-    if layout is not NATIVE and "activation_dtype" in content.extra:
-        # Readers of the other layouts decode to bfloat16, and stop where the rest is float32.
-        config |= dict.fromkeys(("dtype", "torch_dtype"), "bfloat16")
-        config[ACTIVATIONS] = content.extra["activation_dtype"]
-    return tensors, {**config, "quantization_config": quantization}
 
 
 def load(
@@ -236,13 +162,6 @@ def load(
             folder.skip(name)
     folder.check_all_read()
     return loaded
-
-
-def _library_version() -> str:
-    try:
-        return version("wush-jax")
-    except PackageNotFoundError:  # run from a checkout
-        return "unknown"
 
 
 def _repeated_embedding(model: nnx.Module) -> str | None:

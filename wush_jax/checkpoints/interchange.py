@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from wush_jax.checkpoints.checkpoint import ACTIVATIONS, content_of, written
+from wush_jax.checkpoints.content import ACTIVATIONS, content_of, written
 from wush_jax.checkpoints.layouts import LAYOUTS, layout_of
 from wush_jax.checkpoints.layouts.layout import Content, quantization_config
 from wush_jax.checkpoints.quantization_config import LayerRecord

@@ -1,0 +1,100 @@
+"""What there is to write of a quantized model: layers, records, the rest, and the config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.fragments import Fragments
+from wush_jax.checkpoints import model_names
+from wush_jax.checkpoints.layouts.layout import Content, Layout
+from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
+from wush_jax.checkpoints.packed_layout import record_of
+from wush_jax.checkpoints.quantization_config import LayerRecord
+from wush_jax.layers.nnx import QuantizedDense, dotted
+from wush_jax.models import Llama
+from wush_jax.solvers.site import PackedWeight
+
+# Beside ``dtype`` in the config of an export: what we computed activations in.
+ACTIVATIONS = "wush_activation_dtype"
+
+
+def content_of(qmodel: nnx.Module, metadata: Mapping[str, Any] | None = None) -> Content:
+    """Return what there is to write of a quantized model.
+
+    Args:
+      qmodel: a model from `quantize_model`.
+      metadata: plain values to keep.
+
+    Raises:
+      ValueError: nothing is quantized, something cannot be stored.
+    """
+    layers: dict[str, PackedWeight] = {}
+    records: dict[str, LayerRecord] = {}
+    first: dict[int, str] = {}
+    for module_path, module in nnx.iter_modules(qmodel):
+        if not isinstance(module, QuantizedDense):
+            continue
+        name, site = model_names.layer_name(qmodel, dotted(module_path)), None
+        if module.transform is not None:
+            site = first.setdefault(id(module.transform), name)
+        packed = module.packed
+        if isinstance(packed.weight, Fragments):
+            # To the host at once: all layers in both layouts may not fit the device.
+            packed = dataclasses.replace(packed, weight=jax.device_get(packed.interchange))
+        layers[name] = packed
+        records[name] = record_of(name, packed, site)
+    if not records:
+        raise ValueError("qmodel has no quantized layers; pass what quantize_model returned")
+    config: dict[str, Any] = getattr(getattr(qmodel, "config", None), "to_dict", dict)()
+    plain = model_names.plain_tensors(qmodel)
+    return Content(layers, records, plain, config, native_extra(qmodel, metadata))
+
+
+def native_extra(model: nnx.Module, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the entries of a native ``quantization_config`` beside the layers' records."""
+    extra: dict[str, Any] = {
+        "library": f"wush_jax {_library_version()}",
+        "naming": model_names.naming(model),
+        "metadata": dict(metadata or {}),
+    }
+    if isinstance(model, Llama):
+        extra["activation_dtype"] = np.dtype(model.dtype).name
+    return extra
+
+
+def written(content: Content, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return all tensors and the config of a content in a layout.
+
+    Raises:
+      ValueError: a layout that is only read, or cannot hold the content.
+    """
+    if layout.write is None:
+        raise ValueError(f"layout={layout.name!r} is only read; write 'wush' or another one")
+    stacks = [name for name, record in content.records.items() if len(record.shape) != 2]
+    if layout is not NATIVE and stacks:
+        raise ValueError(
+            f"layout={layout.name!r} holds one matrix a layer, {stacks[0]} has several kernels "
+            f"{content.records[stacks[0]].shape}; keep layout='wush'"
+        )
+    tensors, quantization = layout.write(content)
+    model_names.add(tensors, content.plain)
+    config = {**content.config}
+    if layout is not NATIVE and "activation_dtype" in content.extra:
+        # Readers of the other layouts decode to bfloat16, and stop where the rest is float32.
+        config |= dict.fromkeys(("dtype", "torch_dtype"), "bfloat16")
+        config[ACTIVATIONS] = content.extra["activation_dtype"]
+    return tensors, {**config, "quantization_config": quantization}
+
+
+def _library_version() -> str:
+    try:
+        return version("wush-jax")
+    except PackageNotFoundError:  # run from a checkout
+        return "unknown"
