@@ -13,7 +13,7 @@ from tiny import CONFIG, tokens
 from weights import random_model
 
 import wush_jax as wush
-from wush_jax.models import Llama, generate, sample
+from wush_jax.models import Llama, generate, generation, sample
 from wush_jax.models.generation import CHUNK
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
@@ -106,6 +106,32 @@ def test_rows_end_with_their_stop_token():
         assert out.lengths[row] == count
         assert out.tokens[row].tolist() == all_of_it[:count] + [0] * (5 - count)
     assert out.lengths[0] <= 2
+
+
+def test_prompts_of_many_lengths_share_a_program():
+    """What fills a prompt up changes no token of it; lengths of one bucket compile once."""
+    model = random_model(CONFIG)
+    graph, state = nnx.split(model)
+    before = generation._generate._cache_size()
+    for length in (2, 11):
+        prompt = tokens(1, (1, length), seed=length)[0]
+        out = generate(model, prompt, max_new_tokens=6)
+        exact = generation._generate.__wrapped__  # of the very length, nothing behind it
+        lengths = np.array([length], np.int32)
+        found, _ = jax.jit(exact, static_argnums=(0, 1, 2))(
+            graph, 6, (), state, prompt, lengths, jax.random.key(0), None, None
+        )
+        np.testing.assert_array_equal(out.tokens, found)
+    assert generation._generate._cache_size() <= before + 1
+
+
+def test_buckets_are_few_and_close():
+    lengths = np.arange(1, 4097)
+    found = np.array([generation.bucket(int(length)) for length in lengths])
+    assert (found >= lengths).all()
+    assert (found <= np.maximum(16, np.ceil(1.25 * lengths) + 15)).all()
+    assert (found[lengths > 128] <= 1.25 * lengths[lengths > 128]).all()
+    assert len(set(found)) <= 8 + 4 * 5
 
 
 @pytest.mark.once
