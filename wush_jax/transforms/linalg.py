@@ -268,6 +268,6 @@ def unit_blocks(r: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     roots = diagonal_blocks(r, block)
     eye = jnp.broadcast_to(jnp.eye(block, dtype=r.dtype), roots.shape)
     inverse = lax.linalg.triangular_solve(roots, eye, left_side=True, lower=False)
-    columns = r.reshape(*r.shape[:-1], k // block, block)
-    unit = jnp.einsum("...kbi,...bij->...kbj", columns, inverse, precision=HIGHEST)
-    return unit.reshape(r.shape), roots
+    # As `matmul`, and not an einsum, which records a result type.
+    columns = jnp.moveaxis(r.reshape(*r.shape[:-1], k // block, block), -2, -3)
+    return jnp.moveaxis(matmul(columns, inverse), -3, -2).reshape(r.shape), roots
