@@ -126,3 +126,26 @@ def test_float64_construction_leaves_nothing_behind():
     with jax.enable_x64(True):
         assert build(jnp.ones(3, jnp.float64), 4)["half"].dtype == jnp.float64
         assert build(jnp.ones(3, jnp.float32), 4)["half"].dtype == jnp.float32
+
+
+@pytest.mark.filterwarnings("error")
+def test_factors_keep_float64_where_a_compiled_function_is_batched():
+    """A result type that was recorded inside the x64 context would be cut to float32 outside."""
+
+    @jax.jit
+    @linalg.float64_construction
+    def factors(m):
+        unit, roots = linalg.unit_blocks(linalg.upper_factor(m), 2)
+        return linalg.matmul(unit, unit.mT), roots
+
+    rng = np.random.default_rng(3)
+    m = np.float32([oracle.random_moment(rng, 6, 1e3) for _ in range(2)])
+    for batched, alone in zip(
+        jax.vmap(factors)(m), zip(*map(factors, m), strict=True), strict=True
+    ):
+        np.testing.assert_array_equal(batched, np.stack(alone))
+    r = np.linalg.cholesky(m[0, ::-1, ::-1].astype(np.float64))[::-1, ::-1]
+    blocks = np.stack([r[i : i + 2, i : i + 2] for i in (0, 2, 4)])
+    np.testing.assert_allclose(factors(m[0])[1], blocks, rtol=1e-6)
+    unit = np.concatenate([r[:, 2 * i : 2 * i + 2] @ np.linalg.inv(blocks[i]) for i in range(3)], 1)
+    np.testing.assert_allclose(factors(m[0])[0], unit @ unit.T, rtol=1e-5, atol=1e-5)
