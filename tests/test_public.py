@@ -56,6 +56,7 @@ CASES = {
     # moments and transforms
     "second_moment": Case(lambda x: wush.second_moment(x, D), (X,), grad=True),
     "Moments": Case(lambda x: wush.Moments.init(K, D).update(x).finalize(), (X,), grad=True),
+    "calibrate_layer": Case(lambda x: wush.calibrate_layer(x, rows=4), (X,)),
     "Sample": Case(lambda x: wush.Sample.of(x).weights, (X,)),
     "wush_transform": Case(wush.wush_transform, (MOMENTS, OTHERS)),
     "predicted_gain": Case(wush.predicted_gain, (MOMENTS, OTHERS)),

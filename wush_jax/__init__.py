@@ -23,8 +23,8 @@ from wush_jax.formats import QuantizedArray as QuantizedArray
 from wush_jax.formats import dequantize as dequantize
 from wush_jax.formats import fake_quantize as fake_quantize
 from wush_jax.formats import quantize as quantize
-from wush_jax.layers.linear import layer_loss as layer_loss
 from wush_jax.layers.linear import quantized_dot as quantized_dot
+from wush_jax.layers.loss import layer_loss as layer_loss
 from wush_jax.layers.ragged import quantized_ragged_dot as quantized_ragged_dot
 from wush_jax.solvers.presets import BEST as BEST
 from wush_jax.solvers.presets import BEST_WIDE as BEST_WIDE
@@ -43,5 +43,6 @@ from wush_jax.transforms import random_transform as random_transform
 from wush_jax.transforms import wush_transform as wush_transform
 from wush_jax.transforms.linalg import hadamard_matrix as hadamard_matrix
 from wush_jax.transforms.moments import Moments as Moments
+from wush_jax.transforms.moments import calibrate_layer as calibrate_layer
 from wush_jax.transforms.moments import second_moment as second_moment
 from wush_jax.transforms.sample import Sample as Sample

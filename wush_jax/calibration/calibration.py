@@ -26,13 +26,14 @@ from wush_jax.calibration.observe import (
     plain_call,
 )
 from wush_jax.calibration.resume import model_digest
-from wush_jax.calibration.site_plan import SAMPLE_ROWS, SitePlan, planned_sites, site_cost
+from wush_jax.calibration.site_plan import SitePlan, planned_sites, site_cost
 from wush_jax.layers.nnx import DENSE_TYPES, Dense, DenseTypes, dense_layers
 from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.batched import empty_moments
 from wush_jax.solvers.recipe import RuleBook, Rules
 from wush_jax.storage.tensor_folder import some
 from wush_jax.transforms.moments import Moments
+from wush_jax.transforms.sample import SAMPLE_ROWS
 
 # From sites, layers by path and reasons by path for those that cannot be quantized, to what
 # calibration has to serve.

@@ -11,15 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wush_jax.calibration.observe import Call, Site, capture_rows, plain_call
-from wush_jax.layers.linear import quantized_dot
+from wush_jax.layers.loss import over, powers
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.solvers.batched import over_batch
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.transforms import linalg
-
-# A value this many times the root mean square of its site makes its token a massive one. Gaussian
-# inputs reach 5, heavy-tailed ones 15; the few tokens that models use as a bias go far beyond.
-MASSIVE = 32.0
 
 
 class LayerLoss(NamedTuple):
@@ -28,7 +23,8 @@ class LayerLoss(NamedTuple):
     Attributes:
       loss: ``mean (q(W) q(x) - W x)^2`` over tokens and outputs (paper eq. 1).
       relative: the loss over the mean of ``(W x)^2``.
-      typical: the same two means over the tokens without a massive value, divided.
+      typical: the same two means over the tokens without a massive value, divided
+        (`wush_jax.layer_loss`).
     """
 
     loss: float
@@ -51,7 +47,7 @@ def layer_losses(
     inputs = _site_inputs(graph, tuple(sites), call, dense_types, state, batch)
     # One small compilation per shape of layer, not one large one per model.
     return {
-        path: jax.tree.map(float, _losses(layers[path].weight, rows, packed[path]))
+        path: LayerLoss(*map(float, _losses(layers[path].weight, rows, packed[path])))
         for site, rows in zip(sites, inputs, strict=True)
         for path in site.layers
     }
@@ -66,22 +62,9 @@ def _site_inputs(graph, sites, call, dense_types, state, batch):
 
 
 @jax.jit
-def _losses(weight, rows, packed) -> LayerLoss:
+def _losses(weight, rows, packed) -> tuple[jax.Array, jax.Array, jax.Array]:
     weight, rows = weight.astype(jnp.float32), rows.astype(jnp.float32)
-    each = over_batch(_powers, weight.shape[:-2])(weight, rows, packed)
-    error, power, typical_error, typical_power = jax.tree.map(jnp.mean, each)
-    # A dead site has neither loss nor output: no loss relative to that.
-    tiny = jnp.finfo(jnp.float32).tiny
-    return LayerLoss(
-        error, error / jnp.maximum(power, tiny), typical_error / jnp.maximum(typical_power, tiny)
-    )
-
-
-def _powers(weight, rows, packed):
-    """Mean squares of error and output, over all tokens and over those without massive values."""
-    exact = jnp.einsum("...k,nk->...n", rows, weight, precision=linalg.HIGHEST)
-    error = quantized_dot(rows, packed, implementation="reference") - exact
-    size = jnp.max(jnp.abs(rows), axis=-1)
-    typical = (size <= MASSIVE * jnp.sqrt(jnp.mean(rows**2))).astype(jnp.float32)
-    squares = [jnp.mean(y * y, axis=-1) for y in (error, exact)]
-    return *map(jnp.mean, squares), *(jnp.mean(s * typical) for s in squares)
+    each = over_batch(powers, weight.shape[:-2])(weight, rows, packed)
+    found = jax.tree.map(jnp.mean, each)
+    typical = over(found.typical_error, found.typical_output)
+    return found.error, over(found.error, found.output), typical

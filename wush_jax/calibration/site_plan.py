@@ -10,10 +10,7 @@ from wush_jax.calibration.observe import Site
 from wush_jax.layers.nnx import Dense
 from wush_jax.solvers.costs import SiteCost
 from wush_jax.solvers.recipe import Recipe, RuleBook
-
-# Rows of a site's input that are kept for recipes that look at single tokens: enough for the error
-# moments of blocks of 128, and for eight gains to be told apart.
-SAMPLE_ROWS = 2048
+from wush_jax.transforms.sample import SAMPLE_ROWS
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jax import lax
 from pallas_kernels import reference
 from pallas_kernels.fragments import Fragments
 from wush_jax.formats import scales
+from wush_jax.formats.checks import refuse_tensors
 from wush_jax.formats.format import Format
 
 
@@ -73,6 +74,7 @@ def quantize(
     >>> q.codes.shape, q.scales.shape, q.shape
     ((16,), (1,), (32,))
     """
+    refuse_tensors(x=x)
     x = jnp.asarray(x)
     _check_groups(x, fmt)
     if global_scale is None:
@@ -90,9 +92,18 @@ def dequantize(q: QuantizedArray | Fragments, dtype=jnp.float32) -> jax.Array:
       q: the array, in the interchange layout or in that of the matmul kernels.
       dtype: of the result.
 
+    Raises:
+      ValueError: something else, such as a `wush_jax.PackedWeight`; the message says what to call.
+
     >>> dequantize(quantize(jnp.full((32,), 2.0), MXFP4)).max().item()
     2.0
     """
+    if not isinstance(q, QuantizedArray | Fragments):
+        raise ValueError(
+            f"q is a {type(q).__name__}, not a QuantizedArray. Of a PackedWeight, "
+            "wush_jax.solvers.effective_weight(packed) is the weight in its own coordinates and "
+            "dequantize(packed.weight) in transformed ones"
+        )
     return reference.dequantize(q).astype(dtype)
 
 
@@ -117,6 +128,7 @@ def fake_quantize(
     >>> fake_quantize(jnp.float32([2.0, 5.2] * 16), MXFP8)[:2].tolist()
     [2.0, 5.0]
     """
+    refuse_tensors(x=x)
     x = jnp.asarray(x)
     frozen = lax.stop_gradient(x)
     limit = float(jnp.finfo(x.dtype).max)

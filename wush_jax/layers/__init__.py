@@ -3,8 +3,9 @@
 from wush_jax.layers.distill import distill, recover
 from wush_jax.layers.finetune import pack, unpack
 from wush_jax.layers.kernel_layout import pack_for_kernels, unpack_from_kernels
-from wush_jax.layers.linear import gated_dot, layer_loss, quantized_dot
+from wush_jax.layers.linear import gated_dot, quantized_dot
 from wush_jax.layers.linen import LinenModel
+from wush_jax.layers.loss import layer_loss
 from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Contraction,

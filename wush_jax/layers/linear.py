@@ -12,6 +12,7 @@ from jax import lax
 
 import pallas_kernels
 from pallas_kernels.reference import swiglu
+from wush_jax.formats.checks import refuse_tensors
 from wush_jax.layers.parallel import partitioned_dot
 from wush_jax.solvers.site import PackedWeight, effective_weight
 from wush_jax.transforms import linalg
@@ -48,6 +49,7 @@ def quantized_dot(
     >>> quantized_dot(jnp.ones((2, 32)), packed).shape
     (2, 32)
     """
+    refuse_tensors(x=x)
     several = packed if isinstance(packed, tuple) else (packed,)
     if not several:
         raise ValueError("packed is an empty tuple; pass one quantized weight or several")
@@ -165,35 +167,3 @@ def zero_cotangent(leaf: jax.Array) -> Any:
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
-
-
-def layer_loss(
-    weight: jax.Array,
-    inputs: jax.Array,
-    packed: PackedWeight,
-    *,
-    implementation: str | None = "reference",
-) -> jax.Array:
-    """Return the layer's output loss ``||q(W)q(X) - W X||_F^2 / (N * tokens)``.
-
-    Args:
-      weight: the original W (N, K).
-      inputs: X (..., K).
-      packed: the quantized layer.
-      implementation: of `quantized_dot`.
-
-    Returns:
-      float32 scalar.
-
-    Source: WUSH paper, eq. 1.
-
-    >>> from wush_jax import Recipe, quantize_weight
-    >>> w = jnp.eye(32)
-    >>> packed = quantize_weight(w, None, Recipe(transform="identity"))
-    >>> layer_loss(w, jnp.ones((4, 32)), packed).item()
-    0.0
-    """
-    inputs, weight = inputs.astype(jnp.float32), weight.astype(jnp.float32)
-    exact = jnp.einsum("...k,nk->...n", inputs, weight, precision=linalg.HIGHEST)
-    error = quantized_dot(inputs, packed, implementation=implementation) - exact
-    return jnp.mean(error**2)

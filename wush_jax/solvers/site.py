@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,12 @@ from wush_jax.formats import Format, QuantizedArray, dequantize
 from wush_jax.formats.partition import Partition
 from wush_jax.solvers import noise, scale_search
 from wush_jax.solvers.gptq import gptq
-from wush_jax.solvers.recipe import DATA_FREE, Recipe
+from wush_jax.solvers.recipe import Recipe
 from wush_jax.solvers.refit import Aim, refit_rounds
 from wush_jax.solvers.rtn import rtn
+from wush_jax.solvers.site_input import Known, known_input
 from wush_jax.solvers.site_transform import TransformRule, build_transform
-from wush_jax.transforms import BlockTransform, linalg
+from wush_jax.transforms import BlockTransform, Moments
 from wush_jax.transforms.sample import Sample
 
 
@@ -76,7 +76,7 @@ def _interchange(weight: Fragments) -> QuantizedArray:
 
 def quantize_weight(
     weight: jax.Array,
-    activation_moment: jax.Array | None,
+    activation_moment: Moments | jax.Array | None,
     recipe: Recipe,
     *,
     transform: BlockTransform | None = None,
@@ -88,12 +88,13 @@ def quantize_weight(
     Args:
       weight: W (N, K), outputs first.
       activation_moment: M_X of the layer's input, full (K, K) or diagonal blocks (K/d, d, d); GPTQ
-        needs it full; may be None where neither the transform nor the solver looks at data.
+        needs it full; may be None where neither the transform nor the solver looks at data. Or the
+        `Moments` that `wush_jax.calibrate_layer` gives: M_X and the sample together.
       recipe: what to do.
       transform: the pair to use in place of the recipe's, such as one shared by a site; already
         rounded to its run-time dtype.
       sample: rows of the layer's input; recipes with ``block_gain`` or ``input_error="sample"``
-        need them.
+        need them; in place of those in the moments.
       name: of the layer, for messages.
 
     Returns:
@@ -101,30 +102,32 @@ def quantize_weight(
 
     Raises:
       ValueError: wrong shapes or orientation, a block that does not divide K, non-finite values, a
-        moment that the recipe needs and that is missing or not full, a Hessian that is not
-        positive definite.
+        moment or sample that the recipe needs and that is missing, empty or not full, a Hessian
+        that is not positive definite.
 
     Source: WUSH paper, eq. 5-8, algorithms 1 and 2.
+
+    Layers of one shape and recipe compile once; with GPTQ that takes many seconds.
 
     >>> w = jax.random.normal(jax.random.key(0), (8, 64))
     >>> quantize_weight(w, jnp.eye(64), Recipe()).shape
     (8, 64)
     """
     recipe = recipe.fitted(weight.shape[-1])
-    blocks = _check_site([weight], activation_moment, recipe)
+    known = known_input([weight], activation_moment, sample, recipe, built=transform is not None)
+    blocks, sample = known.blocks, known.sample
     solver_transform: BlockTransform | TransformRule | None = transform
     if transform is None:
         own = TransformRule.of(recipe)
         built = None if recipe.interleaved else build_transform([weight], blocks, recipe, sample)
         solver_transform = own if built is None else built
-    known = _Known(activation_moment, blocks, sample)
     quantized, used = _solve(weight, known, solver_transform, recipe, name)
     return _packed(quantized, used, blocks, recipe)
 
 
 def quantize_site(
     weights: Sequence[jax.Array],
-    activation_moment: jax.Array | None,
+    activation_moment: Moments | jax.Array | None,
     recipe: Recipe,
     *,
     sample: Sample | None = None,
@@ -156,9 +159,9 @@ def quantize_site(
             for w, name in zip(weights, names, strict=True)
         ]
     recipe = recipe.fitted(weights[0].shape[-1])
-    blocks = _check_site(weights, activation_moment, recipe)
-    transform = build_transform(weights, blocks, recipe, sample)
-    known = _Known(activation_moment, blocks, sample)
+    known = known_input(weights, activation_moment, sample, recipe)
+    blocks = known.blocks
+    transform = build_transform(weights, blocks, recipe, known.sample)
     if recipe.solver == "rtn" and recipe.format.global_scale is not None:
         # Rows do not know of each other: one weight at a time takes less memory.
         alone = [
@@ -178,15 +181,7 @@ def quantize_site(
     ]
 
 
-class _Known(NamedTuple):
-    """What calibration knows of a site's input."""
-
-    moment: jax.Array | None
-    blocks: jax.Array | None
-    sample: Sample | None
-
-
-def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
+def _solve(weight, known: Known, transform, recipe: Recipe, name: str):
     """Run the recipe's solver: the quantized weight and the transform that was used."""
     if recipe.solver == "rtn":
         quantized = _rtn(
@@ -227,7 +222,7 @@ def _solve(weight, known: _Known, transform, recipe: Recipe, name: str):
     )
 
 
-def _quantized_moments(known: _Known, transform, recipe: Recipe):
+def _quantized_moments(known: Known, transform, recipe: Recipe):
     """GPTQ's Hessian, cross moment and pairs; None for what the recipe does not look at."""
     fmt = recipe.input_format
     if recipe.input_error == "ignore" or fmt is None:
@@ -235,8 +230,7 @@ def _quantized_moments(known: _Known, transform, recipe: Recipe):
     assert known.blocks is not None  # GPTQ without a moment was refused
     if recipe.input_error == "model":
         return *_with_modelled_noise(known.moment, known.blocks, transform, fmt), None
-    if known.sample is None:
-        raise ValueError("sample=None: input_error='sample' needs rows; calibrate first")
+    assert known.sample is not None  # as well
     scale = scale_search.input_global_scale(
         fmt, activation_moment=known.blocks, transform=transform.activation
     )
@@ -276,44 +270,3 @@ def effective_weight(packed: PackedWeight) -> jax.Array:
     if packed.transform is None:
         return values
     return transforms.apply_transform(values, packed.transform.astype(jnp.float32).mT)
-
-
-def _check_site(weights, activation_moment, recipe: Recipe) -> jax.Array | None:
-    """Check a site's arrays against its recipe; return M_X as diagonal blocks, or None."""
-    d = recipe.block
-    k = weights[0].shape[-1]
-    for w in weights:
-        if w.ndim != 2 or 0 in w.shape:
-            raise ValueError(f"weight has shape {w.shape}; it must be (N, K), both at least 1")
-        if w.shape[-1] != k:
-            raise ValueError(f"weights of one site differ in K: {[w.shape for w in weights]}")
-        transforms.check_finite("weight", w)
-    if k % d:
-        raise ValueError(
-            f"weight has shape {weights[0].shape}: K={k} is not a multiple of block_size={d}; "
-            "choose another block_size or format, or exclude the layer by a rule"
-        )
-    if activation_moment is None:
-        if recipe.transform not in DATA_FREE or recipe.solver == "gptq":
-            raise ValueError(
-                f"activation_moment is None, but transform={recipe.transform!r} with solver="
-                f"{recipe.solver!r} needs the second moment of the layer's input: calibrate first"
-            )
-        return None
-    shape = activation_moment.shape
-    if shape not in ((k, k), (k // d, d, d)):
-        n = weights[0].shape[0]
-        hint = " (is the weight (K, N)? it must be (N, K))" if n in (shape[-1], shape[0]) else ""
-        raise ValueError(
-            f"activation_moment has shape {shape}; for weight {weights[0].shape} and block size "
-            f"{d} it must be {(k, k)} or {(k // d, d, d)}{hint}"
-        )
-    if recipe.solver == "gptq" and shape != (k, k):
-        raise ValueError(
-            f"activation_moment has shape {shape}; solver='gptq' needs the full moment {(k, k)}: "
-            "collect it with block=None, or use solver='rtn'"
-        )
-    transforms.check_finite("activation_moment", activation_moment)
-    if len(shape) == 2:
-        return linalg.diagonal_blocks(activation_moment, d)
-    return activation_moment

@@ -10,7 +10,7 @@ from wush_jax.transforms.closed_forms import (
     wush_transform,
 )
 from wush_jax.transforms.linalg import hadamard_matrix
-from wush_jax.transforms.moments import Moments, second_moment
+from wush_jax.transforms.moments import Moments, calibrate_layer, second_moment
 from wush_jax.transforms.pair import BlockTransform, apply_transform, inverse_transpose
 from wush_jax.transforms.predictions import predicted_gain, predicted_loss
 from wush_jax.transforms.sample import Sample
@@ -20,6 +20,7 @@ __all__ = [
     "Moments",
     "Sample",
     "apply_transform",
+    "calibrate_layer",
     "calibrated_hadamard_transform",
     "check_finite",
     "hadamard_matrix",

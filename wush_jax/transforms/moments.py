@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wush_jax.formats.checks import refuse_tensors
 from wush_jax.transforms import linalg
 from wush_jax.transforms.checks import check_finite
-from wush_jax.transforms.sample import Sample
+from wush_jax.transforms.sample import SAMPLE_ROWS, Sample
 
 # Into how many parts rows are split before they are summed: the most devices that give the same
 # bits as one.
@@ -42,6 +44,7 @@ def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
     >>> second_moment(jnp.float32([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[5.0, 7.0], [7.0, 10.0]]
     """
+    refuse_tensors(x=x)
     rows = _rows(x)
     moment = _gram(rows, block) / rows.shape[0]
     check_finite("the second moment of x", moment)
@@ -92,6 +95,7 @@ class Moments:
 
     def update(self, x: jax.Array) -> Moments:
         """Return the moments with the tokens of ``x`` (..., K) added."""
+        refuse_tensors(x=x)
         rows = _rows(x)
         largest = jnp.max(jnp.abs(rows)).astype(jnp.float32)
         count = jnp.int32(rows.shape[0])
@@ -121,6 +125,60 @@ class Moments:
             raise ValueError("moments are empty: no calibration token was seen; pass some batches")
         check_finite("moments", self.mean)
         return self.mean
+
+
+def calibrate_layer(
+    x: jax.Array | Iterable[jax.Array], *, rows: int = SAMPLE_ROWS, block: int | None = None
+) -> Moments:
+    """Return what `wush_jax.quantize_weight` needs to know of a layer's input, from the input.
+
+    ``M_X = sum_t x_t x_t^T / T`` over all tokens t, and a sample of the tokens themselves.
+
+    Args:
+      x: (..., K), or an iterable of such arrays, read once; those of one shape compile once.
+      rows: tokens to keep; 2048 is enough for every recipe, 0 keeps none and serves those without
+        ``block_gain`` and ``input_error="sample"``.
+      block: block size d for the diagonal blocks of M_X only, which rounding to nearest with that
+        ``block_size`` takes; None for all of it, which serves every recipe.
+
+    Returns:
+      `Moments`: ``.finalize()`` is M_X, ``.sample`` the tokens.
+
+    Raises:
+      ValueError: no array or no token, arrays that differ in K, values that are not finite, a block
+        that does not divide K.
+
+    Source: WUSH paper, eq. 4.
+
+    >>> from wush_jax import BEST, quantize_weight
+    >>> x = jax.random.normal(jax.random.key(0), (256, 64))
+    >>> moments = calibrate_layer(x, rows=128)
+    >>> moments.finalize().shape, moments.sample.rows.shape, int(moments.count)
+    ((64, 64), (128, 64), 256)
+    >>> quantize_weight(jnp.eye(64), moments, BEST.replace(descent=0, refit=0)).shape
+    (64, 64)
+    """
+    if rows < 0:
+        raise ValueError(f"rows={rows}; give the number of tokens to keep, 0 for none")
+    moments: Moments | None = None
+    k = 0
+    for index, part in enumerate([x] if hasattr(x, "shape") else x):
+        refuse_tensors(x=part)
+        shape = jnp.shape(part)
+        if len(shape) < 2 or 0 in shape or (moments is not None and shape[-1] != k):
+            wanted = "K" if moments is None else f"K={k}, as before"
+            raise ValueError(f"x[{index}] has shape {shape}; it must be (..., {wanted}), not empty")
+        if moments is None:
+            k = shape[-1]
+            moments = Moments.init(k, block, rows)
+        moments = _updated(moments, part)
+        check_finite(f"the second moment up to x[{index}]", moments.mean)
+    if moments is None:
+        raise ValueError("x holds no array; pass one (..., K), or several")
+    return moments
+
+
+_updated = jax.jit(Moments.update)
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -1,0 +1,119 @@
+"""What a packed layer loses on its inputs: absolutely, relative to its output, on usual tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from wush_jax.formats.checks import refuse_tensors
+from wush_jax.layers.linear import quantized_dot
+from wush_jax.solvers.site import PackedWeight
+from wush_jax.transforms import linalg
+
+# A value this many times the root mean square of its site makes its token a massive one. Gaussian
+# inputs reach 5, heavy-tailed ones 15; the few tokens that models use as a bias go far beyond.
+MASSIVE = 32.0
+
+
+class Powers(NamedTuple):
+    """Mean squares over outputs and tokens.
+
+    Attributes:
+      error: of ``q(W) q(x) - W x``.
+      output: of ``W x``.
+      typical_error: of the error, massive tokens counted as zero.
+      typical_output: of the output, likewise.
+      typical: share of the tokens that are not massive.
+    """
+
+    error: jax.Array
+    output: jax.Array
+    typical_error: jax.Array
+    typical_output: jax.Array
+    typical: jax.Array
+
+
+def powers(
+    weight: jax.Array,
+    inputs: jax.Array,
+    packed: PackedWeight,
+    implementation: str | None = "reference",
+) -> Powers:
+    """Return the powers of a layer's error and output.
+
+    Args:
+      weight: W (N, K), float32.
+      inputs: x (..., K), float32.
+      packed: the quantized layer.
+      implementation: of `quantized_dot`.
+    """
+    exact = jnp.einsum("...k,nk->...n", inputs, weight, precision=linalg.HIGHEST)
+    error = quantized_dot(inputs, packed, implementation=implementation) - exact
+    size = jnp.max(jnp.abs(inputs), axis=-1)
+    typical = (size <= MASSIVE * jnp.sqrt(jnp.mean(inputs**2))).astype(jnp.float32)
+    lost, power = (jnp.mean(y * y, axis=-1) for y in (error, exact))
+    return Powers(
+        jnp.mean(lost),
+        jnp.mean(power),
+        jnp.mean(lost * typical),
+        jnp.mean(power * typical),
+        jnp.mean(typical),
+    )
+
+
+def over(part: jax.Array, whole: jax.Array) -> jax.Array:
+    """Return a ratio of powers; 0 where both are: a dead layer has neither loss nor output."""
+    return part / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
+
+
+def layer_loss(
+    weight: jax.Array,
+    inputs: jax.Array,
+    packed: PackedWeight,
+    *,
+    relative: bool = False,
+    massive: bool = True,
+    implementation: str | None = "reference",
+) -> jax.Array:
+    """Return the layer's output loss ``||q(W)q(X) - W X||_F^2 / (N * tokens)``.
+
+    Args:
+      weight: the original W (N, K).
+      inputs: X (..., K).
+      packed: the quantized layer.
+      relative: divide by the output's power ``||W X||_F^2 / (N * tokens)``.
+      massive: count tokens with a value beyond 32 times the root mean square of all values, of
+        which language models have a few and whose loss drowns that of the others.
+      implementation: of `quantized_dot`.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      ValueError: K of the inputs and the weights differ, or (N, K) of the two weights.
+
+    Source: WUSH paper, eq. 1.
+
+    >>> from wush_jax import Recipe, quantize_weight
+    >>> w = jnp.eye(32)
+    >>> packed = quantize_weight(w, None, Recipe(transform="identity"))
+    >>> layer_loss(w, jnp.ones((4, 32)), packed).item()
+    0.0
+    >>> layer_loss(w, 0.9 * jnp.ones((4, 32)), packed, relative=True).item()  # (1 - 0.9)^2 / 0.9^2
+    0.012345...
+    """
+    refuse_tensors(weight=weight, inputs=inputs)
+    if weight.shape != packed.shape:
+        raise ValueError(
+            f"weight has shape {weight.shape}, packed {packed.shape}: give the (N, K) matrix that "
+            "was quantized"
+        )
+    inputs, weight = inputs.astype(jnp.float32), weight.astype(jnp.float32)
+    found = powers(weight, inputs, packed, implementation)
+    if massive:
+        return over(found.error, found.output) if relative else found.error
+    if relative:
+        return over(found.typical_error, found.typical_output)
+    return over(found.typical_error, found.typical)
