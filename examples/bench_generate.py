@@ -1,7 +1,11 @@
-"""Tokens a second of a Llama-3.1-8B-shaped decoder: packed 4-bit weights against BF16.
+"""Tokens a second of a Llama-3.1-8B- or 70B-shaped decoder: packed 4-bit weights against BF16.
 
     python examples/bench_generate.py                    # on a GPU: 8B shapes, both, a table
-    python examples/bench_generate.py --small --new 4    # a tiny decoder, to see it run anywhere
+    python examples/bench_generate.py --mesh model=2     # the same, divided over two GPUs
+    python examples/bench_generate.py --shape 70b --layers 10 --mesh model=2
+    python examples/bench_generate.py --shape small --new 4    # to see it run anywhere
+
+A variant is BF16, a format (W4A4), or a format and that of its activations, as MXFP4-FP8 (W4A8).
 
 Weights are random and the same in every layer; transforms are per block, as WUSH's are, and layers
 that share an input share them. Each variant runs in a process of its own, so that the peak of
@@ -26,7 +30,7 @@ import wush_jax as wush
 from wush_jax.calibration.steps import swap
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import dense_layers
-from wush_jax.models import Llama, LlamaConfig
+from wush_jax.models import Llama, LlamaConfig, tensor_parallel
 from wush_jax.models.generation import generate
 from wush_jax.solvers.site import quantize_site
 
@@ -50,6 +54,14 @@ SMALL = dataclasses.replace(
     num_key_value_heads=2,
     head_dim=32,
 )
+LLAMA_70B = dataclasses.replace(
+    LLAMA_8B,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+)
+SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B, "small": SMALL}
 SITES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -58,51 +70,61 @@ SITES = (
 )
 
 
-def build(config, fmt, attention=None):
-    """Return a decoder with random weights: bfloat16, or in a format wherever sites are."""
+def build(config, recipe, attention=None, placement=None):
+    """Return a decoder with random weights: bfloat16, or by a recipe wherever sites are."""
     kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     kinds["attention_implementation"] = attention
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kinds))
-    if fmt is not None:
+    if recipe is not None:
         layers, _ = dense_layers(model)
         packed = {}
         for site in SITES:
-            first = random_site([f"layers.0.{name}" for name in site], layers, fmt)
+            first = random_site([f"layers.0.{name}" for name in site], layers, recipe)
             for i in range(config.num_hidden_layers):
                 packed |= zip((f"layers.{i}.{name}" for name in site), copies(first), strict=True)
         model = swap(model, layers, packed)
     graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    filled = [random_array(i, leaf) for i, leaf in enumerate(leaves)]
+    leaves, tree = jax.tree.flatten_with_path(state)
+    filled = []
+    for i, (path, leaf) in enumerate(leaves):
+        sharding = None if placement is None else placement(name_of(path))
+        filled.append(random_array(i, leaf, sharding))
     model = nnx.merge(graph, jax.tree.unflatten(tree, filled))
-    if fmt is not None:
+    if recipe is not None:
         pack_for_kernels(model)
     return model
 
 
-def random_array(seed, leaf):
+def name_of(path):
+    """The name that a placement knows a variable by, as in files."""
+    keys = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+    *layer, part = [key for key in keys if key != "value"]
+    files = {"kernel": "weight", "embedding": "weight", "scales": "scale_quant"}
+    return ".".join([*layer, files.get(part, part)])
+
+
+def random_array(seed, leaf, sharding):
     if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
+        return leaf if sharding is None else jax.device_put(leaf, sharding)
     if len(leaf.shape) == 1:
-        return jnp.ones(leaf.shape, leaf.dtype)
-    return random_normal(seed, leaf.shape, leaf.dtype)
+        return jax.device_put(jnp.ones(leaf.shape, leaf.dtype), sharding)
+    return random_normal(seed, leaf.shape, leaf.dtype, sharding)
 
 
-def random_normal(seed, shape, dtype):
+def random_normal(seed, shape, dtype, sharding=None):
     def draw():
         return (jax.random.normal(jax.random.key(seed), shape) * 0.02).astype(dtype)
 
-    return jax.jit(draw)()
+    return jax.jit(draw, out_shardings=sharding)()
 
 
-def random_site(paths, layers, fmt):
+def random_site(paths, layers, recipe):
     """Random weights of the layers of one site, quantized with one transform a block."""
     shapes = [layers[path].contraction.shape for path in paths]
     weights = [random_normal(i, s, jnp.float32) for i, s in enumerate(shapes)]
-    d = fmt.group_size
+    d = recipe.block
     x = jax.random.normal(jax.random.key(0), (shapes[0][1] // d, 4 * d, d))
     moment = jnp.einsum("bti,btj->bij", x, x, precision="highest") / (4 * d)
-    recipe = wush.Recipe(format=fmt, solver="rtn")
     return jax.jit(quantize_site, static_argnums=2)(weights, moment, recipe)
 
 
@@ -150,13 +172,25 @@ def prefill_seconds(model, length):
     return min(times)
 
 
+def placement_of(mesh):
+    """The placement that ``model=N`` asks for, or None."""
+    if mesh is None:
+        return None
+    axis, _, count = mesh.partition("=")
+    axes = {"axis_types": (jax.sharding.AxisType.Auto,), "devices": jax.devices()[: int(count)]}
+    return tensor_parallel(jax.make_mesh((int(count),), (axis,), **axes), axis)
+
+
 def measure(options):
     """One variant: a JSON line."""
-    fmt = None if options.variant == "BF16" else getattr(wush, options.variant)
-    config = SMALL if options.small else LLAMA_8B
+    weights, _, inputs = options.variant.partition("-")
+    recipe = None if weights == "BF16" else wush.Recipe(format=getattr(wush, weights))
+    if inputs:
+        recipe = recipe.replace(activation_format=getattr(wush, inputs))
+    config = SHAPES[options.shape]
     if options.layers:
         config = dataclasses.replace(config, num_hidden_layers=options.layers)
-    model = build(config, fmt, options.attention)
+    model = build(config, recipe, options.attention, placement_of(options.mesh))
     result = {"variant": options.variant}
     start = time.perf_counter()
 
@@ -168,19 +202,20 @@ def measure(options):
     for batch in options.batches:
         seconds = decode_seconds(model, batch, 32, options.new)
         note(f"tokens_per_second_{batch}", batch / seconds)
-    note("prefill_seconds", prefill_seconds(model, 64 if options.small else 4096))
-    stats = jax.devices()[0].memory_stats() or {}
-    result["peak_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
+    note("prefill_seconds", prefill_seconds(model, 64 if options.shape == "small" else 4096))
+    stats = [device.memory_stats() or {} for device in jax.devices()]
+    result["peak_gib"] = max(s.get("peak_bytes_in_use", 0) for s in stats) / 2**30
     print(json.dumps(result))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a tiny decoder")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--mesh", help="divide the weights over devices: model=N")
     parser.add_argument("--variants", nargs="*", default=["BF16", "MXFP4", "NVFP4"])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--new", type=int, default=256, help="tokens to generate")
-    parser.add_argument("--layers", type=int, help="fewer decoder layers than 32")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers")
     parser.add_argument("--attention", help='of jax.nn.dot_product_attention: "cudnn" or "xla"')
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -202,7 +237,7 @@ def main():
         )
         seconds = rows[-1]["prefill_seconds"]
         print(
-            f"{variant:6s} {speeds}  prefill {seconds * 1e3:7.1f} ms"
+            f"{variant:9s} {speeds}  prefill {seconds * 1e3:7.1f} ms"
             f" ({base['prefill_seconds'] / seconds:.2f}x)  peak {rows[-1]['peak_gib']:.2f} GiB",
             flush=True,
         )
