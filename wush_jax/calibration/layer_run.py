@@ -220,11 +220,35 @@ def _with_shared_transforms(
     return {path: replace(p, transform=transforms[path]) for path, p in packed.items()}
 
 
+def stage_note(packed: Mapping[str, PackedWeight], rows: Sequence[LayerReport]) -> dict[str, Any]:
+    """Return what a finished layer's arrays do not say: rows, and constants of their formats."""
+    constants = {
+        path: [getattr(fmt, "global_scale", None) for fmt in (p.weight.format, p.input_format)]
+        for path, p in packed.items()
+    }
+    return {"rows": [row.__dict__ for row in rows], "constants": constants}
+
+
+def _with_constants(
+    packed: Mapping[str, PackedWeight], constants: Mapping[str, Sequence[float | None]]
+) -> dict[str, PackedWeight]:
+    """Give formats the global scales that fit their site (`wush_jax.calibration.ranges`)."""
+    found = {}
+    for path, p in packed.items():
+        weights, inputs = constants[path]
+        fmt = p.input_format
+        fmt = None if fmt is None else fmt.replace(global_scale=inputs)
+        weight = replace(p.weight, format=p.weight.format.replace(global_scale=weights))
+        found[path] = replace(p, weight=weight, input_format=fmt)
+    return found
+
+
 def load_stage(
     state: RunState, index: int, sites: Sequence[SitePlan], layers: Mapping[str, Dense]
 ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
     """Read a finished layer back: its packed weights, by path, and its rows of the report."""
     packed, note = state.load(index, packed_like(sites, layers))
+    packed = _with_constants(packed, note["constants"])
     rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in note["rows"]]
     return _with_shared_transforms(sites, packed), rows
 

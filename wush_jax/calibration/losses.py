@@ -15,6 +15,7 @@ from wush_jax.layers.loss import over, powers
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.solvers.batched import over_batch
 from wush_jax.solvers.site import PackedWeight
+from wush_jax.transforms import apply_transform
 
 
 class LayerLoss(NamedTuple):
@@ -25,11 +26,15 @@ class LayerLoss(NamedTuple):
       relative: the loss over the mean of ``(W x)^2``.
       typical: the same two means over the tokens without a massive value, divided
         (`wush_jax.layer_loss`).
+      saturated: share of the inputs' groups whose scale is beyond the largest that there is.
+      vanished: share whose scale is below the smallest.
     """
 
     loss: float
     relative: float
     typical: float
+    saturated: float
+    vanished: float
 
 
 def layer_losses(
@@ -62,9 +67,26 @@ def _site_inputs(graph, sites, call, dense_types, state, batch):
 
 
 @jax.jit
-def _losses(weight, rows, packed) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _losses(weight, rows, packed) -> tuple[jax.Array, ...]:
     weight, rows = weight.astype(jnp.float32), rows.astype(jnp.float32)
-    each = over_batch(powers, weight.shape[:-2])(weight, rows, packed)
-    found = jax.tree.map(jnp.mean, each)
+    lead = weight.shape[:-2]
+    found = jax.tree.map(jnp.mean, over_batch(powers, lead)(weight, rows, packed))
     typical = over(found.typical_error, found.typical_output)
-    return found.error, over(found.error, found.output), typical
+    shares = jax.tree.map(jnp.mean, over_batch(_out_of_range, lead)(rows, packed))
+    return found.error, over(found.error, found.output), typical, *shares
+
+
+def _out_of_range(rows, packed) -> tuple[jax.Array, jax.Array]:
+    """Return the shares of the inputs' groups that saturate, and that vanish, in E4M3 scales."""
+    fmt = packed.input_format
+    if fmt is None or fmt.scale_dtype != "e4m3":
+        return jnp.zeros(()), jnp.zeros(())
+    if packed.transform is not None:
+        rows = apply_transform(rows, packed.transform.astype(jnp.float32))
+    amax = jnp.max(jnp.abs(rows.reshape(*rows.shape[:-1], -1, fmt.group_size)), axis=-1)
+    g = packed.input_global_scale
+    g = fmt.derive_global_scale(jnp.max(amax)) if g is None else g
+    # Rounding to the nearest scale: half a step beyond the largest, half of the smallest.
+    scale = g * amax / fmt.element.max
+    large, small = scale > 464.0, (scale < 2.0**-10) & (amax > 0)
+    return jnp.mean(large.astype(jnp.float32)), jnp.mean(small.astype(jnp.float32))

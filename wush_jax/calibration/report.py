@@ -32,6 +32,9 @@ class LayerReport:
       loss: output loss (paper eq. 1); None in a dry run.
       relative_loss: loss over the output's mean square; None in a dry run.
       typical_loss: the same over tokens without massive values (`wush_jax.calibration.losses`).
+      saturated: share of the inputs' groups, on the first batch, that their scale cannot reach.
+      vanished: share that lies below the smallest scale.
+      tokens: that calibration has seen.
     """
 
     path: str
@@ -47,6 +50,9 @@ class LayerReport:
     loss: float | None = None
     relative_loss: float | None = None
     typical_loss: float | None = None
+    saturated: float | None = None
+    vanished: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,30 @@ class Report:
         lines = ["* shares the transform of the site's first layer"] if self._has_sharing() else []
         lines += [f"left alone: {path}: {reason}" for path, reason in self.skipped.items()]
         lines += [f"rule without a layer: {rule}" for rule in self.unused_rules]
-        return "\n".join(lines)
+        return "\n".join(lines + self._warnings())
+
+    def _warnings(self) -> list[str]:
+        """Return what is likely to be worse than it has to be."""
+        lines = []
+        for what in ("saturated", "vanished"):
+            found = {m.path: getattr(m, what) for m in self.layers if getattr(m, what)}
+            if found:
+                worst = max(found, key=lambda path: found[path])
+                lines.append(
+                    f"groups of inputs {what}, on the first batch: {len(found)} layers, most in "
+                    f"{worst} ({100 * found[worst]:.2g} %)"
+                )
+        few = [
+            m
+            for m in self.layers
+            if m.solver == "gptq" and m.tokens is not None and m.tokens < m.shape[-1]
+        ]
+        if few:
+            lines.append(
+                f"GPTQ on fewer tokens than channels: {len(few)} layers, the first {few[0].path} "
+                f"({few[0].tokens} tokens, K={few[0].shape[-1]}); give more text"
+            )
+        return lines
 
     def _has_sharing(self) -> bool:
         return any(layer.site != layer.path for layer in self.layers)

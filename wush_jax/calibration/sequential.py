@@ -18,6 +18,7 @@ from wush_jax.calibration.layer_run import (
     finished_stages,
     load_stage,
     local_sites,
+    stage_note,
 )
 from wush_jax.calibration.layer_run import Stack as Stack
 from wush_jax.calibration.observe import Call, Progress, plain_call
@@ -104,7 +105,7 @@ def quantize_sequentially(
             else:
                 packed, new_rows = run.quantize_layer(layer, local, hidden, prefix)
                 if state is not None:
-                    state.save(index, packed, {"rows": [r.__dict__ for r in new_rows]})
+                    state.save(index, packed, stage_note(packed, new_rows))
             rows += new_rows
             finished |= {prefix + path: p for path, p in packed.items()}
             if index + 1 < len(layers):

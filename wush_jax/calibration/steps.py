@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import jax
+import numpy as np
 from flax import nnx
 
 from wush_jax.calibration.losses import LayerLoss
 from wush_jax.calibration.planning import dry_rows, site_gain
+from wush_jax.calibration.ranges import refitted
 from wush_jax.calibration.replicas import on_one_device
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.site_plan import SitePlan
@@ -25,6 +27,10 @@ from wush_jax.solvers.batched import quantize_batched
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms.moments import Moments
 
+# A constant that saturates shrinks by 2^-4 at a time: eight times span all of float32's magnitudes
+# that a layer may have.
+REFITS = 8
+
 
 def quantize_planned(
     item: SitePlan, layers: Mapping[str, Dense], moments: Moments, prefix: str = ""
@@ -37,6 +43,10 @@ def quantize_planned(
       moments: of the site's input.
       prefix: put before the paths in messages.
 
+    Returns:
+      Packed weights by path. Where a constant global scale would saturate or lose its digits, it
+      is another one (`wush_jax.calibration.ranges`).
+
     Raises:
       ValueError: naming the layer: non-finite weights, or a moment that is not positive definite.
     """
@@ -45,8 +55,12 @@ def quantize_planned(
     for name, weight in zip(names, weights, strict=True):
         if elements.not_finite(weight):
             raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
+    recipe, tries = item.recipe, 0
     try:
-        packed = on_one_device(quantize_batched, weights, moments, recipe=item.recipe, names=names)
+        packed = on_one_device(quantize_batched, weights, moments, recipe=recipe, names=names)
+        while (better := refitted(recipe, weights, packed, moments)) is not None and tries < REFITS:
+            recipe, tries = better, tries + 1
+            packed = on_one_device(quantize_batched, weights, moments, recipe=recipe, names=names)
     except ValueError as error:
         raise ValueError(f"layers {', '.join(names)}: {error}") from error
     # One site at a time: temporaries of several would not fit a device.
@@ -106,6 +120,7 @@ def measured_rows(
 ) -> list[LayerReport]:
     """Return the report's rows of one quantized site."""
     gain = site_gain(item, layers, moments)
+    tokens = int(np.min(np.asarray(moments.count)))
     return [
         replace(
             row,
@@ -113,6 +128,9 @@ def measured_rows(
             loss=losses[row.path].loss,
             relative_loss=losses[row.path].relative,
             typical_loss=losses[row.path].typical,
+            saturated=losses[row.path].saturated,
+            vanished=losses[row.path].vanished,
+            tokens=tokens,
         )
         for row in dry_rows(item, layers)
     ]

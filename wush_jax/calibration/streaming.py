@@ -29,6 +29,7 @@ from wush_jax.calibration.layer_run import (
     finished_stages,
     load_stage,
     local_sites,
+    stage_note,
 )
 from wush_jax.calibration.observe import Progress
 from wush_jax.calibration.planning import ModelPlan, plan
@@ -238,7 +239,7 @@ class _Stream:
             self.run.count.done += len(self.run.passes(stage.sites)) * len(hidden)
         else:
             packed, rows = self._calibrate(stage, module, dense, hidden)
-            self.state.save(stage.index, packed, {"rows": [row.__dict__ for row in rows]})
+            self.state.save(stage.index, packed, stage_note(packed, rows))
         self._record(stage, {path: packed[path] for path in dense if path in packed})
         if advance:
             quantized = swap(module, dense, packed)
