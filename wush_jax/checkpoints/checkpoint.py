@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from wush_jax.checkpoints import model_names
 from wush_jax.checkpoints.content import ACTIVATIONS, content_of, written
-from wush_jax.checkpoints.layouts import layout_of
+from wush_jax.checkpoints.layouts import layout_of, read_all
 from wush_jax.checkpoints.layouts.layout import Layout
 from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import Place
@@ -39,6 +39,7 @@ from wush_jax.layers.nnx import (
 )
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import folder_config
+from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
 from wush_jax.storage.json_file import CONFIG
 from wush_jax.storage.tensor_folder import TensorFolder
@@ -48,18 +49,18 @@ Placement = Mesh | Sharding | Callable[[str], Sharding | None] | None
 
 def save(
     path: str | Path,
-    qmodel: nnx.Module,
+    qmodel: nnx.Module | Mapping[str, PackedWeight],
     *,
     metadata: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a quantized model as a folder that appears whole, or not at all.
+    """Write a quantized model, or packed weights, as a folder that appears whole, or not at all.
 
     Random state (of dropout) is not part of a checkpoint.
 
     Args:
       path: the folder; an earlier checkpoint there is replaced, anything else is refused.
-      qmodel: a model from `quantize_model`.
+      qmodel: a model from `quantize_model`, or packed weights by name: ``{"name": packed}``.
       metadata: plain values to keep in ``quantization_config``, such as the recipe.
       shard_bytes: the largest size of a file.
 
@@ -92,8 +93,8 @@ def load(
     sharding: Placement = None,
     dense_types: DenseTypes = DENSE_TYPES,
     implementation: str | None = None,
-) -> nnx.Module:
-    """Rebuild a quantized model, tensor by tensor; nothing unquantized is made.
+) -> Any:
+    """Rebuild what `save` wrote, tensor by tensor; nothing unquantized is made.
 
     Args:
       path: a folder that `save` or `wush_jax.checkpoints.interchange.export` wrote, or one in a
@@ -110,7 +111,8 @@ def load(
 
     Returns:
       The model with `QuantizedDense` layers. Layers saved as one site share one transform. Layers
-      that this device's kernels serve are in their layout (`wush_jax.layers.kernel_layout`).
+      that this device's kernels serve are in their layout (`wush_jax.layers.kernel_layout`). Of
+      packed weights, which take no model, a dict of `PackedWeight` by name.
 
     Raises:
       ValueError: files that are missing, damaged or hostile, or do not fit the model.
@@ -135,16 +137,20 @@ def load(
         raise ValueError(f"sharding={sharding} has no axis called 'model'; name one so")
     folder = TensorFolder(path)
     layout = layout_of(folder)
+    place = partial(_place, sharding)
+    naming = folder.config.get("quantization_config", {}).get("naming")
+    if naming == model_names.WEIGHTS and model is None:
+        weights = read_all(folder, place)
+        folder.check_all_read()
+        return weights
     records = layout.records(folder)
     model = _llama(folder) if model is None else model
-    naming = folder.config.get("quantization_config", {}).get("naming")
     if naming not in (None, model_names.naming(model)):
         raise ValueError(
             f"{folder.path / CONFIG}: names are of kind {naming!r}, those of model, a "
             f"{type(model).__name__}, are {model_names.naming(model)!r}; give the model that was "
             "saved"
         )
-    place = partial(_place, sharding)
     layers = _Layers(folder, layout, records, place)
 
     def replace(module_path: str, module: nnx.Module) -> nnx.Module | None:

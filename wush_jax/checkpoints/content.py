@@ -1,9 +1,9 @@
-"""What there is to write of a quantized model: layers, records, the rest, and the config."""
+"""What there is to write: quantized layers, their records, the rest, and the config."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,11 +25,13 @@ from wush_jax.solvers.site import PackedWeight
 ACTIVATIONS = "wush_activation_dtype"
 
 
-def content_of(qmodel: nnx.Module, metadata: Mapping[str, Any] | None = None) -> Content:
-    """Return what there is to write of a quantized model.
+def content_of(
+    source: nnx.Module | Mapping[str, PackedWeight], metadata: Mapping[str, Any] | None = None
+) -> Content:
+    """Return what there is to write of a quantized model, or of packed weights by name.
 
     Args:
-      qmodel: a model from `quantize_model`.
+      source: a model from `quantize_model`, or packed weights.
       metadata: plain values to keep.
 
     Raises:
@@ -38,13 +40,8 @@ def content_of(qmodel: nnx.Module, metadata: Mapping[str, Any] | None = None) ->
     layers: dict[str, PackedWeight] = {}
     records: dict[str, LayerRecord] = {}
     first: dict[int, str] = {}
-    for module_path, module in nnx.iter_modules(qmodel):
-        if not isinstance(module, QuantizedDense):
-            continue
-        name, site = model_names.layer_name(qmodel, dotted(module_path)), None
-        if module.transform is not None:
-            site = first.setdefault(id(module.transform), name)
-        packed = module.packed
+    for name, packed, shared in _packed(source):
+        site = None if shared is None else first.setdefault(id(shared), name)
         if isinstance(packed.weight, Fragments):
             # To the host at once: all layers in both layouts may not fit the device.
             packed = dataclasses.replace(packed, weight=jax.device_get(packed.interchange))
@@ -52,12 +49,35 @@ def content_of(qmodel: nnx.Module, metadata: Mapping[str, Any] | None = None) ->
         records[name] = record_of(name, packed, site)
     if not records:
         raise ValueError("qmodel has no quantized layers; pass what quantize_model returned")
-    config: dict[str, Any] = getattr(getattr(qmodel, "config", None), "to_dict", dict)()
-    plain = model_names.plain_tensors(qmodel)
-    return Content(layers, records, plain, config, native_extra(qmodel, metadata))
+    config: dict[str, Any] = getattr(getattr(source, "config", None), "to_dict", dict)()
+    plain = model_names.plain_tensors(source) if isinstance(source, nnx.Module) else {}
+    return Content(layers, records, plain, config, native_extra(source, metadata))
 
 
-def native_extra(model: nnx.Module, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _packed(source: Any) -> Iterator[tuple[str, PackedWeight, Any]]:
+    """Yield name, packed weight and what layers with one transform have in common."""
+    if isinstance(source, nnx.Module):
+        for path, module in nnx.iter_modules(source):
+            if isinstance(module, QuantizedDense):
+                name = model_names.layer_name(source, dotted(path))
+                yield name, module.packed, module.transform
+        return
+    if not isinstance(source, Mapping):
+        raise ValueError(
+            f"qmodel is a {type(source).__name__}; pass what quantize_model returned, or packed "
+            "weights by name: {'name': packed}"
+        )
+    faults = [
+        f"{name!r}: {type(packed).__name__}"
+        for name, packed in source.items()
+        if not (isinstance(name, str) and name and isinstance(packed, PackedWeight))
+    ]
+    if faults:
+        raise ValueError(f"qmodel: each entry must be a name and a PackedWeight, not {faults}")
+    yield from ((name, packed, packed.transform) for name, packed in source.items())
+
+
+def native_extra(model: Any, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the entries of a native ``quantization_config`` beside the layers' records."""
     extra: dict[str, Any] = {
         "library": f"wush_jax {_library_version()}",

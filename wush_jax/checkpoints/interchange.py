@@ -15,7 +15,7 @@ from flax import nnx
 from rich.table import Table
 
 from wush_jax.checkpoints.content import ACTIVATIONS, content_of, written
-from wush_jax.checkpoints.layouts import LAYOUTS, layout_of
+from wush_jax.checkpoints.layouts import LAYOUTS, layout_of, read_all
 from wush_jax.checkpoints.layouts.layout import Content, quantization_config
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.checkpoints.readers import check_rotated, notes
@@ -111,21 +111,7 @@ def read_layers(path: str | Path) -> dict[str, PackedWeight]:
     {'0': (8, 32)}
     """
     folder = TensorFolder(path, mapped=True)
-    return _read_layers(folder, layout_of(folder).records(folder))
-
-
-def _read_layers(
-    folder: TensorFolder, records: Mapping[str, LayerRecord]
-) -> dict[str, PackedWeight]:
-    layout = layout_of(folder)
-    layers: dict[str, PackedWeight] = {}
-    transforms: dict[str, Any] = {}
-    for name, record in records.items():
-        known = transforms.get(record.site or "")
-        layers[name] = layout.read(folder, name, record, _keep, transform=known)
-        if record.site is not None:
-            transforms[record.site] = layers[name].transform
-    return layers
+    return read_all(folder, _keep)
 
 
 def _keep(name: str, value: np.ndarray) -> Any:
@@ -135,7 +121,7 @@ def _keep(name: str, value: np.ndarray) -> Any:
 def _content_of_folder(folder: TensorFolder) -> Content:
     layout = layout_of(folder)
     records = layout.records(folder)
-    layers = _read_layers(folder, records)
+    layers = read_all(folder, _keep)
     names = [name for name in folder.unread if not name.endswith(layout.skipped)]
     plain = {
         name: folder.read(name, [folder.entries[name].dtype], [folder.entries[name].shape])

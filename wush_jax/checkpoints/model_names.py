@@ -13,9 +13,14 @@ from wush_jax.layers.nnx import Packed, dotted
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import tensor_name
 
+# Of packed weights without a model.
+WEIGHTS = "weights"
 
-def naming(model: nnx.Module) -> str:
-    """Return whose names a model's files have: "hugging_face" for a `Llama`, else "nnx"."""
+
+def naming(model: Any) -> str:
+    """Return whose names files have: "hugging_face" for a `Llama`, else "nnx"; or `WEIGHTS`."""
+    if isinstance(model, Mapping):
+        return WEIGHTS
     return "hugging_face" if isinstance(model, Llama) else "nnx"
 
 

@@ -34,7 +34,10 @@ def open_model(folder: Path, dtype: str) -> nnx.Module:
     A quantized model keeps the type of activations that it was saved with.
     """
     if "quantization_config" in read_config(folder):
-        return checkpoint.load(folder)
+        loaded = checkpoint.load(folder)
+        if not isinstance(loaded, nnx.Module):
+            raise ValueError(f"{folder} holds packed weights, no model; read them with wush.load")
+        return loaded
     return load_pretrained(folder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
 
 

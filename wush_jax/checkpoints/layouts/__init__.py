@@ -1,8 +1,12 @@
 """Layouts of quantized layers in files: our own and those of other libraries."""
 
+from typing import Any
+
 from wush_jax.checkpoints.layouts import compressed_tensors, fp_quant, modelopt, wush
 from wush_jax.checkpoints.layouts.layout import Layout
 from wush_jax.checkpoints.layouts.layout import quantization_config as _quantization_config
+from wush_jax.checkpoints.packed_layout import Place
+from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.json_file import CONFIG
 from wush_jax.storage.tensor_folder import TensorFolder
 
@@ -33,3 +37,24 @@ def layout_of(folder: TensorFolder) -> Layout:
         f"{folder.path / CONFIG}: {found or 'no quantization_config'}; expected one of the layouts "
         f"{', '.join(LAYOUTS)}"
     )
+
+
+def read_all(folder: TensorFolder, place: Place) -> dict[str, PackedWeight]:
+    """Return all quantized layers of a folder, by their names in files.
+
+    Args:
+      folder: in a layout that we read.
+      place: from a tensor's name and values to the array that is kept.
+
+    Returns:
+      Packed weights; those of one site hold the same transform.
+    """
+    layout = layout_of(folder)
+    layers: dict[str, PackedWeight] = {}
+    transforms: dict[str, Any] = {}
+    for name, record in layout.records(folder).items():
+        known = transforms.get(record.site or "")
+        layers[name] = layout.read(folder, name, record, place, transform=known)
+        if record.site is not None:
+            transforms[record.site] = layers[name].transform
+    return layers
