@@ -18,7 +18,6 @@ from wush_jax.calibration.sites import Site as Site
 from wush_jax.calibration.sites import find_sites as find_sites
 from wush_jax.calibration.sites import observe_calls as observe_calls
 from wush_jax.calibration.sites import plain_call as plain_call
-from wush_jax.calibration.sites import run_tagged
 from wush_jax.calibration.sites import stacked as stacked
 from wush_jax.formats import elements
 from wush_jax.layers.calls import Call as LayerCall
@@ -30,6 +29,7 @@ from wush_jax.layers.dense import (
     dense_layers,
 )
 from wush_jax.layers.interpreter import Interpreter
+from wush_jax.layers.tagged_run import run_tagged
 from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.batched import empty_moments, over_batch
 from wush_jax.transforms.moments import Moments

@@ -19,15 +19,12 @@ from wush_jax.layers.contraction import Contraction
 from wush_jax.layers.dense import (
     DENSE_TYPES,
     STACKED,
-    Dense,
     DenseTypes,
     dense_layers,
     dotted,
-    is_array,
 )
-from wush_jax.layers.interpreter import Interpreter, Value
-from wush_jax.layers.origins import Origin
-from wush_jax.layers.tagging import tag_layers
+from wush_jax.layers.interpreter import Interpreter
+from wush_jax.layers.tagged_run import run_tagged
 
 Call = Callable[[nnx.Module, Any], Any]
 
@@ -53,40 +50,6 @@ class Site:
     def name(self) -> str:
         """The path of the first layer."""
         return self.layers[0]
-
-
-def run_tagged(
-    model: nnx.Module,
-    batch: Any,
-    call: Call,
-    layers: Mapping[str, Dense],
-    interpreter: Interpreter,
-    seen: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Run a model and return, by layer path, what was seen of its calls.
-
-    Args:
-      model: an NNX module; it is left as it is.
-      batch: passed to the call.
-      call: how to run the model.
-      layers: what to observe, by path.
-      interpreter: what to do with each call.
-      seen: what is seen before the first call.
-    """
-    views = {path: layer.view for path, layer in layers.items()}
-    graph, state = nnx.split(tag_layers(model, views))
-
-    def run(state: Any, batch: Any) -> list[Any]:
-        out = call(nnx.merge(graph, state), batch)
-        return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
-
-    program = jax.make_jaxpr(run)(state, batch)
-    leaves, given = jax.tree.leaves(state), jax.tree.leaves(batch)
-    values = [
-        Value(leaf, Origin(i, tuple(range(leaf.ndim))) if hasattr(leaf, "ndim") else None)
-        for i, leaf in enumerate(leaves)
-    ]
-    return interpreter.run(program, [*values, *map(Value, given)], dict(seen))[1]
 
 
 def find_sites(
