@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_tools import pair
 from folders import contents
 from safetensors.numpy import save_file
 from tiny import BYTES
@@ -64,6 +65,17 @@ def test_quantize_equals_python(source, quantized, tmp_path):
     assert (quantized / "plot.png").stat().st_size > 1000
     assert (quantized / "checkpoint" / "generation_config.json").is_file()
     assert sorted(p.name for p in quantized.iterdir()) == ["checkpoint", "plot.png", "report.json"]
+
+
+def test_weights_and_activations_of_two_formats(source, tmp_path, capsys):
+    recipe = ["--format", "NVINT4", "--activation-format", "FP8", "--transform", "hadamard"]
+    assert cli.main(["plan", str(source), *recipe]) == 0
+    assert "NVINT4/FP8" in capsys.readouterr().out
+    given = {"format": "NVINT4", "activation_format": "FP8"}
+    assert recipe_of("best", given).input_format is wush.FP8
+    wush.save(tmp_path / "pair", pair(wush.NVINT4, wush.FP8, block_size=32))
+    assert cli.main(["inspect", str(tmp_path / "pair")]) == 0
+    assert "NVINT4/FP8" in capsys.readouterr().out
 
 
 def test_a_file_of_flags_and_one_of_tokens_give_the_same(source, quantized, tmp_path):

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import pallas_kernels
 import wush_jax as wush
 from wush_jax.transforms.sample import Sample
 
@@ -48,6 +49,26 @@ def test_a_layer_multiplies_what_the_definition_says(fmt):
     layer = packed(fmt)
     assert layer.input_format is wush.FP8
     near(dot(INPUTS, layer), rounded(INPUTS), dequantize(layer.weight))
+
+
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.NVINT4], ids=lambda f: f.name)
+def test_matrix_units_take_the_values_as_they_are(fmt):
+    """XLA's product of bfloat16 numbers: the same codes, exact operands, float32 sums."""
+    layer, x = packed(fmt), jnp.asarray(INPUTS, jnp.bfloat16)
+    found = jax.jit(
+        lambda x, p: pallas_kernels.transform_quantize_matmul(
+            x, None, p, out_dtype=jnp.float32, implementation="xla"
+        )
+    )(x, layer)
+    near(found, rounded(np.asarray(x, np.float32)), dequantize(layer.weight))
+
+
+def test_experts_take_fp8():
+    layer = packed(wush.NVINT4, transform="hadamard")
+    experts = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), layer)
+    sizes = jnp.array([2, 4])
+    y = jax.jit(lambda x, p, s: wush.quantized_ragged_dot(x, p, s, implementation="reference"))
+    np.testing.assert_allclose(y(INPUTS, experts, sizes), dot(INPUTS, layer), rtol=1e-5, atol=1e-3)
 
 
 def test_sums_of_one_sign():
