@@ -33,7 +33,7 @@ def ragged_transform_quantize_matmul(
     def of_rows(scale):
         return jnp.broadcast_to(scale, group_sizes.shape)[group][:, None]
 
-    y = x if transforms is None else _transformed(x.astype(jnp.float32), transforms, group_sizes)
+    y = x if transforms is None else transformed(x.astype(jnp.float32), transforms, group_sizes)
     factor, left = of_rows(weight.global_scale), (y,)
     right = _parts(weight.codes, weight.scales, weight.format, x.dtype)
     if fmt is not None:
@@ -57,8 +57,14 @@ def _parts(codes, scales, fmt, dtype) -> tuple:
     return (fmt.decode(fmt.unpack(codes), scales, jnp.float32(1)),)
 
 
-def _transformed(x, transforms, group_sizes):
-    """Return ``T_b x_b`` of every row and block, in float32."""
+def transformed(x, transforms, group_sizes):
+    """Return ``T_b x_b`` of every row and block, in float32.
+
+    Args:
+      x: (M, K) float32, sorted by group.
+      transforms: (G or 1, K/d or 1, d, d).
+      group_sizes: (G,) integers.
+    """
     if len(transforms) == 1:
         return reference.apply_transform(
             x, transforms[0, 0] if transforms.shape[1] == 1 else transforms[0]

@@ -134,7 +134,7 @@ OWN = {
     "linear": {"rope_scaling": RopeScaling(4.0)},
     "qwen3": {"qk_norm": True, "sliding_window": 3},
     "experts of no family": {"num_experts": 4, "mlp_only_layers": (0,), "swiglu_limit": 2.0},
-    "mixtral": {"num_experts": 4, "norm_topk_prob": True, "moe_intermediate_size": 24},
+    "mixtral": {"num_experts": 4, "norm_topk_prob": True},
     "gemma of no family": {"offset_norms": True, "hidden_act": "gelu_pytorch_tanh"},
     "sinks of no family": {"attention_sinks": True, "final_logit_softcapping": 3.0},
 }

@@ -9,13 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
+from pallas_kernels import dispatch, reference
+from pallas_kernels.library import xla_ragged
 from wush_jax.calibration.observe import Call, Site, capture_rows, plain_call
-from wush_jax.layers.loss import over, powers
+from wush_jax.layers.loss import over, powers, powers_of
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.layers.ragged import quantized_ragged_dot
 from wush_jax.solvers.batched import over_batch
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.transforms import apply_transform
+from wush_jax.transforms import apply_transform, linalg
+from wush_jax.transforms.grouped import GroupedRows
 
 
 class LayerLoss(NamedTuple):
@@ -68,24 +73,59 @@ def _site_inputs(graph, sites, call, dense_types, state, batch):
 
 @jax.jit
 def _losses(weight, rows, packed) -> tuple[jax.Array, ...]:
-    weight, rows = weight.astype(jnp.float32), rows.astype(jnp.float32)
-    lead = weight.shape[:-2]
-    found = jax.tree.map(jnp.mean, over_batch(powers, lead)(weight, rows, packed))
+    weight, rows = jax.tree.map(_float, (weight, rows))
+    grouped = isinstance(rows, GroupedRows)
+    # The experts of a ragged layer share their rows; what is beyond them is a stack.
+    lead = weight.shape[:-3] if grouped else weight.shape[:-2]
+    powers_on, transformed = (
+        (_group_powers, _transformed_groups) if grouped else (powers, _transformed)
+    )
+    found = jax.tree.map(jnp.mean, over_batch(powers_on, lead)(weight, rows, packed))
     typical = over(found.typical_error, found.typical_output)
-    shares = jax.tree.map(jnp.mean, over_batch(_out_of_range, lead)(rows, packed))
+    measure = partial(_out_of_range, transformed)
+    shares = jax.tree.map(jnp.mean, over_batch(measure, lead)(rows, packed))
     return found.error, over(found.error, found.output), typical, *shares
 
 
-def _out_of_range(rows, packed) -> tuple[jax.Array, jax.Array]:
+def _float(leaf: jax.Array) -> jax.Array:
+    return leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(jnp.float32)
+
+
+def _group_powers(weight, grouped, packed):
+    """The powers of rows that are sorted by expert; all of them belong to one."""
+    rows, sizes = grouped.rows, grouped.sizes
+    exact = lax.ragged_dot(rows, weight.mT, sizes, precision=linalg.HIGHEST)
+    error = quantized_ragged_dot(rows, packed, sizes, implementation="reference") - exact
+    return powers_of(rows, error, exact)
+
+
+def _transformed(rows, packed) -> tuple[jax.Array, jax.Array]:
+    """Return ``T x`` of rows, and the global scale of each."""
+    if packed.transform is not None:
+        rows = apply_transform(rows, packed.transform.astype(jnp.float32))
+    g = packed.input_global_scale
+    return rows, packed.input_format.derive_global_scale(jnp.max(jnp.abs(rows))) if g is None else g
+
+
+def _transformed_groups(grouped, packed) -> tuple[jax.Array, jax.Array]:
+    rows, sizes = grouped.rows, grouped.sizes
+    transforms = dispatch.of_groups(packed.transform, len(sizes), rows.shape[-1])
+    if transforms is not None:
+        rows = xla_ragged.transformed(rows, transforms.astype(jnp.float32), sizes)
+    g = packed.input_global_scale
+    if g is None:
+        g = packed.input_format.derive_global_scale(jnp.max(jnp.abs(rows)))
+    g = jnp.broadcast_to(g, sizes.shape)
+    return rows, g[reference.group_of_rows(sizes, len(rows))][:, None]
+
+
+def _out_of_range(transformed, rows, packed) -> tuple[jax.Array, jax.Array]:
     """Return the shares of the inputs' groups that saturate, and that vanish, in E4M3 scales."""
     fmt = packed.input_format
     if fmt is None or fmt.scale_dtype != "e4m3":
         return jnp.zeros(()), jnp.zeros(())
-    if packed.transform is not None:
-        rows = apply_transform(rows, packed.transform.astype(jnp.float32))
+    rows, g = transformed(rows, packed)
     amax = jnp.max(jnp.abs(rows.reshape(*rows.shape[:-1], -1, fmt.group_size)), axis=-1)
-    g = packed.input_global_scale
-    g = fmt.derive_global_scale(jnp.max(amax)) if g is None else g
     # Rounding to the nearest scale: half a step beyond the largest, half of the smallest.
     scale = g * amax / fmt.element.max
     large, small = scale > 464.0, (scale < 2.0**-10) & (amax > 0)

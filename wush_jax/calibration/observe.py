@@ -32,6 +32,7 @@ from wush_jax.layers.interpreter import Interpreter
 from wush_jax.layers.tagged_run import run_tagged
 from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.batched import empty_moments, over_batch
+from wush_jax.transforms.grouped import GroupedRows, update_groups
 from wush_jax.transforms.moments import Moments
 
 # Called with what is done, the total where it is known, and what is under way.
@@ -52,29 +53,28 @@ def capture_rows(
     """Run a model and return, by layer path, the (..., K) rows of each layer's first call.
 
     To be called inside a traced function. Rows of a batch of kernels are (*batch, ..., K); they are
-    zeros where a branch with the call was not taken.
+    zeros where a branch with the call was not taken. Those of ragged layers are `GroupedRows`.
     """
     shapes: dict[str, Any] = {}
 
     def note(call: LayerCall, seen: Any) -> Any:
         stack = layers[call.tag.layer].contraction.stack
-        shapes.setdefault(call.tag.layer, (stack, *call.own_rows()))
+        shapes.setdefault(call.tag.layer, (stack, call.own_rows()))
         return seen
 
     def first(call: LayerCall, seen: Any) -> Any:
-        _, shape, dtype = shapes[call.tag.layer]
-        if call.own_rows() != (shape, dtype):
+        if call.own_rows() != shapes[call.tag.layer][1]:
             return seen
 
-        def keep(seen: Any, rows: jax.Array) -> Any:
-            return jnp.bool_(True), jnp.where(seen[0], seen[1], rows)
+        def keep(seen: Any, rows: Any) -> Any:
+            return jnp.bool_(True), jax.tree.map(partial(jnp.where, seen[0]), seen[1], rows)
 
         return seen | {call.tag.layer: call.fold(seen[call.tag.layer], keep)}
 
     jax.eval_shape(lambda: run_tagged(model, batch, call, layers, Interpreter(note), {}))
     empty = {
-        path: (jnp.zeros(stack, bool), jnp.zeros((*stack, *shape), dtype))
-        for path, (stack, shape, dtype) in shapes.items()
+        path: (jnp.zeros(stack, bool), jax.tree.map(partial(_zeros, stack), rows))
+        for path, (stack, rows) in shapes.items()
     }
 
     def merge(layer: str, one: Any, two: Any) -> Any:
@@ -82,6 +82,10 @@ def capture_rows(
 
     found = run_tagged(model, batch, call, layers, Interpreter(first, merge), empty)
     return {path: rows for path, (_, rows) in found.items()}
+
+
+def _zeros(stack: tuple[int, ...], like: Any) -> jax.Array:
+    return jnp.zeros((*stack, *like.shape), like.dtype)
 
 
 def _either(taken: jax.Array, one: jax.Array, two: jax.Array) -> jax.Array:
@@ -166,8 +170,11 @@ def _add_batch(graph, sites, call, dense_types, state, totals, batch):
     return [seen[path] for path in chosen]
 
 
-def _add_rows(contraction: Contraction, moments: Moments, rows: jax.Array) -> Moments:
+def _add_rows(contraction: Contraction | None, moments: Moments, rows: Any) -> Moments:
     """Add a call's rows to the moments of a layer: one moment, or one for each expert."""
+    if isinstance(rows, GroupedRows):
+        return update_groups(moments, rows)
+    assert contraction is not None  # a call without a fault has one
     update = Moments.update if contraction.experts is None else jax.vmap(Moments.update)
     return update(moments, rows)
 

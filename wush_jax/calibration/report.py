@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class LayerReport:
       saturated: share of the inputs' groups, on the first batch, that their scale cannot reach.
       vanished: share that lies below the smallest scale.
       tokens: that calibration has seen.
+      few_tokens: the tokens that experts saw which saw too few: those are quantized from the mean
+        moment of the others. By number of the expert; None where there are none.
     """
 
     path: str
@@ -53,6 +55,7 @@ class LayerReport:
     saturated: float | None = None
     vanished: float | None = None
     tokens: int | None = None
+    few_tokens: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,12 @@ class Report:
     def _caption(self) -> str:
         lines = ["* shares the transform of the site's first layer"] if self._has_sharing() else []
         lines += [f"left alone: {path}: {reason}" for path, reason in self.skipped.items()]
+        lines += [
+            f"{layer.path}: too few tokens, the others' mean moment: "
+            + ", ".join(f"expert {name} ({count})" for name, count in layer.few_tokens.items())
+            for layer in self.layers
+            if layer.few_tokens
+        ]
         lines += [f"rule without a layer: {rule}" for rule in self.unused_rules]
         return "\n".join(lines + self._warnings())
 

@@ -126,7 +126,7 @@ def observe_calls(
             faults.setdefault(path, fault)
         else:
             sizes[path] = call.tag.contraction.shape[1]
-        inputs.setdefault(path, []).append(call.x)
+        inputs.setdefault(path, []).extend((call.x, *call.sizes))
         return seen
 
     interpreter = Interpreter(note, lost=faults.setdefault)

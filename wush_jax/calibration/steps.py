@@ -23,7 +23,7 @@ from wush_jax.layers.nnx import (
     QuantizedDense,
     replace_modules,
 )
-from wush_jax.solvers.batched import quantize_batched
+from wush_jax.solvers.batched import few_tokens, filled, quantize_batched
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms.moments import Moments
 
@@ -119,7 +119,9 @@ def measured_rows(
     losses: Mapping[str, LayerLoss],
 ) -> list[LayerReport]:
     """Return the report's rows of one quantized site."""
-    gain = site_gain(item, layers, moments)
+    batch = layers[item.site.name].contraction.batch
+    few = few_tokens(moments, batch, item.recipe.block) if batch else {}
+    gain = site_gain(item, layers, filled(moments, batch, item.recipe.block) if few else moments)
     tokens = int(np.min(np.asarray(moments.count)))
     return [
         replace(
@@ -131,6 +133,7 @@ def measured_rows(
             saturated=losses[row.path].saturated,
             vanished=losses[row.path].vanished,
             tokens=tokens,
+            few_tokens={",".join(map(str, i)): n for i, n in few.items()} or None,
         )
         for row in dry_rows(item, layers)
     ]

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from wush_jax.layers.origins import Origin
 from wush_jax.layers.tagging import Tag
+from wush_jax.transforms.grouped import GroupedRows
+
+Rows = jax.Array | GroupedRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,7 @@ class Call:
       kernel_shape: of the kernel, batched likewise.
       origin: of the kernel.
       batched: axes that `jax.vmap` added, as (axis of x or None, axis of kernel or None).
+      sizes: of the groups in which a ragged layer's rows come; one array, or none.
     """
 
     tag: Tag
@@ -30,12 +34,15 @@ class Call:
     kernel_shape: tuple[int, ...]
     origin: Origin | None
     batched: tuple[tuple[int | None, int | None], ...]
+    sizes: tuple[jax.Array, ...] = ()
 
     @property
     def fault(self) -> str:
         """Why the call cannot be observed; empty where it can."""
         if self.tag.reason:
             return self.tag.reason
+        if self.sizes and self.batched:
+            return "its rows are sorted by expert inside of jax.vmap"
         if self.origin is None:
             return "its kernel is computed by the model from its parameters"
         own, mapped = self._axes()
@@ -67,10 +74,12 @@ class Call:
         taken = dict(self.origin.taken)
         return tuple(taken.get(axis, slice(None)) for axis in self.stack)
 
-    def rows(self) -> jax.Array:
-        """The input as rows (*mapped stack, [experts], ..., K)."""
+    def rows(self) -> Rows:
+        """The input as rows (*mapped stack, [experts], ..., K), or sorted by expert."""
         contraction = self.tag.contraction
         assert contraction is not None
+        if self.sizes:
+            return GroupedRows(self.x, *self.sizes)
         rows: Callable = contraction.rows
         for axis, _ in self.batched:
             if axis is not None:
@@ -91,12 +100,15 @@ class Call:
         rest = [i for i in range(out.ndim) if i not in front]
         return out.transpose(front + rest)
 
-    def own_rows(self) -> tuple[tuple[int, ...], Any]:
-        """Shape and dtype of the rows of one of the stack's kernels."""
-        rows = jax.eval_shape(self.rows)
-        return rows.shape[len(self._axes()[1]) :], rows.dtype
+    def own_rows(self) -> Any:
+        """Shapes and dtypes of the rows of one of the stack's kernels."""
+        gone = len(self._axes()[1])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[gone:], leaf.dtype),
+            jax.eval_shape(self.rows),
+        )
 
-    def fold(self, seen: Any, function: Callable[[Any, jax.Array], Any]) -> Any:
+    def fold(self, seen: Any, function: Callable[[Any, Rows], Any]) -> Any:
         """Return what was seen of all the stack's kernels with this call's rows added.
 
         Args:

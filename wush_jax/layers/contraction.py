@@ -23,6 +23,8 @@ class Contraction:
       equation: such as "...k,kn->...n", "btd,dnh->btnh" or "ecd,edf->ecf".
       kernel_shape: shape of the kernel, with its stack.
       stack_axes: where the stack is; None where it is in front, if there is one.
+      ragged: experts are kernel axes that neither side has, as in "mk,ekn->mn": rows come sorted by
+        expert, and how many are each one's comes beside them.
 
     Raises:
       ValueError: no equation of one input and one kernel, or an axis of the kernel that neither
@@ -38,6 +40,7 @@ class Contraction:
     equation: str
     kernel_shape: tuple[int, ...]
     stack_axes: tuple[int, ...] | None = None
+    ragged: bool = False
 
     def __post_init__(self):
         if not re.fullmatch(r"[\w.]+,\w+->[\w.]+", self.equation.replace(" ", "")):
@@ -53,10 +56,11 @@ class Contraction:
                 f"equation={self.equation!r} leaves {beyond} axes of kernel {self.kernel_shape} "
                 f"for a stack, not {self.stack_axes}"
             )
-        lost = [a for a in kernel if a not in x and a not in y]
+        lost = [a for a in kernel if a not in x and a not in y and not self.ragged]
         repeated = any(len(set(axes)) < len(axes) for axes in (x, kernel, y))
         dense = self._contracted and self._outputs and not lost and not repeated
-        if not dense or sorted(self._experts + self._lead + self._outputs) != sorted(y):
+        experts = [] if self.ragged else self._experts
+        if not dense or sorted(experts + self._lead + self._outputs) != sorted(y):
             raise ValueError(
                 f"equation={self.equation!r} is not a dense layer: it must contract some kernel "
                 "axes with the input, keep others as outputs, and keep all other input axes"
@@ -76,6 +80,8 @@ class Contraction:
     @property
     def _experts(self) -> list[str]:
         x, kernel, y = self._axes
+        if self.ragged:
+            return [a for a in kernel if a not in x and a not in y]
         return [a for a in kernel if a in x and a in y]
 
     @property
@@ -106,7 +112,7 @@ class Contraction:
     @property
     def one(self) -> Contraction:
         """The contraction of one kernel of the stack."""
-        return Contraction(self.equation, self.own_shape)
+        return Contraction(self.equation, self.own_shape, ragged=self.ragged)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,7 +140,7 @@ class Contraction:
         x = self._axes[0]
         first = x.index("...") if "..." in x else 0
         positions = {a: i if i < first else i - len(x) for i, a in enumerate(x)}
-        sides = (self._contracted, self._experts)
+        sides = (self._contracted, [] if self.ragged else self._experts)
         return tuple(tuple(positions[a] for a in axes) for axes in sides)
 
     def weight(self, kernel: jax.Array) -> jax.Array:
@@ -154,6 +160,8 @@ class Contraction:
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Return the layer's input as (..., K), or (E, ..., K): as it is where it is so already."""
+        if self.ragged:
+            return x
         lead, contracted = self._lead, self._contracted
         x = _transpose(x, self._axes[0], self._experts + lead + contracted)
         if len(self._experts) < 2 and len(contracted) == 1:
@@ -163,6 +171,8 @@ class Contraction:
 
     def outputs(self, y: jax.Array) -> jax.Array:
         """Return (..., N), or (E, ..., N), as the layer's output."""
+        if self.ragged:
+            return y
         middle = y.shape[len(self._heads()) : -1]
         y = y.reshape(*self._sizes(self._experts), *middle, *self._sizes(self._outputs))
         return _transpose(y, self._experts + self._lead + self._outputs, self._axes[2])

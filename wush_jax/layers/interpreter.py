@@ -70,8 +70,8 @@ class Interpreter:
         name, p = equation.primitive.name, equation.params
         arrays, origins = [v.array for v in values], [v.origin for v in values]
         if name == "wush_tag":
-            x, kernel = arrays
-            call = Call(p["tag"], x, kernel.shape, origins[1], p["batched"])
+            x, kernel, *sizes = arrays
+            call = Call(p["tag"], x, kernel.shape, origins[1], p["batched"], tuple(sizes))
             return values[:1], self.update(call, seen)
         inside = self.layers(p)
         if inside or any(origins):

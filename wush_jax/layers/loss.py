@@ -51,9 +51,14 @@ def powers(
     """
     exact = jnp.einsum("...k,nk->...n", inputs, weight, precision=linalg.HIGHEST)
     error = quantized_dot(inputs, packed, implementation=implementation) - exact
+    return powers_of(inputs, error, exact)
+
+
+def powers_of(inputs: jax.Array, error: jax.Array, output: jax.Array) -> Powers:
+    """Return the powers of an error (..., N) and an output (..., N), on inputs (..., K)."""
     size = jnp.max(jnp.abs(inputs), axis=-1)
     typical = (size <= MASSIVE * jnp.sqrt(jnp.mean(inputs**2))).astype(jnp.float32)
-    lost, power = (jnp.mean(y * y, axis=-1) for y in (error, exact))
+    lost, power = (jnp.mean(y * y, axis=-1) for y in (error, output))
     return Powers(
         jnp.mean(lost),
         jnp.mean(power),

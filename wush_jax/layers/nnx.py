@@ -23,6 +23,7 @@ from wush_jax.layers.dense import dense_view as dense_view
 from wush_jax.layers.dense import dotted as dotted
 from wush_jax.layers.dense import is_array, is_sharding, same_call
 from wush_jax.layers.linear import quantized_dot
+from wush_jax.layers.ragged import bias_of_rows, quantized_ragged_dot
 from wush_jax.layers.stacks import stack_of
 from wush_jax.solvers.batched import over_batch
 from wush_jax.solvers.site import PackedWeight, effective_weight
@@ -126,6 +127,8 @@ class QuantizedDense(nnx.Module):
         given = [*arguments, *keywords.values()]
         inputs = [value for value in given if is_array(value)]
         others = [value for value in given if not is_array(value)]
+        if self.contraction.ragged and len(inputs) == 2:
+            return self._ragged(*inputs)
         if len(inputs) != 1 or not same_call(self.contraction, others):
             raise ValueError(
                 f"a quantized layer {self.contraction.equation!r} takes one input, not {given}"
@@ -134,6 +137,14 @@ class QuantizedDense(nnx.Module):
         for sharding in filter(is_sharding, others):
             y = jax.sharding.reshard(y, sharding)
         return y
+
+    def _ragged(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        dot = partial(quantized_ragged_dot, implementation=self.implementation)
+        return self.outputs_of_groups(dot(self.rows(x), self.packed, group_sizes), group_sizes)
+
+    def outputs_of_groups(self, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """Return the output of a ragged layer of rows (M, N): with their experts' biases."""
+        return y if self.bias is None else y + bias_of_rows(self.bias[...], group_sizes, y)
 
     def __getattr__(self, name: str) -> Any:
         # Models read their layers' kernels: shapes everywhere, values in a few.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -109,9 +110,7 @@ def _effective(packed: PackedWeight, transform: jax.Array | None) -> jax.Array:
         d = transforms.shape[-1]
         transforms = jnp.broadcast_to(transforms, (groups, k // d, d, d))
     scales = jnp.broadcast_to(packed.weight.global_scale, (groups,))
-    weight = type(packed.weight)(
-        packed.weight.codes, packed.weight.scales, scales, packed.weight.format
-    )
+    weight = replace(packed.weight, global_scale=scales)
     return jax.vmap(lambda w, t: effective_weight(PackedWeight(w, t, None, None)))(
         weight, transforms
     )

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from wush_jax.layers.contraction import Contraction
+from wush_jax.layers.dense import Dense
 from wush_jax.layers.ragged import bias_of_rows
 
 
@@ -47,6 +49,12 @@ class RaggedLinear(nnx.Module):
         self.bias = nnx.data(
             nnx.Param(jnp.zeros((experts, out_features), param_dtype)) if use_bias else None
         )
+
+    def dense_view(self) -> Dense:
+        """Return what quantization sees: an expert's kernel for each of its rows."""
+        kernel = self.kernel.get_value()
+        contraction = Contraction("mk,ekn->mn", kernel.shape, ragged=True)
+        return Dense(contraction, kernel, self.bias, self.dtype)
 
     def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Map rows (M, K), sorted by expert, to (M, N).

@@ -12,6 +12,7 @@ from flax import nnx
 from pallas_kernels.reference import swiglu
 from wush_jax.layers.linear import gated_dot, quantized_dot
 from wush_jax.layers.nnx import QuantizedDense
+from wush_jax.layers.ragged import quantized_ragged_dot
 
 
 def call_together(layers: Sequence[nnx.Module], x: jax.Array, *more: jax.Array) -> list[jax.Array]:
@@ -39,7 +40,12 @@ def call_together(layers: Sequence[nnx.Module], x: jax.Array, *more: jax.Array) 
         return [layer(x, *more) for layer in layers]  # type: ignore[operator]
     site = cast(Sequence[QuantizedDense], layers)
     first, packed = site[0], tuple(layer.packed for layer in site)
-    products = quantized_dot(first.rows(x), packed, implementation=first.implementation)
+    rows = first.rows(x)
+    options: dict[str, Any] = {"implementation": first.implementation}
+    if first.contraction.ragged:
+        grouped = quantized_ragged_dot(rows, packed, *more, **options)
+        return [la.outputs_of_groups(y, *more) for la, y in zip(site, grouped, strict=True)]
+    products = quantized_dot(rows, packed, **options)
     return [layer.outputs(y) for layer, y in zip(site, products, strict=True)]
 
 
@@ -73,8 +79,13 @@ def call_gated(gate: nnx.Module, up: nnx.Module, x: jax.Array) -> jax.Array:
 
 
 def _reading(layer: Any) -> tuple | None:
-    """What decides how a quantized layer of one matrix reads its input; None for other layers."""
-    if type(layer) is not QuantizedDense or layer.contraction.batch:
+    """What decides how a quantized layer of one matrix, or of experts that read sorted rows, reads
+    its input; None for other layers.
+    """
+    if type(layer) is not QuantizedDense:
+        return None
+    own = layer.contraction
+    if own.stack or (own.batch and not own.ragged):
         return None
     # One variable, not equal values: those are known only when the model runs.
     variables = (
@@ -82,5 +93,5 @@ def _reading(layer: Any) -> tuple | None:
     )
     return (
         *(*variables, layer.input_format, layer.implementation, layer.partition),
-        *(layer.contraction.reading, layer.dtype, layer.kernel_dtype),
+        *(own.reading, own.ragged, layer.dtype, layer.kernel_dtype),
     )

@@ -40,16 +40,17 @@ class Tag:
     reason: str = ""
 
 
-# Operands (x, kernel) -> x; parameters: the `Tag`, and axes that `jax.vmap` has added, innermost
-# first, as (axis of x or None, axis of the kernel or None).
+# Operands (x, kernel) -> x, for ragged layers with their group sizes behind; parameters: the `Tag`,
+# and axes that `jax.vmap` has added, innermost first, as (axis of x or None, axis of the kernel or
+# None).
 tag_p = Primitive("wush_tag")
-tag_p.def_impl(lambda x, kernel, **_: x)
-tag_p.def_abstract_eval(lambda x, kernel, **_: x)
-mlir.register_lowering(tag_p, lambda context, x, kernel, **_: [x])
+tag_p.def_impl(lambda x, *_, **__: x)
+tag_p.def_abstract_eval(lambda x, *_, **__: x)
+mlir.register_lowering(tag_p, lambda context, x, *_, **__: [x])
 
 
 def _batch(operands, axes, *, tag, batched):
-    x = tag_p.bind(*operands, tag=tag, batched=(*batched, tuple(axes)))
+    x = tag_p.bind(*operands, tag=tag, batched=(*batched, tuple(axes[:2])))
     return x, axes[0]
 
 
@@ -76,10 +77,14 @@ class Tagging:
         if not arrays:
             return arguments, keywords
         first, others = arrays[0], {n: a for n, a in given.items() if n != arrays[0]}
+        sizes: list[Any] = []
+        if dense.contraction.ragged and len(arrays) == 2:
+            sizes = [jnp.asarray(others.pop(arrays[1]))]
         reason = "" if same_call(dense.contraction, others.values()) else _shown(others)
         tag = Tag(self.path, None if reason else dense.contraction, reason)
         kernel = jnp.asarray(_parameter(module, dense))
-        given[first] = tag_p.bind(jnp.asarray(given[first]), kernel, tag=tag, batched=())
+        x = jnp.asarray(given[first])
+        given[first] = tag_p.bind(x, kernel, *sizes, tag=tag, batched=())
         return tuple(given.pop(i) for i in range(len(arguments))), given
 
 

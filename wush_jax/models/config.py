@@ -130,6 +130,12 @@ class LlamaConfig:
         local = self.rope_local_base_freq if windowed else None
         return (self.rope_theta, self.rope_scaling) if local is None else (local, None)
 
+    @property
+    def expert_width(self) -> int:
+        """Width of an expert's feed-forward layer."""
+        width = self.moe_intermediate_size
+        return self.intermediate_size if width is None else width
+
     def is_sparse(self, layer: int) -> bool:
         """Return whether a layer's feed-forward is a mixture of experts."""
         chosen = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
@@ -195,13 +201,15 @@ class LlamaConfig:
         """The config with each thing said in one way."""
         layers = range(self.num_hidden_layers)
         types = tuple(FULL if self.window(i) is None else SLIDING for i in layers)
-        scalar, width = self.query_pre_attn_scalar, self.moe_intermediate_size
+        scalar, width = self.query_pre_attn_scalar, self.expert_width
+        dense = not self.num_experts or not all(map(self.is_sparse, layers))
         return dataclasses.replace(
             self,
             layer_types=types,
             sliding_window=self.sliding_window if SLIDING in types else None,
             query_pre_attn_scalar=float(self.head_dim if scalar is None else scalar),
-            moe_intermediate_size=self.intermediate_size if width is None else width,
+            moe_intermediate_size=width if self.num_experts else None,
+            intermediate_size=self.intermediate_size if dense else width,
             num_experts_per_tok=self.num_experts_per_tok if self.num_experts else 2,
             rope_local_base_freq=self.rope_local_base_freq if SLIDING in types else None,
         )

@@ -82,7 +82,7 @@ class Experts(nnx.Module):
         self.config = config
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kinds |= {"use_bias": config.mlp_bias, "experts": config.num_experts}
-        hidden, width = config.hidden_size, config.moe_intermediate_size or config.intermediate_size
+        hidden, width = config.hidden_size, config.expert_width
         self.gate_proj = RaggedLinear(hidden, width, **kinds)
         self.up_proj = RaggedLinear(hidden, width, **kinds)
         self.down_proj = RaggedLinear(width, hidden, **kinds)

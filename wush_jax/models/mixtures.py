@@ -56,6 +56,7 @@ def _gpt_oss(values: TypedValues) -> Fields:
 
 def _write_mixtral(config: Any) -> Fields:
     return {
+        "intermediate_size": config.expert_width,
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "sliding_window": config.sliding_window,
@@ -64,10 +65,11 @@ def _write_mixtral(config: Any) -> Fields:
 
 def _write_qwen3_moe(config: Any) -> Fields:
     names = (
-        *("attention_bias", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        *("attention_bias", "num_experts", "num_experts_per_tok"),
         *("norm_topk_prob", "decoder_sparse_step", "sliding_window"),
     )
     return {
+        "moe_intermediate_size": config.expert_width,
         **{name: getattr(config, name) for name in names},
         "mlp_only_layers": list(config.mlp_only_layers),
         "use_sliding_window": config.sliding_window is not None,
@@ -80,6 +82,7 @@ def _write_gpt_oss(config: Any) -> Fields:
     plain = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         **{name: getattr(config, name) for name in names},
+        "intermediate_size": config.expert_width,
         "num_local_experts": config.num_experts,
         **({"rope_parameters": plain} if config.rope_scaling is None else {}),
         **write_layer_types(config),

@@ -5,8 +5,11 @@ A leading axis everywhere: weights (E, N, K), moments (E, ...), and every leaf o
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -41,8 +44,8 @@ def quantize_batched(
 ) -> list[PackedWeight]:
     """Quantize layers of one site, kernel by kernel, with `quantize_site`.
 
-    A kernel whose inputs were all zero, an expert that no calibration token was sent to, takes the
-    mean moment of the others.
+    A kernel that saw too few tokens, such as an expert to which calibration sent none, takes what
+    was seen of all of them together: see `few_tokens`.
 
     Args:
       weights: (N_i, K) each, or (*batch, N_i, K).
@@ -60,7 +63,7 @@ def quantize_batched(
     if not batch:
         moment = moments.finalize()
         return quantize_site(weights, moment, recipe, sample=moments.sample, names=names)
-    moments = replace(moments, mean=_fill_dead(moments.mean, len(batch)))
+    moments = filled(moments, batch, recipe.block)
     each = []
     for index in np.ndindex(batch):
         some, one = jax.tree.map(itemgetter(index), (list(weights), moments))
@@ -78,11 +81,42 @@ def quantize_batched(
     return [jax.tree.map(stack, *packed) for packed in zip(*each, strict=True)]
 
 
-def _fill_dead(mean: jax.Array, axes: int) -> jax.Array:
-    flat = mean.reshape(-1, *mean.shape[axes:])
-    dead = ~jnp.any(flat, axis=tuple(range(1, flat.ndim)), keepdims=True)
-    others = jnp.sum(flat, axis=0) / jnp.maximum(jnp.sum(~dead), 1)
-    return jnp.where(dead, others, flat).reshape(mean.shape)
+def few_tokens(moments: Moments, batch: Sequence[int], block: int) -> dict[tuple[int, ...], int]:
+    """Return which kernels saw too few tokens to be quantized by, and how many they saw.
+
+    Fewer tokens than a block has channels leave its moment singular; a moment of zeros is of none.
+
+    Args:
+      moments: with the leading axes ``batch``.
+      batch: of the kernels.
+      block: channels d of a transform block.
+    """
+    counts = np.broadcast_to(np.asarray(moments.count), tuple(batch))
+    seen = np.asarray(jnp.any(moments.mean, axis=tuple(range(len(batch), moments.mean.ndim))))
+    counts = np.where(seen, counts, 0)
+    return {index: int(counts[index]) for index in np.ndindex(*batch) if counts[index] < block}
+
+
+def filled(moments: Moments, batch: Sequence[int], block: int) -> Moments:
+    """Return moments in which kernels of `few_tokens` have those of all kernels together."""
+    few = few_tokens(moments, batch, block)
+    if len(few) == math.prod(batch):  # none is better than another, if it saw anything
+        few = {index: count for index, count in few.items() if not count}
+    alive = [
+        jax.tree.map(itemgetter(index), moments) for index in np.ndindex(*batch) if index not in few
+    ]
+    if not few or not alive:
+        return moments
+    # The mean of the means: an expert that is often asked counts no more than another.
+    mean = sum(m.mean for m in alive) / len(alive)
+    together = replace(functools.reduce(Moments.merge, alive), mean=mean)
+    for index in few:
+        moments = jax.tree.map(partial(_put, index), moments, together)
+    return moments
+
+
+def _put(index: tuple[int, ...], leaf: jax.Array, value: jax.Array) -> jax.Array:
+    return leaf.at[index].set(value)
 
 
 def packed_shapes(packed: Any, batch: Sequence[int]) -> Any:

@@ -70,13 +70,17 @@ class Sample:
         rows = x.reshape(-1, x.shape[-1])
         return cls.init(rows.shape[-1], rows.shape[0]).update(rows)
 
-    def update(self, x: jax.Array) -> Sample:
-        """Return the sample with the rows of x (..., K) added."""
+    def update(self, x: jax.Array, member: jax.Array | None = None) -> Sample:
+        """Return the sample with the rows of x (..., K) added: all, or the ``member`` (...)."""
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        count = jnp.int32(rows.shape[0])
+        if member is not None:  # rows of zeros are never kept
+            member = member.reshape(-1)
+            rows, count = jnp.where(member[:, None], rows, 0), jnp.sum(member, dtype=jnp.int32)
         key = jax.random.fold_in(jax.random.key(0), self.count)
         # In (0, 1], so that the priority is finite.
         uniform = 1.0 - jax.random.uniform(key, rows.shape[:1], jnp.float32)
-        zero, count = jnp.zeros((), jnp.float32), jnp.int32(rows.shape[0])
+        zero = jnp.zeros((), jnp.float32)
         # A row with NaN, which a maximum may pass over, stays in any case, so that it is seen.
         size = jnp.where(jnp.any(jnp.isnan(rows), axis=-1), jnp.inf, _size(rows))
         return self.merge(Sample(rows, size / uniform, zero, count))
