@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 
 from wush_jax import formats
+from wush_jax.checkpoints.targets import recipe_for
 from wush_jax.models.text import GENERATION, Tokenizer
 from wush_jax.models.tokens import (
     Windows,
@@ -63,8 +64,8 @@ PRESETS: Mapping[str, Recipe] = {
 Preset = Literal["default", "fast", "paper", "best", "best-wide"]
 
 
-def recipe_of(preset: str, flags: Mapping[str, Any]) -> Recipe:
-    """Return a preset with the given fields in place of its own.
+def recipe_of(preset: str, flags: Mapping[str, Any], target: str | None = None) -> Recipe:
+    """Return a preset with the given fields in place of its own, fit for a layout if one is given.
 
     >>> recipe_of("default", {"format": "NVFP4", "activation_format": "none"}).input_format
     """
@@ -74,12 +75,16 @@ def recipe_of(preset: str, flags: Mapping[str, Any]) -> Recipe:
             changes[name] = {**FORMATS, "same": "same", "tuned": "tuned", "none": None}[
                 changes[name]
             ]
+    if target is not None:
+        return recipe_for(target, PRESETS[preset], changes)
     return PRESETS[preset].replace(**changes)
 
 
-def rules_of(preset: str, flags: Mapping[str, Any], skip: tuple[str, ...]) -> Rules:
+def rules_of(
+    preset: str, flags: Mapping[str, Any], skip: tuple[str, ...], target: str | None = None
+) -> Rules:
     """Return rules: what matches ``skip`` stays as it is, the rest gets one recipe."""
-    return [*((pattern, None) for pattern in skip), (".*", recipe_of(preset, flags))]
+    return [*((pattern, None) for pattern in skip), (".*", recipe_of(preset, flags, target))]
 
 
 @dataclass(frozen=True)

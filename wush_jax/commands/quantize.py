@@ -19,6 +19,7 @@ from wush_jax.calibration.sequential import Sequential
 from wush_jax.calibration.streaming import EMBEDDING, quantize_folder
 from wush_jax.checkpoints import checkpoint
 from wush_jax.checkpoints.quantization_config import records_to_json
+from wush_jax.checkpoints.targets import TARGETS
 from wush_jax.commands.options import Preset, RecipeFlags, Text, rules_of
 from wush_jax.commands.terminal import console, progress
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, load_pretrained
@@ -29,6 +30,8 @@ from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 Model = tyro.conf.Positional[Path]
 Recipe = Annotated[RecipeFlags, tyro.conf.arg(name="")]
 Source = Annotated[Text, tyro.conf.arg(name="")]
+TargetLayout = Literal[tuple(TARGETS)]  # type: ignore[valid-type]  # made of the names there
+Target = Annotated[TargetLayout | None, tyro.conf.arg(name="for")]
 NOTHING: Any = {}
 
 
@@ -38,6 +41,7 @@ def plan(
     preset: Preset = "default",
     recipe: Recipe = NOTHING,
     skip: tuple[str, ...] = ("lm_head",),
+    target: Target = None,
 ) -> None:
     """Say what would be quantized and how, and what it takes; no weight is read.
 
@@ -46,8 +50,9 @@ def plan(
       preset: recipe that the flags below change.
       recipe: fields of a recipe.
       skip: regular expressions of module paths that stay as they are.
+      target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
     """
-    _show(_planned(model, rules_of(preset, recipe, skip)))
+    _show(_planned(model, rules_of(preset, recipe, skip, target)))
 
 
 def quantize(
@@ -58,6 +63,7 @@ def quantize(
     preset: Preset = "default",
     recipe: Recipe = NOTHING,
     skip: tuple[str, ...] = ("lm_head",),
+    target: Target = None,
     calibration: Literal["sequential", "one-shot"] = "sequential",
     granularity: Literal["site", "layer"] = "site",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
@@ -74,6 +80,7 @@ def quantize(
       preset: recipe that the flags below change.
       recipe: fields of a recipe.
       skip: regular expressions of module paths that stay as they are.
+      target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
       calibration: layer after layer, one of them in memory; or in one shot on the whole model.
       granularity: layer after layer, whether each site sees the sites before it quantized.
       dtype: of activations and products.
@@ -81,7 +88,7 @@ def quantize(
       dry_run: say what would be done, and do nothing.
       resume: continue a run that was interrupted, layer after layer.
     """
-    rules = rules_of(preset, recipe, skip)
+    rules = rules_of(preset, recipe, skip, target)
     if dry_run:
         _show(_planned(model, rules))
         return
