@@ -108,6 +108,24 @@ def test_one_shot(source, tmp_path):
         np.testing.assert_array_equal(*codes)
 
 
+def test_a_calibration_is_kept_and_used_again(source, tmp_path, capsys):
+    kept = ["--calibrated", str(tmp_path / "kept")]
+    text = ["--text", str(source / "text.txt")]
+    base = ["quantize", str(source), *FLAGS, *RECIPE, *kept, "--out"]
+    assert cli.main([*base, str(tmp_path / "a"), *ONE_SHOT, *text]) == 0
+    assert cli.main([*base, str(tmp_path / "b"), *ONE_SHOT]) == 0  # no text: nothing is read
+    assert cli.main([*base, str(tmp_path / "c"), *ONE_SHOT, *text]) == 0  # the same text
+    a, b, c = (contents(tmp_path / name / "checkpoint") for name in "abc")
+    assert a == b == c
+    assert wush.Calibration.load(tmp_path / "kept").batches == 2
+    (tmp_path / "other.txt").write_bytes(TEXT[::-1])
+    other = ["--text", str(tmp_path / "other.txt")]
+    assert cli.main([*base, str(tmp_path / "d"), *ONE_SHOT, *other]) == 2
+    assert "kept is of another text" in " ".join(capsys.readouterr().err.split())
+    assert cli.main([*base, str(tmp_path / "d"), *text]) == 2
+    assert "--calibrated is for --calibration one-shot" in capsys.readouterr().err
+
+
 def test_plan_reads_no_weights(source, tmp_path, capsys):
     assert cli.main(["plan", str(source), *RECIPE]) == 0
     planned = capsys.readouterr().out

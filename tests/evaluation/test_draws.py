@@ -20,8 +20,8 @@ SETTINGS = {"paper": wush.Recipe(), "same": wush.Recipe(), "h": wush.Recipe(tran
 
 
 @pytest.fixture(scope="module")
-def found():
-    steps = []
+def found(tmp_path_factory):
+    steps, folder = [], tmp_path_factory.mktemp("draws") / "studies"
     draws = [tokens(1, seed=2), tokens(1, seed=3)]
     results = list(
         compare_draws(
@@ -30,10 +30,14 @@ def found():
             draws,
             EVALUATION,
             step=lambda draw, name: steps.append((draw, name)),
+            folder=folder,
         )
     )
     assert steps == [(d, name) for d in range(2) for name in ("calibrate", *SETTINGS)]
     assert [len(r.studies) for r in results] == [1, 2]
+    for index, study in enumerate(results[-1].studies):
+        written = json.loads((folder / f"draw-{index}.json").read_text())
+        assert [o["kl"] for o in written["outcomes"]] == [o.kl for o in study.outcomes]
     return results[-1]
 
 

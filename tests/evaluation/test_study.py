@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -102,8 +103,31 @@ def test_plot_of_settings_that_lose_nothing(result, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_a_study_that_is_killed_keeps_what_it_has(model, result, tmp_path):
+    """Also: a calibration stands in for batches, and one model is there at a time."""
+    kept = wush.calibrate(model, CALIBRATION)
+    path = tmp_path / "study.json"
+    seen = []
+
+    def each(outcome, made):
+        seen.append((outcome.name, weakref.ref(made)))
+        assert [ref() is None for _, ref in seen] == [True] * (len(seen) - 1) + [False]
+        written = json.loads(path.read_text())["outcomes"]
+        assert [o["name"] for o in written] == [name for name, _ in seen]
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.compare(model, SETTINGS, kept, EVALUATION, each=each, path=path)
+    outcomes = json.loads(path.read_text())["outcomes"]
+    found, _ = result
+    assert [o["kl"] for o in outcomes] == pytest.approx([o.kl for o in found.outcomes], rel=1e-3)
+
+
 def test_no_text(model):
     with pytest.raises(ValueError, match="evaluation is empty"):
         study.compare(model, SETTINGS, CALIBRATION, [])
     with pytest.raises(ValueError, match="batches is empty"):
         study.compare(model, SETTINGS, [], EVALUATION)
+    with pytest.raises(ValueError, match="settings is empty"):
+        study.compare(model, {}, CALIBRATION, EVALUATION)

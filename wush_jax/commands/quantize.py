@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
+from wush_jax.calibration.observe import Progress
 from wush_jax.calibration.planning import plan as plan_model
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential
@@ -66,6 +69,7 @@ def quantize(
     target: Target = None,
     calibration: Literal["sequential", "one-shot"] = "sequential",
     granularity: Literal["site", "layer"] = "site",
+    calibrated: Path | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     data_parallel: bool = False,
     dry_run: bool = False,
@@ -83,6 +87,8 @@ def quantize(
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
       calibration: layer after layer, one of them in memory; or in one shot on the whole model.
       granularity: layer after layer, whether each site sees the sites before it quantized.
+      calibrated: folder of a calibration, in one shot: used where it is there, with no text, or the
+        same; else made, for every recipe, and kept.
       dtype: of activations and products.
       data_parallel: spread each batch over all devices.
       dry_run: say what would be done, and do nothing.
@@ -94,11 +100,11 @@ def quantize(
         return
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
-    windows = source.windows(model)
-    if windows.left_out:
-        console().print(f"{windows.left_out} tokens at the end fill no window; they are left out")
-    batches = in_batches(windows.rows, source.batch)
-    rows, everywhere = _spread(batches) if data_parallel else (None, None)
+    if sequential and calibrated is not None:
+        raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
+    reused = calibrated is not None and calibrated.exists()
+    batches = [] if reused and source.text is source.tokens is None else _batches(source, model)
+    rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
     out.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
     with progress() as update:
@@ -116,15 +122,43 @@ def quantize(
                 **options,
             )
         else:
-            placed = [jax.device_put(batch, rows) for batch in batches]
+            inputs: Any = [jax.device_put(batch, rows) for batch in batches]
             whole = load_pretrained(model, param_dtype=jnp.bfloat16, **options)
-            quantized, report = quantize_model(whole, placed, rules, progress=update)
+            if calibrated is not None:
+                inputs = _calibration(calibrated, whole, inputs, update)
+            quantized, report = quantize_model(whole, inputs, rules, progress=update)
             checkpoint.save(out / "checkpoint", quantized)
             copy_companions(model, out / "checkpoint")
     report.to_json(out / "report.json")
     report.plot(out / "plot.png")
     shutil.rmtree(state, ignore_errors=True)
     _show(report)
+
+
+def _batches(source: Text, model: Path) -> list[np.ndarray]:
+    """Return the calibration batches of a text, and say what of it is left out."""
+    windows = source.windows(model)
+    if windows.left_out:
+        console().print(f"{windows.left_out} tokens at the end fill no window; they are left out")
+    return in_batches(windows.rows, source.batch)
+
+
+def _calibration(folder: Path, model: nnx.Module, batches: list, update: Progress) -> Calibration:
+    """Return the calibration in a folder, made where it is not there."""
+    if not folder.exists():
+        made = calibrate(model, batches, progress=update)
+        made.save(folder)
+        return made
+    found = Calibration.load(folder)
+    same = len(batches) in (0, found.batches) and all(
+        np.array_equal(batch, found.first) for batch in batches[:1]
+    )
+    if not same:
+        raise ValueError(
+            f"--calibrated {folder} is of another text, or of other windows: leave the text out, "
+            "or give another folder"
+        )
+    return found
 
 
 def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None:
