@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -246,14 +246,13 @@ class Lines:
         print(json.dumps(brief), flush=True)
 
 
-def calibrations(
-    options: Options, tokens: Any, bench: Bench, rules: Sequence[Any]
-) -> Iterator[wush.Calibration]:
-    """Yield what every draw says of the inputs."""
-    for seed in range(options.draws):
-        window = {"batch": 2, "length": options.length, "limit": options.samples // 2}
-        batches = token_batches(tokens, seed=seed, **window)
-        yield wush.calibrate(bench.model, batches, *rules)
+def calibration(
+    options: Options, tokens: Any, bench: Bench, rules: Sequence[Any], draw: int
+) -> wush.Calibration:
+    """Return what a random draw of windows says of the inputs."""
+    window = {"batch": 2, "length": options.length, "limit": options.samples // 2}
+    batches = token_batches(tokens, seed=draw, **window)
+    return wush.calibrate(bench.model, batches, *rules)
 
 
 def run(
@@ -304,10 +303,11 @@ def main(options: Options) -> None:
         found = bench.measure(bench.model)
         lines.add(setting="unquantized", draw=0, **found, details=details)
     rules = [[*SKIP, (".*", recipe)] for recipe in chosen.values()]
-    for draw, known in enumerate(calibrations(options, tokens, bench, rules)):
-        for name, recipe in chosen.items():
-            if (name, draw) not in lines.done:
-                lines.add(**run(name, recipe, draw, known, bench))
+    for draw in range(options.draws):
+        todo = {n: r for n, r in chosen.items() if (n, draw) not in lines.done}
+        known = calibration(options, tokens, bench, rules, draw) if todo else None
+        for name, recipe in todo.items():
+            lines.add(**run(name, recipe, draw, known, bench))
 
 
 if __name__ == "__main__":
