@@ -2,8 +2,8 @@
 
     python examples/09_quality_page.py quality.jsonl --plot quality.png
 
-prints a table of every format in Markdown, ratios to its own ``PAPER`` draw by draw. docs/quality.md
-holds these tables, made from docs/figures/quality_llm.jsonl.
+prints a table of every format in Markdown, ratios to its own ``PAPER`` draw by draw. The page
+docs/quality.md holds these, made from docs/figures/quality_llm.jsonl.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from comparison import ONE_ORDER
 from tiny import Net, rows
 
 import wush_jax as wush
-from wush_jax.calibration.auto import Choice, spend
+from wush_jax.calibration.choices import Choice, spend
 from wush_jax.calibration.observe import Site
 
 pytestmark = [pytest.mark.usefixtures("strict", "float32_matmuls"), pytest.mark.once]

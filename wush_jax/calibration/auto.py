@@ -1,43 +1,36 @@
-"""Transform and block size for each site, by measured loss, under a budget of transform bytes."""
+"""Recipes for each site by measured loss: under a budget of transform bytes, or a promise of KL."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from wush_jax.calibration.calibration import Calibration, observe
+from wush_jax.calibration.choices import Choice, spend
 from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.observe import Call, Site, plain_call
+from wush_jax.calibration.promise import Slopes, kl_slopes, within_kl
 from wush_jax.calibration.site_plan import SitePlan, site_cost, split_sites
 from wush_jax.calibration.steps import quantize_planned
+from wush_jax.formats import MXFP8, NVINT4
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
-from wush_jax.solvers.presets import BEST
+from wush_jax.solvers.presets import BEST, BEST_WIDE, FAST
 from wush_jax.solvers.recipe import DATA_FREE, Recipe, RuleBook, Rules
 
 TRANSFORMS = ("identity", "hadamard", "wus", "wush")
 LARGEST_BLOCK = 128
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One recipe for one site, and what it costs and loses.
-
-    Attributes:
-      site: the layers.
-      recipe: for all of them.
-      loss: mean over its layers of output loss / output power on held-out inputs.
-      nbytes: of its transforms.
-    """
-
-    site: Site
-    recipe: Recipe
-    loss: float
-    nbytes: int
+# From 4.25 bits and the transform's to 16; None leaves a site as it is.
+CANDIDATES = (
+    BEST,
+    BEST.replace(format=NVINT4),
+    BEST_WIDE.replace(format=NVINT4),
+    FAST.replace(format=MXFP8),
+    None,
+)
 
 
 def choose_recipes(
@@ -49,10 +42,16 @@ def choose_recipes(
     transforms: Sequence[str] = TRANSFORMS,
     blocks: Sequence[int] | None = None,
     budget: int | None = None,
+    max_kl: float | None = None,
+    candidates: Sequence[Recipe | None] = CANDIDATES,
+    slopes: Slopes | None = None,
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
-) -> tuple[list[tuple[str, Recipe]], list[Choice]]:
+) -> tuple[list[tuple[str, Recipe | None]], list[Choice]]:
     """Choose transform and block size of every site by its loss on held-out inputs.
+
+    With ``max_kl`` choose the smallest model whose predicted KL from the original is within it
+    (`wush_jax.calibration.promise`); check the result on text that neither has seen.
 
     Every candidate is tried by rounding to nearest, on the moments of the batches; the losses are
     those of a batch that is held out. The choice minimises the sum over layers of the relative
@@ -70,6 +69,10 @@ def choose_recipes(
       blocks: candidates for d; None: the group size, doubled up to 128. Those that do not divide a
         site's K are left out there.
       budget: bytes of all transforms together; None sets no limit.
+      max_kl: the KL to stay within, nats; then ``batches`` has to be a `Calibration`, the rules
+        only say which layers may be quantized, and the choices' bytes are of whole layers.
+      candidates: with ``max_kl``, the recipes to try on every site, None for leaving it alone.
+      slopes: with ``max_kl``, what losses cost; None measures it on ``held_out`` (`kl_slopes`).
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
 
@@ -89,15 +92,22 @@ def choose_recipes(
     ('0', 'identity')
     """
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
+    if max_kl is not None:
+        known = _promising(max_kl, budget, batches)
+        if slopes is None:
+            text = None if held_out is None else [held_out]
+            slopes = kl_slopes(model, known, _as(FAST, rules), text, **options)
+        options |= {"candidates": candidates, "held_out": held_out}
+        return _rules(within_kl(model, known, rules, max_kl, slopes, **options))
     layers, _ = dense_layers(model, dense_types)
     book = RuleBook(rules)
 
-    def candidates(sites: Sequence[Site]) -> list[SitePlan]:
+    def tried(sites: Sequence[Site]) -> list[SitePlan]:
         parts = split_sites(sites, book)
         return [trial for part in parts for trial in _candidates(part, transforms, blocks)]
 
-    calibration, held_out = _observed(model, batches, held_out, candidates, options)
-    trials = candidates(calibration.sites)
+    calibration, held_out = _observed(model, batches, held_out, tried, options)
+    trials = tried(calibration.sites)
     calibration.check(model, layers, trials)
     recipes = {part.site: part.recipe for part in split_sites(calibration.sites, book)}
     table: dict[Site, list[Choice]] = {site: [] for site in recipes}
@@ -109,9 +119,32 @@ def choose_recipes(
         final = _final(recipes[site], item.recipe)
         nbytes = site_cost(SitePlan(site, final), layers).transform_bytes
         table[site].append(Choice(site, final, loss, nbytes))
-    chosen = spend(table, budget)
-    found = [(re.escape(path), c.recipe) for c in chosen for path in c.site.layers]
-    return found, chosen
+    return _rules(spend(table, budget))
+
+
+def _rules(chosen: list[Choice]) -> tuple[list[tuple[str, Recipe | None]], list[Choice]]:
+    return [(re.escape(path), c.recipe) for c in chosen for path in c.site.layers], chosen
+
+
+def _as(recipe: Recipe, rules: Rules) -> Rules:
+    """The same rules with one recipe in place of all."""
+    if isinstance(rules, Recipe):
+        return recipe
+    return [(pattern, None if given is None else recipe) for pattern, given in rules]
+
+
+def _promising(max_kl: float, budget: int | None, batches: Any) -> Calibration:
+    """The calibration that a promise is made from, all arguments checked."""
+    faults = []
+    if not 0 < max_kl < float("inf"):
+        faults.append(f"max_kl={max_kl} must be positive and finite")
+    if budget is not None:
+        faults.append(f"budget={budget} is another limit than max_kl={max_kl}; give one")
+    if not isinstance(batches, Calibration):
+        faults.append("max_kl needs a Calibration, which wush_jax.calibrate makes of batches")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return batches
 
 
 def _observed(model, batches, held_out, candidates, options) -> tuple[Calibration, Any]:
@@ -159,54 +192,3 @@ def _final(recipe: Recipe, trial: Recipe) -> Recipe:
         block_gain=trial.block_gain,
         refit=0 if trial.transform in DATA_FREE else recipe.refit,
     )
-
-
-def spend(table: Mapping[Site, Sequence[Choice]], budget: int | None) -> list[Choice]:
-    """Return one choice a site: least loss of all layers together, within the budget.
-
-    Starts from each site's fewest bytes and takes the step that saves most loss a byte, along each
-    site's lower convex hull, while it fits.
-
-    Raises:
-      ValueError: the smallest choices together exceed the budget.
-    """
-    hulls = [_hull(choices) for choices in table.values()]
-    at = [0] * len(hulls)
-    spent = sum(hull[0].nbytes for hull in hulls)
-    if budget is not None and spent > budget:
-        raise ValueError(
-            f"budget={budget} bytes: the smallest transforms together take {spent}; add 'identity' "
-            "to transforms, or raise the budget"
-        )
-    steps = sorted(
-        (
-            (-_slope(hull[i], hull[i + 1]), site, i)
-            for site, hull in enumerate(hulls)
-            for i in range(len(hull) - 1)
-        ),
-    )
-    for _, site, i in steps:
-        cost = hulls[site][i + 1].nbytes - hulls[site][i].nbytes
-        # A step that was skipped ends its site: the later ones would cost its bytes as well.
-        if at[site] == i and (budget is None or spent + cost <= budget):
-            at[site], spent = i + 1, spent + cost
-    return [hull[i] for hull, i in zip(hulls, at, strict=True)]
-
-
-def _hull(choices: Sequence[Choice]) -> list[Choice]:
-    """The lower convex hull of (bytes, loss): ever more bytes for ever less loss."""
-    hull: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.nbytes, c.loss)):
-        if hull and choice.loss >= hull[-1].loss:
-            continue
-        if hull and choice.nbytes == hull[-1].nbytes:
-            hull.pop()
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], choice):
-            hull.pop()
-        hull.append(choice)
-    return hull
-
-
-def _slope(a: Choice, b: Choice) -> float:
-    """Loss of all the site's layers that is saved by a byte, from a to b."""
-    return len(a.site.layers) * (a.loss - b.loss) / (b.nbytes - a.nbytes)
