@@ -177,8 +177,8 @@ def test_logits_take_no_more_memory_than_said(monkeypatch):
         measure, call, graphs, states, tokens
     )
     used = compiled.compile().memory_analysis().temp_size_in_bytes
-    # All logits would be 64 MiB; beside 6 MiB stand the hidden states of 512 positions.
-    assert used < 1.5 * 2**22 + 2**21
+    # All logits would be 64 MiB; beside 6 MiB stands what the layers make of 512 positions.
+    assert used < 1.5 * 2**22 + 3 * 2**20
 
 
 def test_tokens_that_cannot_come_add_nothing(models):
