@@ -40,6 +40,7 @@ def word_tokenizer(folder, words, **settings):
     vocabulary = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>"])}
     vocabulary |= {f"▁{word}": i + 3 for i, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    inner.add_special_tokens(["<s>", "</s>"])
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

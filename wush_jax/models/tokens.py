@@ -56,7 +56,7 @@ def check_tokens(tokens: Any, vocabulary: int | None, *, name: str = "tokens") -
     Traceback (most recent call last):
     ...
     ValueError: tokens: 2 ids are outside of the model's vocabulary of 256 tokens: 300 at row 0,
-    column 1; -100 at row 1, column 0: use the tokenizer of this model; ...
+    column 1; -100 at row 1, column 0: use this model's tokenizer; where they are padding, ...
     """
     array = _as_array(tokens, name)
     faults = _faults(array, vocabulary)
@@ -128,11 +128,11 @@ def _faults(array: Any, vocabulary: int | None) -> list[str]:
     """Say all that keeps an array from being tokens."""
     faults = []
     if array.ndim != 2:
-        faults.append(f"shape {array.shape}, expected (batch, length)")
+        faults.append(f"shape {array.shape}, expected (batch, length); give rows of tokens")
     if array.size == 0:
-        return [*faults, f"shape {array.shape} holds no token"]
+        return [*faults, f"shape {array.shape} holds no token; give some"]
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        return [*faults, f"holds {array.dtype}, expected integers"]
+        return [*faults, f"holds {array.dtype}, expected integers; give ids of tokens"]
     # Of an array on several hosts all have the extremes, and none has all values.
     extremes = (array.min(), array.max()) if isinstance(array, np.ndarray) else _extremes(array)
     top = np.iinfo(np.int32).max + 1 if vocabulary is None else vocabulary
@@ -148,7 +148,7 @@ def _extremes(array: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _outside(array: Any, vocabulary: int) -> str:
-    remedy = "use the tokenizer of this model; ids that mark padding, such as -100, are cut off"
+    remedy = "use this model's tokenizer; where they are padding, give a mask or --pad-id"
     kind = f"outside of the model's vocabulary of {vocabulary} tokens"
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return f"ids are {kind}: {remedy}"
@@ -298,7 +298,7 @@ def _load(file: Path, named: str) -> np.ndarray:
             raise ValueError("it does not begin as one")
         # Mapped, so that a header cannot ask for memory that the file does not fill.
         return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError, OverflowError, SyntaxError) as error:
+    except Exception as error:  # a header is parsed as Python, which fails in many ways
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{named} is no .npy file of integers ({reason}); write one by numpy.save"
