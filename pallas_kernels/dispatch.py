@@ -118,7 +118,7 @@ def quantized_matmul(
         {
             "mosaic_gpu": matmul.quantized_matmul,
             "xla": xla.quantized_matmul,
-            "reference": reference.quantized_matmul,
+            "reference": _short(reference.quantized_matmul, precision),
             "scaled_dot": scaled_dot.quantized_matmul,
             "xla_fp8": _short(xla_fp8.quantized_matmul, precision),
         },
@@ -185,7 +185,7 @@ def transform_quantize_matmul(
         {
             "mosaic_gpu": functools.partial(matmul.transform_quantize_matmul, gated=gated),
             "xla": _one_by_one(xla.transform_quantize_matmul),
-            "reference": _one_by_one(reference.transform_quantize_matmul),
+            "reference": _one_by_one(_short(reference.transform_quantize_matmul, precision)),
             "xla_fp8": _one_by_one(_short(xla_fp8.transform_quantize_matmul, precision)),
         },
         _candidates() if implementation is None else implementation,

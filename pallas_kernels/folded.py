@@ -19,6 +19,7 @@ from jax import lax
 
 from pallas_kernels import exactly
 
+FOLDED = "folded"  # as a precision
 LARGEST = 448.0  # of E4M3
 LOWEST = -6  # exponent of its smallest normal number
 FRACTION = 3  # bits
@@ -61,6 +62,12 @@ def fold(codes, scales, fmt):
     # Arithmetic, then a cast that is exact: compilers may delete one that rounds.
     rounded = jnp.round(scaled / step) * step
     return rounded.astype(jnp.float8_e4m3fn), _exp2(top - room)
+
+
+def dequantize(codes, scales, fmt, global_scale):
+    """Return the float32 values of a folded weight, args as for `fold`."""
+    rounded, power = fold(codes, scales, fmt)
+    return rounded.astype(jnp.float32) * (power / global_scale)
 
 
 def _exponent(x):

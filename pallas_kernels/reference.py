@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import folded
+
 HIGHEST = lax.Precision.HIGHEST
 
 
@@ -57,26 +59,40 @@ def transform_quantize(x, transform, fmt, *, global_scale=None):
     return fmt.pack(codes), scales
 
 
-def quantized_matmul(x, weight, *, out_dtype=None):
+def quantized_matmul(x, weight, *, out_dtype=None, precision=None):
     """Return ``x @ dequantize(weight)^T``.
 
     Args:
       x: (..., M, K) values, or an object with ``codes``, ``scales``, ``global_scale``, ``format``.
       weight: the same kind of object, of shape (N, K).
       out_dtype: dtype of the result; default: x's, or float32 for codes.
+      precision: "folded" rounds weights to FP8 where `pallas_kernels.folded.folds`: what kernels do
+        where that is faster. Anything else leaves values and sums as they are.
 
     Returns:
       (..., M, N); products accumulate in float32.
     """
+    inputs, default = None, x.dtype if not hasattr(x, "codes") else jnp.float32
     if hasattr(x, "codes"):
-        x, default = dequantize(x), jnp.float32
-    else:
-        default = x.dtype
-    y = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), dequantize(weight), precision=HIGHEST)
-    return y.astype(out_dtype or default)
+        x, inputs = dequantize(x), x.format
+    return _product(x, _values(weight, inputs, precision), out_dtype or default)
 
 
-def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, out_dtype=None):
+def _values(weight, inputs, precision):
+    """A weight's values, with inputs in a format."""
+    if precision == folded.FOLDED and folded.folds(weight.format, inputs):
+        return folded.dequantize(*interchange(weight), weight.format, weight.global_scale)
+    return dequantize(weight)
+
+
+def _product(x, values, out_dtype):
+    y = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), values, precision=HIGHEST)
+    return y.astype(out_dtype)
+
+
+def transform_quantize_matmul(
+    x, transform, weight, fmt, *, global_scale=None, out_dtype=None, precision=None
+):
     """Return ``dequantize(quantize(T x)) @ dequantize(weight)^T``; ``fmt=None`` keeps T x as it is.
 
     Args:
@@ -86,6 +102,7 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
       fmt: number format of the activations, or None.
       global_scale: scalar; None takes the format's own.
       out_dtype: dtype of the result; default x's.
+      precision: as for `quantized_matmul`.
     """
     y = apply_transform(x, transform)
     if fmt is not None:
@@ -93,7 +110,7 @@ def transform_quantize_matmul(x, transform, weight, fmt, *, global_scale=None, o
             global_scale = fmt.derive_global_scale(jnp.max(jnp.abs(y), initial=0.0))
         codes, scales = fmt.encode(y, global_scale)
         y = fmt.decode(codes, scales, global_scale)
-    return quantized_matmul(y, weight, out_dtype=out_dtype or x.dtype)
+    return _product(y, _values(weight, fmt, precision), out_dtype or x.dtype)
 
 
 def group_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:

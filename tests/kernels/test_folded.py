@@ -10,7 +10,7 @@ import pytest
 from weights import normal
 
 import wush_jax as wush
-from pallas_kernels import folded
+from pallas_kernels import folded, reference
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -61,6 +61,30 @@ def test_what_folding_costs_gaussian_weights(fmt, more):
     found, power = fold(q.codes, q.scales, fmt)
     exact, rounded = (v / 10.0 - w for v in (values(q), np.asarray(found, np.float64) * power))
     assert (rounded**2).sum() / (exact**2).sum() == pytest.approx(1 + more, abs=0.01)
+
+
+@each_format
+@pytest.mark.parametrize("layer", [False, True], ids=["codes", "values"])
+def test_products_take_folded_weights_where_they_are_allowed(fmt, layer):
+    """Against float64: the folded values, float32 sums; and the exact ones without the word."""
+    q, x = weight(fmt), normal(3, (5, 256))
+    inputs = quantize(x, wush.FP8)
+    run = jax.jit(
+        (lambda x, q, p: reference.transform_quantize_matmul(x, None, q, wush.FP8, precision=p))
+        if layer
+        else (lambda x, q, p: reference.quantized_matmul(inputs, q, precision=p)),
+        static_argnums=2,
+    )
+    found, power = fold(q.codes, q.scales, fmt)
+    left = np.asarray(wush.dequantize(inputs), np.float64)
+    for precision, right in (
+        ("folded", np.asarray(found, np.float64) * float(power)),
+        (None, values(q)),
+        ("default", values(q)),
+    ):
+        w = right / 10.0
+        bound = 256 * 2.0**-23 * (np.abs(left) @ np.abs(w).T)
+        assert (np.abs(np.asarray(run(x, q, precision), np.float64) - left @ w.T) <= bound).all()
 
 
 @each_format
