@@ -32,10 +32,10 @@ import wush_jax as wush
 from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.site_plan import SitePlan
-from wush_jax.calibration.steps import swap
 from wush_jax.evaluation.evaluate import score
 from wush_jax.evaluation.generation import GreedyText, greedy_text, score_generation
 from wush_jax.layers.nnx import dense_layers
+from wush_jax.layers.swap import swap
 from wush_jax.models import load_pretrained
 from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
 from wush_jax.models.text import Tokenizer

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.calibration.steps import swap
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import dense_layers
+from wush_jax.layers.swap import swap
 from wush_jax.models import Llama, LlamaConfig, tensor_parallel
 from wush_jax.models.generation import generate
 from wush_jax.solvers.site import quantize_site

@@ -8,10 +8,10 @@ from comparison import two_programs
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.calibration.steps import swap
 from wush_jax.layers.linear import gated_dot
 from wush_jax.layers.nnx import dense_layers
 from wush_jax.layers.siblings import call_gated
+from wush_jax.layers.swap import swap
 from wush_jax.solvers.site import quantize_site
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]

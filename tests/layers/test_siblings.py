@@ -11,10 +11,10 @@ from flax import nnx
 
 import wush_jax as wush
 from pallas_kernels.hopper import mosaic_gpu
-from wush_jax.calibration.steps import swap
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import dense_layers
 from wush_jax.layers.siblings import call_together
+from wush_jax.layers.swap import swap
 from wush_jax.solvers.site import quantize_site
 
 pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.calibration.steps import swap
 from wush_jax.layers.nnx import dense_layers
+from wush_jax.layers.swap import swap
 from wush_jax.models import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(

@@ -10,9 +10,9 @@ from checkpoint_tools import E2M1, Pair, decode, open_file, random_packed
 from flax import nnx
 
 import wush_jax as wush
-from wush_jax.calibration.steps import swap
 from wush_jax.formats import MXFP4, NVFP4
 from wush_jax.layers.nnx import QuantizedDense, dense_layers
+from wush_jax.layers.swap import swap
 
 ROUND_175 = MXFP4.replace(rule="round_175", global_scale=1.0)
 DERIVED = NVFP4.replace(global_scale=None)

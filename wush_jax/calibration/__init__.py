@@ -3,7 +3,7 @@
 from wush_jax.calibration.auto import choose_recipes
 from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
-from wush_jax.calibration.observe import Site, collect_moments, find_sites
+from wush_jax.calibration.observe import Masked, Site, collect_moments, find_sites
 from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.sequential import Sequential, Stack
@@ -13,6 +13,7 @@ from wush_jax.calibration.streaming import quantize_folder
 __all__ = [
     "Calibration",
     "LayerReport",
+    "Masked",
     "ModelPlan",
     "Report",
     "Sequential",

@@ -30,8 +30,9 @@ from wush_jax.calibration.planning import ModelPlan, packed_like
 from wush_jax.calibration.report import LayerReport
 from wush_jax.calibration.resume import RunState
 from wush_jax.calibration.site_plan import SitePlan, site_cost
-from wush_jax.calibration.steps import measured_rows, quantize_planned, swap
+from wush_jax.calibration.steps import measured_rows, quantize_planned
 from wush_jax.layers.nnx import Dense, DenseTypes, dense_layers
+from wush_jax.layers.swap import swap
 from wush_jax.solvers.costs import total_costs
 from wush_jax.solvers.site import PackedWeight
 

@@ -13,7 +13,7 @@ from jax import lax
 
 from pallas_kernels import dispatch, reference
 from pallas_kernels.library import xla_ragged
-from wush_jax.calibration.observe import Call, Site, capture_rows, plain_call
+from wush_jax.calibration.observe import Call, Masked, Site, capture_rows, plain_call
 from wush_jax.layers.loss import over, powers, powers_of
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.layers.ragged import quantized_ragged_dot
@@ -57,10 +57,16 @@ def layer_losses(
     inputs = _site_inputs(graph, tuple(sites), call, dense_types, state, batch)
     # One small compilation per shape of layer, not one large one per model.
     return {
-        path: LayerLoss(*map(float, _losses(layers[path].weight, rows, packed[path])))
+        path: _scaled(*map(float, _losses(layers[path].weight, rows, packed[path])), batch=batch)
         for site, rows in zip(sites, inputs, strict=True)
         for path in site.layers
     }
+
+
+def _scaled(loss: float, *others: float, batch: Any) -> LayerLoss:
+    """The means are over all tokens, with zeros for padding: over those that count."""
+    share = float(jnp.mean(batch.mask.astype(jnp.float32))) if isinstance(batch, Masked) else 1.0
+    return LayerLoss(loss / share, *others)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -13,15 +13,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 from wush_jax.calibration.sites import Call as Call
+from wush_jax.calibration.sites import Masked as Masked
 from wush_jax.calibration.sites import Observed as Observed
 from wush_jax.calibration.sites import Site as Site
+from wush_jax.calibration.sites import counted, inputs_of
 from wush_jax.calibration.sites import find_sites as find_sites
 from wush_jax.calibration.sites import observe_calls as observe_calls
 from wush_jax.calibration.sites import plain_call as plain_call
 from wush_jax.calibration.sites import stacked as stacked
 from wush_jax.formats import elements
 from wush_jax.layers.calls import Call as LayerCall
-from wush_jax.layers.contraction import Contraction
 from wush_jax.layers.dense import (
     DENSE_TYPES,
     Dense,
@@ -53,9 +54,11 @@ def capture_rows(
     """Run a model and return, by layer path, the (..., K) rows of each layer's first call.
 
     To be called inside a traced function. Rows of a batch of kernels are (*batch, ..., K); they are
-    zeros where a branch with the call was not taken. Those of ragged layers are `GroupedRows`.
+    zeros where a branch with the call was not taken, and where a mask leaves tokens out. Those of
+    ragged layers are `GroupedRows`.
     """
     shapes: dict[str, Any] = {}
+    inputs = inputs_of(batch)
 
     def note(call: LayerCall, seen: Any) -> Any:
         stack = layers[call.tag.layer].contraction.stack
@@ -71,7 +74,7 @@ def capture_rows(
 
         return seen | {call.tag.layer: call.fold(seen[call.tag.layer], keep)}
 
-    jax.eval_shape(lambda: run_tagged(model, batch, call, layers, Interpreter(note), {}))
+    jax.eval_shape(lambda: run_tagged(model, inputs, call, layers, Interpreter(note), {}))
     empty = {
         path: (jnp.zeros(stack, bool), jax.tree.map(partial(_zeros, stack), rows))
         for path, (stack, rows) in shapes.items()
@@ -80,8 +83,15 @@ def capture_rows(
     def merge(layer: str, one: Any, two: Any) -> Any:
         return jax.tree.map(partial(_either, one[0]), one, two)
 
-    found = run_tagged(model, batch, call, layers, Interpreter(first, merge), empty)
-    return {path: rows for path, (_, rows) in found.items()}
+    found = run_tagged(model, inputs, call, layers, Interpreter(first, merge), empty)
+    return {path: _without_padding(path, batch, layers, rows) for path, (_, rows) in found.items()}
+
+
+def _without_padding(path: str, batch: Any, layers: Mapping[str, Dense], rows: Any) -> Any:
+    if not isinstance(batch, Masked):
+        return rows
+    mask = counted(path, batch, rows[(0,) * len(layers[path].contraction.batch)])
+    return rows if mask is None else jnp.where(mask[..., None], rows, 0)
 
 
 def _zeros(stack: tuple[int, ...], like: Any) -> jax.Array:
@@ -159,24 +169,31 @@ def _add_batch(graph, sites, call, dense_types, state, totals, batch):
             fault = f"is stacked at axes {call.stack} of its kernel; take `stacked(model, batch)`"
         if fault:
             raise ValueError(f"layer {path} {fault}")
-        update = partial(_add_rows, call.tag.contraction)
+        update = partial(_add_rows, path, call.tag.contraction, batch)
         return seen | {path: call.fold(seen[path], update)}
 
     def merge(path: str, one: Moments, two: Moments) -> Moments:
         return over_batch(Moments.merge, chosen[path].contraction.batch)(one, two)
 
     totals = dict(zip(chosen, totals, strict=True))
-    seen = run_tagged(model, batch, call, chosen, Interpreter(add, merge), totals)
+    seen = run_tagged(model, inputs_of(batch), call, chosen, Interpreter(add, merge), totals)
     return [seen[path] for path in chosen]
 
 
-def _add_rows(contraction: Contraction | None, moments: Moments, rows: Any) -> Moments:
+def _add_rows(path: str, contraction: Any, batch: Any, moments: Moments, rows: Any) -> Moments:
     """Add a call's rows to the moments of a layer: one moment, or one for each expert."""
     if isinstance(rows, GroupedRows):
+        if isinstance(batch, Masked):
+            raise ValueError(
+                f"layer {path}: its rows are sorted by expert, which no mask follows; exclude the "
+                "layer by a rule, or calibrate without a mask"
+            )
         return update_groups(moments, rows)
     assert contraction is not None  # a call without a fault has one
-    update = Moments.update if contraction.experts is None else jax.vmap(Moments.update)
-    return update(moments, rows)
+    if contraction.experts is None:
+        return moments.update(rows, counted(path, batch, rows))
+    mask = counted(path, batch, rows[0])
+    return jax.vmap(lambda moments, rows: moments.update(rows, mask))(moments, rows)
 
 
 def _local(tree: Any) -> Any:

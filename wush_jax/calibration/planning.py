@@ -15,6 +15,7 @@ from flax import nnx
 
 from wush_jax.calibration.calibration import Calibration, observe, parts_of
 from wush_jax.calibration.observe import Call, Site, observe_calls, plain_call
+from wush_jax.calibration.rehearsal import check_runs, warn_of_training
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.site_plan import SitePlan, planned_sites, site_cost
 from wush_jax.layers.nnx import (
@@ -91,6 +92,7 @@ def plan(
         skipped |= lost
     else:
         shown = batch if calibration is None else calibration.first
+        warn_of_training(model)
         observed = observe_calls(model, shown, **options)
         model = observed.marked(model, dense_types)
         layers, _ = dense_layers(model, dense_types)
@@ -99,6 +101,8 @@ def plan(
     planned, skipped = planned_sites(sites, book, layers, skipped)
     if calibration is not None:
         calibration.check(model, layers, planned if measure else ())
+    if batch is not None:
+        check_runs(model, packed_like(planned, layers), shown, **options)
     rows = [row for item in planned for row in dry_rows(item, layers)]
     details: dict[str, Any] = dict(total_costs([site_cost(i, layers) for i in planned]))
     if measure:

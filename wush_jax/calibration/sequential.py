@@ -25,8 +25,9 @@ from wush_jax.calibration.observe import Call, Progress, plain_call
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest, model_digest
-from wush_jax.calibration.steps import finish, swap
+from wush_jax.calibration.steps import finish
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.layers.swap import swap
 from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.recipe import Rules
 from wush_jax.solvers.site import PackedWeight

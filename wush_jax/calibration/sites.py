@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from wush_jax.layers.calls import Call as LayerCall
@@ -50,6 +51,47 @@ class Site:
     def name(self) -> str:
         """The path of the first layer."""
         return self.layers[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Masked:
+    """A calibration batch of which some tokens are padding.
+
+    Attributes:
+      inputs: what the model is called with, as a batch without a mask.
+      mask: bool, of the leading axes of the layers' inputs, such as (batch, length): tokens that
+        count for moments, samples and losses. The model sees all of them.
+
+    >>> Masked({"tokens": jnp.zeros((2, 8), int)}, jnp.ones((2, 8), bool)).mask.shape
+    (2, 8)
+    """
+
+    inputs: Any
+    mask: jax.Array
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return what a model is called with."""
+    return batch.inputs if isinstance(batch, Masked) else batch
+
+
+def counted(layer: str, batch: Any, rows: jax.Array) -> jax.Array | None:
+    """Return which of a layer's rows (..., K) count: None for all.
+
+    Raises:
+      ValueError: a mask of other tokens than the layer's rows.
+    """
+    if not isinstance(batch, Masked):
+        return None
+    mask = jnp.asarray(batch.mask, bool)
+    lead = rows.shape[:-1]
+    if lead != mask.shape and lead != (mask.size,):
+        raise ValueError(
+            f"layer {layer}: its input has tokens {lead}, the mask is of {mask.shape}; exclude the "
+            "layer by a rule, or calibrate without a mask"
+        )
+    return mask.reshape(lead)
 
 
 def find_sites(
@@ -132,7 +174,7 @@ def observe_calls(
     interpreter = Interpreter(note, lost=faults.setdefault)
 
     def trace(state: Any, batch: Any) -> Any:
-        return run_tagged(nnx.merge(graph, state), batch, call, layers, interpreter, {})
+        return run_tagged(nnx.merge(graph, state), inputs_of(batch), call, layers, interpreter, {})
 
     jax.eval_shape(trace, state, batch)
     found: dict[Any, list[str]] = {}

@@ -19,10 +19,8 @@ from wush_jax.formats import elements
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import (
     Dense,
-    Packed,
-    QuantizedDense,
-    replace_modules,
 )
+from wush_jax.layers.swap import swap
 from wush_jax.solvers.batched import few_tokens, filled, quantize_batched
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms.moments import Moments
@@ -65,32 +63,6 @@ def quantize_planned(
         raise ValueError(f"layers {', '.join(names)}: {error}") from error
     # One site at a time: temporaries of several would not fit a device.
     return jax.block_until_ready(dict(zip(item.site.layers, packed, strict=True)))
-
-
-def swap(
-    model: nnx.Module,
-    layers: dict[str, Dense],
-    packed: dict[str, PackedWeight],
-    implementation: str | None = None,
-) -> nnx.Module:
-    """Return the model with `QuantizedDense` layers in place of those that were packed.
-
-    Layers whose packed weights hold the very same transform array share one variable.
-    """
-    shared: dict[int, Packed] = {}
-
-    def quantized(path: str, module: nnx.Module) -> nnx.Module | None:
-        if path not in packed:
-            return None
-        transform = packed[path].transform
-        variable = None
-        if transform is not None:
-            variable = shared.setdefault(id(transform), Packed(transform))
-        return QuantizedDense(
-            layers[path], packed[path], transform=variable, implementation=implementation
-        )
-
-    return replace_modules(model, quantized)
 
 
 def finish(

@@ -36,11 +36,11 @@ from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest
 from wush_jax.calibration.site_plan import SitePlan
-from wush_jax.calibration.steps import swap
 from wush_jax.checkpoints.content import native_extra
 from wush_jax.checkpoints.packed_layout import layer_tensors, record_of
 from wush_jax.checkpoints.quantization_config import LayerRecord, records_to_json, sealed
 from wush_jax.layers.nnx import DENSE_TYPES, dense_layers
+from wush_jax.layers.swap import swap
 from wush_jax.models import Llama
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
 from wush_jax.models.llama import scaled

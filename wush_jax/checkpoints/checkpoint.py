@@ -9,6 +9,7 @@ saved.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,8 @@ def load(
     folder = TensorFolder(path)
     layout = layout_of(folder)
     place = partial(_place, sharding)
-    naming = folder.config.get("quantization_config", {}).get("naming")
+    quantization = folder.config.get("quantization_config", {})
+    naming, stacks = quantization.get("naming"), quantization.get("stacks", {})
     if naming == model_names.WEIGHTS and model is None:
         weights = read_all(folder, place)
         folder.check_all_read()
@@ -156,6 +158,8 @@ def load(
     def replace(module_path: str, module: nnx.Module) -> nnx.Module | None:
         name = model_names.layer_name(model, module_path)
         dense = dense_view(module, dense_types) if name in records else None
+        if dense is not None and name in stacks:
+            dense = _stacked(folder, name, dense, stacks[name])
         return None if dense is None else layers.build(name, dense, implementation)
 
     loaded = replace_modules(_hollow(model), replace)
@@ -243,13 +247,40 @@ def _hollow(model: nnx.Module) -> nnx.Module:
     Views of dense layers look at kernels, so that shapes alone will not do.
     """
     graph, random, rest = nnx.split(model, nnx.RngState, ...)  # type: ignore[misc]  # two states
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(random)):
+    random = jax.tree.map(_seeded, random)
+    # An array without a variable is a leaf of the model's only as jax's own.
+    hollow = {
+        path: jax.tree.map(_zeros, leaf)
+        if isinstance(leaf, nnx.Variable)
+        else jnp.zeros(leaf.shape, leaf.dtype)
+        for path, leaf in nnx.to_flat_state(rest)
+    }
+    return nnx.merge(graph, random, nnx.from_flat_state(hollow))
+
+
+def _zeros(leaf: Any) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _stacked(folder: TensorFolder, name: str, dense: Dense, axes: Any) -> Dense:
+    """Return the view of a layer whose kernel is stacked at the axes that a config names."""
+    rank = len(dense.kernel.shape)
+    if not isinstance(axes, list) or not all(type(a) is int and 0 <= a < rank for a in axes):
         raise ValueError(
-            "model is abstract and has random state, which files do not hold; give a real model, "
-            "or one without dropout"
+            f"{folder.path / CONFIG}: layer {name!r} has stacks {axes!r}, expected axes of its "
+            f"kernel {dense.kernel.shape}; save the model again"
         )
-    rest = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), rest)
-    return nnx.merge(graph, random, rest)
+    contraction = dataclasses.replace(dense.contraction, stack_axes=tuple(axes))
+    return dataclasses.replace(dense, contraction=contraction)
+
+
+def _seeded(leaf: Any) -> Any:
+    """Random state, which files do not hold: the model's own, or of seed 0 where it is a shape."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    return jnp.zeros(leaf.shape, leaf.dtype)
 
 
 def _fill(model: nnx.Module, folder: TensorFolder, place: Place) -> None:
@@ -259,7 +290,9 @@ def _fill(model: nnx.Module, folder: TensorFolder, place: Place) -> None:
         shape = variable.shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
         value = folder.read(name, [variable.dtype], [shape])
-        filled.append((path, variable.replace(place(name, value.mT if turned else value))))
+        new = place(name, value.mT if turned else value)
+        bare = not isinstance(variable, nnx.Variable)
+        filled.append((path, new if bare else variable.replace(new)))
     nnx.update(model, nnx.from_flat_state(filled))
 
 

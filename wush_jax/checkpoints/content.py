@@ -86,6 +86,14 @@ def native_extra(model: Any, metadata: Mapping[str, Any] | None = None) -> dict[
     }
     if isinstance(model, Llama):
         extra["activation_dtype"] = np.dtype(model.dtype).name
+    if isinstance(model, nnx.Module):
+        stacks = {
+            model_names.layer_name(model, dotted(path)): list(module.stack.axes)
+            for path, module in nnx.iter_modules(model)
+            if isinstance(module, QuantizedDense) and module.stack is not None
+        }
+        if stacks:
+            extra["stacks"] = stacks  # of layers whose kernels are not stacked in front
     return extra
 
 

@@ -34,7 +34,8 @@ def layer_name(model: nnx.Module, path: str) -> str:
 def plain_variables(model: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable, bool]]:
     """Return what is not quantized, by name: path, variable, whether files hold its transpose.
 
-    Random state (of dropout) is left out.
+    Random state (of dropout) and what calls have sown are left out. An array that is a module's
+    attribute without a variable is given as it is.
 
     >>> sorted(plain_variables(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
     ['bias', 'kernel']
@@ -42,7 +43,7 @@ def plain_variables(model: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable, b
     llama = isinstance(model, Llama)
     found: dict[str, tuple[tuple, nnx.Variable, bool]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if not isinstance(variable, (Packed, nnx.RngState)):
+        if not isinstance(variable, (Packed, nnx.RngState, nnx.Intermediate)):
             name = tensor_name(path) if llama else dotted(path)
             add(found, {name: (path, variable, llama and path[-1] == "kernel")})
     return found
@@ -56,7 +57,7 @@ def plain_tensors(model: nnx.Module) -> dict[str, Any]:
     """
     tensors = {}
     for name, (_, variable, turned) in plain_variables(model).items():
-        value = variable.get_value()
+        value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
         if not isinstance(value, (jax.Array, np.ndarray)):
             raise ValueError(f"{name} holds a {type(value).__name__}; only arrays can be saved")
         # On the host, where a transpose costs nothing.

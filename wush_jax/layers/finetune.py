@@ -7,6 +7,8 @@ Transforms, formats and scales of activations stay what calibration made them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +19,7 @@ from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Dense,
     DenseTypes,
+    Kernel,
     QuantizedDense,
     dense_layers,
     replace_modules,
@@ -39,15 +42,35 @@ class LatentDense(nnx.Module):
     def __init__(self, twin: QuantizedDense, weight: jax.Array):
         self.twin = twin
         move = over_batch(_to_latent, weight.shape[:-2])
-        self.latent = nnx.Param(move(weight, twin.packed))
+        stack = twin.stack
+        self.natural = weight.shape if stack is None else weight.shape[len(stack.axes) :]
+        latent = move(weight, twin.packed)
+        self.latent = nnx.Param(latent if stack is None else stack.lay(latent))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layer."""
-        return self.twin.around(_latent_dot, x, self.latent[...])
+    def _value(self) -> jax.Array:
+        """The latent weight (N, K), or (*batch, N, K), also where a scan has taken a stack."""
+        stack, latent = self.twin.stack, self.latent[...]
+        return latent if stack is None else stack.undo(latent, self.natural)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> jax.Array:
+        """Apply the layer, to what `QuantizedDense` takes."""
+        return self.twin.applied(_latent_dot, arguments, keywords, self._value())
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read what the replaced layer shows: features, shapes, the kernel itself.
+        twin = vars(self).get("twin")
+        if name.startswith("_") or twin is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return Kernel(twin, self.dense_weight) if name == twin.kernel_name else getattr(twin, name)
+
+    def dense_weight(self) -> jax.Array:
+        """Return the rounded weight in original coordinates, (N, K) or (*batch, N, K)."""
+        latent, packed = self._value(), self.twin.packed
+        return over_batch(_effective, latent.shape[:-2])(latent, packed)
 
     def pack(self) -> QuantizedDense:
         """Return the packed layer with the weight as it is now."""
-        latent = self.latent[...]
+        latent = self._value()
         rounded = over_batch(_round, latent.shape[:-2])(latent, self.twin.packed)
         self.twin.hold(rounded)
         return self.twin
@@ -74,6 +97,14 @@ def _latent_dot(x: jax.Array, packed: PackedWeight, latent: jax.Array) -> jax.Ar
         precision=linalg.HIGHEST,
     )
     return dot.astype(x.dtype)
+
+
+def _effective(latent: jax.Array, packed: PackedWeight) -> jax.Array:
+    scale = packed.weight.global_scale
+    weight = fake_quantize(latent, packed.weight.format, global_scale=scale)
+    if packed.transform is None:
+        return weight
+    return apply_transform(weight, packed.transform.astype(jnp.float32).mT)
 
 
 @jax.jit

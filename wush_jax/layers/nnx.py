@@ -124,6 +124,11 @@ class QuantizedDense(nnx.Module):
         Raises:
           ValueError: an argument that asks for another product.
         """
+        dot = partial(quantized_dot, implementation=self.implementation)
+        return self.applied(dot, arguments, keywords)
+
+    def applied(self, dot: Callable, arguments: tuple, keywords: dict, *more: Any) -> jax.Array:
+        """Apply the layer to a call's arguments, with another matrix product: see `around`."""
         given = [*arguments, *keywords.values()]
         inputs = [value for value in given if is_array(value)]
         others = [value for value in given if not is_array(value)]
@@ -133,7 +138,7 @@ class QuantizedDense(nnx.Module):
             raise ValueError(
                 f"a quantized layer {self.contraction.equation!r} takes one input, not {given}"
             )
-        y = self.around(partial(quantized_dot, implementation=self.implementation), inputs[0])
+        y = self.around(dot, inputs[0], *more)
         for sharding in filter(is_sharding, others):
             y = jax.sharding.reshard(y, sharding)
         return y
@@ -150,7 +155,12 @@ class QuantizedDense(nnx.Module):
         # Models read their layers' kernels: shapes everywhere, values in a few.
         if name.startswith("_") or name != vars(self).get("kernel_name"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return Kernel(self)
+        return Kernel(self, self.dense_weight)
+
+    def dense_weight(self) -> jax.Array:
+        """Return the dequantized weight in original coordinates, (N, K) or (*batch, N, K)."""
+        packed = self.packed
+        return over_batch(effective_weight, packed.weight.shape[:-2])(packed)
 
     def around(self, dot: Callable, x: jax.Array, *more: jax.Array) -> jax.Array:
         """Return the layer's output with ``dot(rows, packed, *more)`` as its matrix product.
@@ -185,15 +195,15 @@ class Kernel:
 
     Args:
       layer: the layer.
+      weight: what it multiplies with, when it is read.
     """
 
-    def __init__(self, layer: QuantizedDense):
-        self.layer, self.dtype = layer, layer.kernel_dtype
+    def __init__(self, layer: QuantizedDense, weight: Callable[[], jax.Array]):
+        self.contraction, self.dtype, self.weight = layer.contraction, layer.kernel_dtype, weight
 
     def get_value(self) -> jax.Array:
         """Return the weight that the layer multiplies with, as the replaced layer's kernel."""
-        packed, contraction = self.layer.packed, self.layer.contraction
-        weight = over_batch(effective_weight, packed.weight.shape[:-2])(packed)
+        contraction, weight = self.contraction, self.weight()
         gone = len(contraction.batch) > weight.ndim - 2
         return (contraction.one if gone else contraction).kernel(weight).astype(self.dtype)
 

@@ -93,14 +93,26 @@ class Moments:
         """Block size d, or None for a full moment."""
         return None if self.mean.ndim == 2 else self.mean.shape[-1]
 
-    def update(self, x: jax.Array) -> Moments:
-        """Return the moments with the tokens of ``x`` (..., K) added."""
+    def update(self, x: jax.Array, mask: jax.Array | None = None) -> Moments:
+        """Return the moments with the tokens of ``x`` (..., K) added.
+
+        Args:
+          x: (..., K).
+          mask: bool (...), which tokens count; None for all. What it leaves out, padding, may be
+            anything.
+
+        >>> padded = jnp.float32([[1, 1], [9, 9]])
+        >>> Moments.init(2).update(padded, jnp.array([True, False])).finalize().tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
+        """
         refuse_tensors(x=x)
+        if mask is not None:
+            x = jnp.where(mask[..., None], x, 0)
         rows = _rows(x)
         largest = jnp.max(jnp.abs(rows)).astype(jnp.float32)
-        count = jnp.int32(rows.shape[0])
-        batch = Moments(_gram(rows, self.block) / rows.shape[0], count, largest)
-        sample = None if self.sample is None else self.sample.update(rows)
+        count = jnp.int32(rows.shape[0]) if mask is None else jnp.sum(mask, dtype=jnp.int32)
+        batch = Moments(_gram(rows, self.block) / jnp.maximum(count, 1), count, largest)
+        sample = None if self.sample is None else self.sample.update(x, mask)
         return replace(self.merge(batch), sample=sample)
 
     def merge(self, other: Moments) -> Moments:
