@@ -255,7 +255,13 @@ def _hollow(model: nnx.Module) -> nnx.Module:
         else jnp.zeros(leaf.shape, leaf.dtype)
         for path, leaf in nnx.to_flat_state(rest)
     }
-    return nnx.merge(graph, random, nnx.from_flat_state(hollow))
+    found = nnx.merge(graph, random, nnx.from_flat_state(hollow))
+    for _, module in nnx.iter_modules(found):
+        for name, value in list(vars(module).items()):
+            # What `nnx.eval_shape` makes of an array without a variable.
+            if isinstance(value, jax.core.Tracer):
+                setattr(module, name, nnx.data(jnp.zeros(value.shape, value.dtype)))
+    return found
 
 
 def _zeros(leaf: Any) -> np.ndarray:
