@@ -18,8 +18,9 @@ import numpy as np
 import tyro
 
 BASE = "PAPER"
+PRESETS = ("FAST", "PAPER", "BEST", "BEST_WIDE")
 HEADER = (
-    "| {} | draws | KL | to `PAPER` | perplexity | layer loss x 1e3 | worst layer | "
+    "| {} | draws | bits | KL | to `PAPER` | perplexity | layer loss x 1e3 | worst layer | "
     "same tokens | KL of own text | solver, s |"
 )
 
@@ -66,8 +67,9 @@ def row(name: str, draws: Sequence[Mapping], base: Sequence[Mapping]) -> str:
     spread = f" ({min(kl):.4f} to {max(kl):.4f})" if len(draws) > 1 else ""
     found = ratio(draws, base)
     cells = [
-        f"`{name}`" if name.isupper() else name,
+        f"`{name}`" if name in PRESETS else name,
         str(len(draws)),
+        f"{draws[0]['bits']:.2f}",
         f"{np.mean(kl):.4f}{spread}",
         "" if found is None else f"{found[0]:.3f}",
         f"{mean('perplexity'):.2f}",
@@ -93,7 +95,7 @@ def tables(found: Mapping[str, Sequence[Mapping]]) -> str:
     for fmt in formats:
         names = [name for name in found if name.split()[0] == fmt]
         base = found.get(f"{fmt} {BASE}", [])
-        lines = [HEADER.format(fmt), "|" + "---|" * 10]
+        lines = [HEADER.format(fmt), "|" + "---|" * 11]
         lines += [row(name.split(" ", 1)[1], found[name], base) for name in names]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

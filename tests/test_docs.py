@@ -1,8 +1,10 @@
 """The pages: their examples run, and the reference has every public name."""
 
 import doctest
+import importlib.util
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,16 @@ def test_reference_has_every_public_name():
         if not name.startswith("_") and not inspect.ismodule(value)
     ]
     assert sorted(entries) == sorted(names)
+
+
+@pytest.mark.files
+def test_tables_of_quality_are_made_from_their_lines():
+    file = DOCS.parent / "examples" / "09_quality_page.py"
+    spec = importlib.util.spec_from_file_location("quality_page", file)
+    page = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = page  # dataclasses look their module up
+    spec.loader.exec_module(page)
+    text = (DOCS / "quality.md").read_text("utf8")
+    for model in ("llm", "demo"):
+        lines = page.tables(page.read(DOCS / "figures" / f"quality_{model}.jsonl"))
+        assert lines.split("\n\n", 1)[1] in text
