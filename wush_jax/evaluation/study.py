@@ -18,6 +18,7 @@ from wush_jax.calibration.model import quantize_with
 from wush_jax.calibration.observe import Call, plain_call
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import Report
+from wush_jax.evaluation.bars import grouped_bars
 from wush_jax.evaluation.evaluate import Score, cross_entropy, score
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.solvers.recipe import Recipe, Rules
@@ -63,23 +64,36 @@ class Study:
     outcomes: Sequence[Outcome]
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def groups(self) -> dict[str, dict[str, Outcome]]:
+        """Return outcomes by format and setting: the words of their names."""
+        found: dict[str, dict[str, Outcome]] = {}
+        for outcome in self.outcomes:
+            fmt, _, setting = outcome.name.rpartition(" ")
+            found.setdefault(fmt, {})[setting.removeprefix("rtn-")] = outcome
+        return found
+
     def table(self) -> Table:
-        """Return a `rich` table, one row a setting."""
+        """Return a `rich` table, a section a format; the least KL of each is marked."""
         table = Table(title="quantized against the original (loss and KL x 1000)")
         for name in ("setting", "layer loss", "typical", "KL", "perplexity", "bits", "s"):
             table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=True)
         bits = f"{self.reference.bits_per_token:.4f}"
         table.add_row("unquantized", "0", "0", "0", f"{self.reference.perplexity:.4f}", bits, "")
-        for o in self.outcomes:
-            table.add_row(
-                o.name,
-                f"{o.layer_loss * 1e3:.2f}",
-                f"{o.typical_loss * 1e3:.2f}",
-                f"{o.kl * 1e3:.2f}",
-                f"{o.perplexity:.4f}",
-                f"{np.log2(o.perplexity):.4f}",
-                f"{o.seconds:.0f}",
-            )
+        for group in self.groups().values():
+            table.add_section()
+            least = min(o.kl for o in group.values())
+            for o in group.values():
+                best = len(group) > 1 and o.kl == least
+                table.add_row(
+                    o.name,
+                    f"{o.layer_loss * 1e3:.2f}",
+                    f"{o.typical_loss * 1e3:.2f}",
+                    f"{o.kl * 1e3:.2f}{' *' if best else ''}",
+                    f"{o.perplexity:.4f}",
+                    f"{np.log2(o.perplexity):.4f}",
+                    f"{o.seconds:.0f}",
+                    style="bold" if best else None,
+                )
         return table
 
     def to_json(self, path: str | Path) -> None:
@@ -87,21 +101,24 @@ class Study:
         write_json(path, dataclasses.asdict(self))
 
     def plot(self, path: str | Path) -> None:
-        """Write a bar chart: KL and layer loss of every setting, logarithmic."""
+        """Write a bar chart: KL and layer loss by format and setting, logarithmic."""
         from matplotlib.figure import Figure
 
-        names = [o.name for o in self.outcomes]
-        figure = Figure(figsize=(max(6.0, 0.45 * len(names) + 2), 6.0), layout="constrained")
+        groups = self.groups()
+        bars = sum(map(len, groups.values()))
+        figure = Figure(figsize=(max(6.0, 0.3 * bars + 2), 6.5), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
-        upper.bar(names, [o.kl for o in self.outcomes], color="tab:blue")
-        upper.set_ylabel("KL to unquantized (nats)")
-        lower.bar(names, [o.layer_loss for o in self.outcomes], color="tab:orange")
-        lower.set_ylabel("layer loss / output power")
-        for axes in (upper, lower):
-            if axes.dataLim.y1 > 0:
-                axes.set_yscale("log")
-            axes.grid(axis="y", alpha=0.3)
-        lower.tick_params(axis="x", labelrotation=90)
+        for axes, name, label in (
+            (upper, "kl", "KL to the original (nats)"),
+            (lower, "layer_loss", "layer loss / output power"),
+        ):
+            values = {
+                fmt: {setting: getattr(o, name) for setting, o in group.items()}
+                for fmt, group in groups.items()
+            }
+            grouped_bars(axes, values, label)
+        handles = upper.get_legend_handles_labels()
+        figure.legend(*handles, ncols=4, fontsize=8, loc="outside upper center")
         figure.savefig(path, dpi=150)
 
 
