@@ -25,6 +25,12 @@ class Stored:
     part: tuple[int, int] = (0, 1)
     turned: bool = False
 
+    def shapes(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that each of the files' tensors has, for the decoder's."""
+        shape = whole[1:] if len(self.names) > 1 else whole
+        shape = (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
+        return (*shape[:-1], shape[-1] * self.part[1])
+
     def gather(self, tensors: list[np.ndarray]) -> np.ndarray:
         """Return the decoder's tensor from those of the files."""
         value = tensors[0] if len(tensors) == 1 else np.stack(tensors)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from wush_jax.checkpoints.layouts import compressed_tensors, fp_quant, modelopt, wush
+from wush_jax.checkpoints.layouts import compressed_tensors, fp_quant, gpt_oss, modelopt, wush
 from wush_jax.checkpoints.layouts.layout import Layout
 from wush_jax.checkpoints.layouts.layout import quantization_config as _quantization_config
 from wush_jax.checkpoints.packed_layout import Place
@@ -18,6 +18,7 @@ LAYOUTS: dict[str, Layout] = {
         compressed_tensors.NVFP4_LAYOUT,
         compressed_tensors.MXFP4_LAYOUT,
         modelopt.LAYOUT,
+        gpt_oss.LAYOUT,
     )
 }
 
