@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,8 @@ class Tokenizer:
         return tokens[len(front) :] if twice else tokens
 
     def _inner_encode(self, text: str, *, special: bool) -> Any:
-        try:
+        with _refused("the tokenizer has no tokens for the text", "use that of the model"):
             return self.inner.encode(text, add_special_tokens=special)
-        except Exception as error:  # the package raises nothing more special
-            raise ValueError(
-                f"the tokenizer has no tokens for the text ({error}); use that of the model"
-            ) from error
 
     def begins_itself(self, text: str) -> bool:
         """Whether a text brings along what the tokenizer would put before it.
@@ -157,7 +154,8 @@ class Tokenizer:
         """Return the text of tokens, special ones only on request."""
         if self.inner is None:
             return bytes(tokens).decode(errors="replace")
-        return self.inner.decode(list(tokens), skip_special_tokens=not special)
+        with _refused("the tokenizer has no text for the tokens", "use that of the model"):
+            return self.inner.decode(list(tokens), skip_special_tokens=not special)
 
     def continuation(
         self, prompt: Sequence[int], new: Sequence[int], *, special: bool = False
@@ -191,16 +189,23 @@ def _read_inner(file: Path) -> Any:
             "in place of text"
         ) from error
     check_inside(file)
-    try:
+    fault = f"{file} is no tokenizer that this version of tokenizers reads"
+    with _refused(fault, "fetch it again, or give tokens in place of text"):
         inner = Inner.from_file(str(file))
-    except Exception as error:  # the package raises nothing more special
-        raise ValueError(
-            f"{file} is no tokenizer that this version of tokenizers reads ({error}); fetch it "
-            "again, or give tokens in place of text"
-        ) from error
     inner.no_truncation()
     inner.no_padding()
     return inner
+
+
+@contextmanager
+def _refused(fault: str, remedy: str) -> Iterator[None]:
+    """Turn what the package ends with, plain exceptions and Rust's panics, into a ValueError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise ValueError(f"{fault} ({error}); {remedy}") from error
 
 
 def _content(token: Any) -> str | None:
