@@ -212,6 +212,29 @@ def test_a_rotation_over_all_of_k_and_one_in_the_weights(tmp_path):
     assert wush.load(tmp_path / "model", shapes()).up.transform is None
 
 
+@pytest.mark.parametrize(
+    ("layout", "fmt", "ending", "byte", "kind"),
+    [
+        ("nvfp4-pack-quantized", NVFP4, "weight_scale", 0x7F, "NaN"),
+        ("nvfp4-pack-quantized", NVFP4, "weight_scale", 0xB0, "negative"),
+        ("fp_quant", NVFP4, "scales", 0xFF, "NaN"),
+        ("fp_quant", wush.MXFP4, "scales", 0xFF, "NaN"),
+    ],
+)
+def test_scales_that_are_no_numbers_are_refused(layout, fmt, ending, byte, kind, tmp_path):
+    interchange.export(tmp_path / "model", model(fmt, "identity"), layout)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = open_file(file)
+    dtype, shape, data = tensors[f"gate.{ending}"]
+    data = bytearray(data)
+    data[shape[1] + 1] = byte
+    tensors[f"gate.{ending}"] = dtype, shape, bytes(data)
+    write_file(file, tensors)
+    match = rf"'gate.{ending}' has 1 scales .* in row 1, column 1 \({kind}\)"
+    with pytest.raises(ValueError, match=match):
+        wush.load(tmp_path / "model", shapes())
+
+
 def test_unknown_layouts(tmp_path):
     for config in ({"quant_method": "gguf"}, {"quant_method": "compressed-tensors"}, 3):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

@@ -34,7 +34,7 @@ Model = tyro.conf.Positional[Path]
 Recipe = Annotated[RecipeFlags, tyro.conf.arg(name="")]
 Source = Annotated[Text, tyro.conf.arg(name="")]
 TargetLayout = Literal[tuple(TARGETS)]  # type: ignore[valid-type]  # made of the names there
-Target = Annotated[TargetLayout | None, tyro.conf.arg(name="for")]
+Target = Annotated[TargetLayout | None, tyro.conf.arg(name="for")]  # type: ignore[valid-type]
 NOTHING: Any = {}
 
 

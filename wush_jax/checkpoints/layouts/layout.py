@@ -157,6 +157,7 @@ def read_weight(
     fmt = record.format
     values = folder.read(f"{name}.{codes}", [np.uint8], [(n, k // 2)])
     found = folder.read(f"{name}.{scales}", [stored], [(n, k // fmt.group_size)])
+    _check_scales(folder, f"{name}.{scales}", found.view(np.uint8), fmt.scale_dtype)
     found = bits(found.view(np.uint8)).view(SCALE_DTYPES[fmt.scale_dtype])
     return QuantizedArray(
         place(f"{name}.e2m1", values),
@@ -164,6 +165,20 @@ def read_weight(
         place(f"{name}.weight_global_scale", np.asarray(record.global_scale, np.float32)),
         fmt,
     )
+
+
+def _check_scales(folder: TensorFolder, name: str, stored: np.ndarray, dtype: str) -> None:
+    """Refuse scales that are NaN or negative: no library writes them, and they poison a layer."""
+    nan = stored == 255 if dtype == "e8m0" else (stored & 127) == 127
+    bad = nan if dtype == "e8m0" else nan | (stored > 128)
+    if bad.any():
+        row, column = np.argwhere(bad)[0].tolist()
+        kind = "NaN" if nan[row, column] else "negative"
+        raise ValueError(
+            f"{folder.path}: tensor {name!r} has {int(bad.sum())} scales that are NaN or negative, "
+            f"the first in row {row}, column {column} ({kind}); fetch the file again, or quantize "
+            "the model again"
+        )
 
 
 def place_input_scale(name: str, record: LayerRecord, place: Place) -> jax.Array | None:
