@@ -34,6 +34,8 @@ CASES = {
     "C identity": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "identity"}),
     "C rounded hadamard": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "hadamard"}),
     "C derived": ("nvfp4-pack-quantized", {"fmt": DERIVED, "kind": "hadamard", "d": 16}),
+    "C shared": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "shared", "d": 16}),
+    "C shared 32": ("nvfp4-pack-quantized", {"fmt": NVFP4, "kind": "shared"}),
     "D identity": ("mxfp4-pack-quantized", {"fmt": ROUND_175, "kind": "identity"}),
     "D hadamard": ("mxfp4-pack-quantized", {"fmt": ROUND_175, "kind": "hadamard", "d": 64}),
 }
@@ -70,7 +72,12 @@ class Layer:
         (scheme,) = self.transforms.config_groups.values()
         factory = TransformFactory.from_scheme(scheme, name="input")
         linear = torch.nn.Linear(x.shape[-1], 8, bias=False)
-        return factory.create_transform(linear, scheme.apply[0])(x)
+        transform = factory.create_transform(linear, scheme.apply[0])
+        stored = self.tensors["input_input.weight"].float()
+        if scheme.type == "hadamard":  # what their code makes is what we store
+            assert torch.equal(transform.weight.data, stored)
+        transform.weight.data = stored
+        return transform(x)
 
     def rounded(self, x):
         """Inputs after quantization, with the static global scale of the file."""

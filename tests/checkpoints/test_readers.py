@@ -9,6 +9,8 @@ import pytest
 from checkpoint_tools import decode, llama_of, open_file, random_packed
 from flax import nnx
 from layout_tools import hadamard, model, transform
+from tiny import CONFIG, tokens
+from weights import random_model
 
 import wush_jax as wush
 from wush_jax import cli
@@ -16,6 +18,7 @@ from wush_jax.checkpoints import interchange
 from wush_jax.checkpoints.content import content_of, written
 from wush_jax.checkpoints.layouts import LAYOUTS
 from wush_jax.checkpoints.packed_layout import record_of
+from wush_jax.checkpoints.targets import recipe_for
 from wush_jax.formats import MXFP4, NVFP4
 
 pytestmark = pytest.mark.files
@@ -149,3 +152,21 @@ def test_layers_that_readers_fuse_need_one_matrix():
         records = {name: record_of(name, packed, name) for name, packed in changed.items()}
         with pytest.raises(ValueError, match=r"needs one .* for .*gate_proj, .*up_proj"):
             written(dataclasses.replace(content, layers=changed, records=records), LAYOUTS[layout])
+
+
+def test_wush_for_a_stock_engine(tmp_path):
+    """Calibrated, one matrix a site, exported, read back: the same logits."""
+    source = random_model(dataclasses.replace(CONFIG, num_hidden_layers=1))
+    recipe = recipe_for(NV, wush.Recipe(), {"shared_blocks": True})
+    rules = [("lm_head", None), (".*", recipe)]
+    quantized, _ = wush.quantize_model(source, tokens(1), rules)
+    (parallel,) = interchange.export(tmp_path / "out", quantized, NV, rotated=True)
+    assert "tensor parallel 1" in parallel
+    groups = config_of(tmp_path / "out")["quantization_config"]["transform_config"]
+    assert len(groups["config_groups"]) == 4  # q/k/v, o, gate/up, down
+    loaded = wush.load(tmp_path / "out")
+    batch = tokens(1, seed=1)[0]
+    run = nnx.jit(lambda m, t: m(t))
+    wanted, found = np.asarray(run(quantized, batch)), np.asarray(run(loaded, batch))
+    # Matrices of bfloat16 times 4 come back as they were.
+    assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)

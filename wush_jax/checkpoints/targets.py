@@ -47,8 +47,9 @@ def recipe_for(layout: str, preset: Recipe, changes: Mapping[str, Any]) -> Recip
     fields = {**wanted, **changes}
     faults = []
     transform = fields.get("transform", preset.transform)
-    if layout != fp_quant.NAME and transform not in ("identity", "hadamard"):
-        remedy = ["--transform hadamard (or identity, for transformers)"]
+    shared = fields.get("shared_blocks", preset.shared_blocks)
+    if layout != fp_quant.NAME and not shared and transform not in ("identity", "hadamard"):
+        remedy = ["--shared-blocks, or --transform hadamard (identity for transformers)"]
         remedy += ["--no-block-gain"] if fields.get("block_gain", preset.block_gain) else []
         remedy += ["--refit 0"] if fields.get("refit", preset.refit) else []
         faults.append(
@@ -56,7 +57,7 @@ def recipe_for(layout: str, preset: Recipe, changes: Mapping[str, Any]) -> Recip
             + " ".join(remedy)
         )
         fields |= {"transform": "hadamard"}
-    if not faults and transform in DATA_FREE:
+    if not faults and (shared or transform in DATA_FREE):
         faults += [
             f"{name} needs a transform for each block: {flag}"
             for name, flag in (("block_gain", "--no-block-gain"), ("refit", "--refit 0"))
@@ -93,6 +94,8 @@ def _format_faults(layout: str, recipe: Recipe) -> list[str]:
             check_format("the recipe", fmt, known, what, layout)
         except ValueError as error:
             faults.append(str(error))
+    if recipe.shared_blocks and not recipe.share_transform:
+        faults.append("q, k and v go through one matrix there: --share-transform")
     if recipe.format.global_scale is None and not recipe.share_transform:
         faults.append("a global scale from data is one for q, k and v: --share-transform")
     return faults

@@ -39,7 +39,8 @@ class SiteCost:
         if self.recipe.transform == "identity":
             return 0
         width = {"bfloat16": 2, "float32": 4}[self.recipe.transform_dtype]
-        one = d * d if self.recipe.transform in DATA_FREE else self.size * d
+        shared = self.recipe.shared_blocks or self.recipe.transform in DATA_FREE
+        one = d * d if shared else self.size * d
         count = 1 if self.recipe.share_transform else len(self.weights)
         return width * one * count * self.kernels
 

@@ -41,6 +41,8 @@ class Recipe:
         the weights meet its inverse transpose.
       share_transform: layers that share an input share one transform (and one transform+quantize
         pass at run time).
+      shared_blocks: all blocks of a transform share one matrix (d, d), built from the mean of their
+        moments: what other libraries' files have room for (`wush_jax.checkpoints.interchange`).
       scale_search: of the weights' scales: "rule" takes the format's rule; "sweep" tries the scales
         next to it and keeps the least error weighted by the activation moment.
       interleave: with GPTQ and a transform of the layer's own, build each block's transform from
@@ -74,6 +76,7 @@ class Recipe:
     damping: float = 1e-2
     transform_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     share_transform: bool = True
+    shared_blocks: bool = False
     scale_search: str = "rule"
     interleave: bool = True
     input_error: str = "ignore"
@@ -150,6 +153,10 @@ class Recipe:
                     f"{name}={value} needs a transform for each block; transform="
                     f"{self.transform!r} is one for all: use 'wush' or the like"
                 )
+            if value and self.shared_blocks:
+                raise ValueError(
+                    f"{name}={value} gives each block a matrix of its own; shared_blocks=False"
+                )
         for name in ("input_error", "block_gain"):
             if getattr(self, name) in ("ignore", False):
                 continue
@@ -181,7 +188,8 @@ class Recipe:
     @property
     def interleaved(self) -> bool:
         """Whether GPTQ builds the transform of a layer of its own block by block."""
-        return self.solver == "gptq" and self.interleave and self.transform not in DATA_FREE
+        own = self.transform not in DATA_FREE and not self.shared_blocks
+        return self.solver == "gptq" and self.interleave and own
 
     @property
     def needs_sample(self) -> bool:

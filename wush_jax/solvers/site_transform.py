@@ -85,6 +85,8 @@ def build_transform(
     if activation_blocks is None:
         raise ValueError(f"activation_blocks=None: transform={recipe.transform!r} needs moments")
     m_w = site_weight_moment(weights, activation_blocks)
+    if recipe.shared_blocks:
+        m_w, activation_blocks = (jnp.mean(m, axis=-3) for m in (m_w, activation_blocks))
     built = TransformRule.of(recipe)(m_w, activation_blocks, recipe.damping)
     return _with_gains(built, m_w, activation_blocks, recipe, sample)
 
