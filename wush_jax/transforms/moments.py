@@ -111,7 +111,8 @@ class Moments:
         rows = _rows(x)
         largest = jnp.max(jnp.abs(rows)).astype(jnp.float32)
         count = jnp.int32(rows.shape[0]) if mask is None else jnp.sum(mask, dtype=jnp.int32)
-        batch = Moments(_gram(rows, self.block) / jnp.maximum(count, 1), count, largest)
+        mean = _gram(rows, self.block) / jnp.maximum(count, 1).astype(jnp.float32)
+        batch = Moments(mean, count, largest)
         sample = None if self.sample is None else self.sample.update(x, mask)
         return replace(self.merge(batch), sample=sample)
 

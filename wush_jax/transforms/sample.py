@@ -70,13 +70,13 @@ class Sample:
         rows = x.reshape(-1, x.shape[-1])
         return cls.init(rows.shape[-1], rows.shape[0]).update(rows)
 
-    def update(self, x: jax.Array, member: jax.Array | None = None) -> Sample:
-        """Return the sample with the rows of x (..., K) added: all, or the ``member`` (...)."""
+    def update(self, x: jax.Array, mask: jax.Array | None = None) -> Sample:
+        """Return the sample with the rows of x (..., K) added: all, or those of ``mask`` (...)."""
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         count = jnp.int32(rows.shape[0])
-        if member is not None:  # rows of zeros are never kept
-            member = member.reshape(-1)
-            rows, count = jnp.where(member[:, None], rows, 0), jnp.sum(member, dtype=jnp.int32)
+        if mask is not None:  # rows of zeros are never kept
+            mask = mask.reshape(-1)
+            rows, count = jnp.where(mask[:, None], rows, 0), jnp.sum(mask, dtype=jnp.int32)
         key = jax.random.fold_in(jax.random.key(0), self.count)
         # In (0, 1], so that the priority is finite.
         uniform = 1.0 - jax.random.uniform(key, rows.shape[:1], jnp.float32)
