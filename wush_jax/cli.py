@@ -16,9 +16,10 @@ import tyro
 from wush_jax.commands.demo import demo
 from wush_jax.commands.files import bench, export, inspect
 from wush_jax.commands.models import evaluate, generate
+from wush_jax.commands.promise import verify
 from wush_jax.commands.quantize import plan, quantize
 
-COMMANDS = (plan, quantize, evaluate, generate, export, inspect, bench, demo)
+COMMANDS = (plan, quantize, evaluate, verify, generate, export, inspect, bench, demo)
 ABOUT = (
     "4-bit quantization of language models with WUSH transforms. Every command takes "
     "--config FILE (.toml or .json): flags by name, which those of the command line override."

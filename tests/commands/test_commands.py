@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import wush_jax as wush
 from wush_jax import cli
 from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.commands.options import recipe_of
+from wush_jax.evaluation.generation import greedy_text, score_generation
 from wush_jax.models import generate, load_pretrained, to_tensors
 from wush_jax.models.demo import token_batches
 
@@ -175,6 +177,51 @@ def test_evaluate_equals_python(source, quantized, tmp_path, capsys):
     # The reference keeps its weights in float32 there and here: the file has bfloat16.
     assert figures["kl"] == pytest.approx(kl)
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_evaluate_follows_greedy_text(source, quantized, tmp_path, capsys):
+    checkpoint, out = quantized / "checkpoint", tmp_path / "figures.json"
+    command = ["evaluate", str(checkpoint), "--text", str(source / "text.txt"), *FLAGS]
+    assert cli.main([*command, "--generation", "2"]) == 2
+    assert "--generation 2 needs the model to compare with" in capsys.readouterr().err
+    command += ["--reference", str(source), "--out", str(out)]
+    assert cli.main([*command, "--generation", "9"]) == 2
+    assert "the text has 4 windows of 32 tokens" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="the model was made for 32"):
+        assert cli.main([*command, "--generation", "2"]) == 0
+    figures = json.loads(out.read_text())
+    model, exact = wush.load(checkpoint), load_pretrained(source)
+    with pytest.warns(UserWarning, match="the model was made for 32"):
+        text = greedy_text(exact, np.concatenate(batches())[:2])
+    found = score_generation(exact, model, text)
+    assert figures["generation_match"] == found.match
+    assert figures["generation_kl"] == pytest.approx(found.kl, rel=1e-4)
+    assert figures["floor_generation_kl"] < figures["generation_kl"]
+
+
+def test_a_promise_is_kept_and_verified(source, tmp_path, capsys, monkeypatch):
+    # The candidates of the command are the presets, which take minutes to compile.
+    four = wush.Recipe(transform="hadamard", share_transform=False)
+    few = partial(wush.choose_recipes, candidates=[four, four.replace(format=wush.MXFP8), None])
+    monkeypatch.setattr("wush_jax.commands.promise.choose_recipes", few)
+    monkeypatch.setattr("wush_jax.commands.promise.FAST", four)
+    out, text = tmp_path / "out", ["--text", str(source / "text.txt"), *FLAGS[:4]]
+    command = ["quantize", str(source), "--out", str(out), *text, "--dtype", "float32"]
+    assert cli.main([*command, "--max-kl", "0.05"]) == 2
+    assert "--max-kl is for --calibration one-shot" in capsys.readouterr().err
+    assert cli.main([*command, *ONE_SHOT, "--max-kl", "0.05"]) == 0
+    promised = json.loads((out / "checkpoint" / "promise.json").read_text())
+    assert promised["predicted"] <= promised["max_kl"] == 0.05
+    check = ["verify", str(out / "checkpoint"), "--reference", str(source), *text]
+    assert cli.main(check) == 0
+    assert "the promise is kept" in capsys.readouterr().out
+    promised["max_kl"] = 1e-9
+    (out / "checkpoint" / "promise.json").write_text(json.dumps(promised))
+    assert cli.main(check) == 2
+    assert "the promise is broken: KL" in capsys.readouterr().err
+    (out / "checkpoint" / "promise.json").unlink()
+    assert cli.main(check) == 2
+    assert "nothing was promised" in capsys.readouterr().err
 
 
 def test_generate_equals_python(source, quantized, capsys):

@@ -13,7 +13,7 @@ from wush_jax.calibration.calibration import Calibration, observe
 from wush_jax.calibration.choices import Choice, spend
 from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.observe import Call, Site, plain_call
-from wush_jax.calibration.promise import Slopes, kl_slopes, within_kl
+from wush_jax.calibration.promise import Slopes, kl_slopes, with_recipe, within_kl
 from wush_jax.calibration.site_plan import SitePlan, site_cost, split_sites
 from wush_jax.calibration.steps import quantize_planned
 from wush_jax.formats import MXFP8, NVINT4
@@ -96,7 +96,7 @@ def choose_recipes(
         known = _promising(max_kl, budget, batches)
         if slopes is None:
             text = None if held_out is None else [held_out]
-            slopes = kl_slopes(model, known, _as(FAST, rules), text, **options)
+            slopes = kl_slopes(model, known, with_recipe(rules, FAST), text, **options)
         options |= {"candidates": candidates, "held_out": held_out}
         return _rules(within_kl(model, known, rules, max_kl, slopes, **options))
     layers, _ = dense_layers(model, dense_types)
@@ -124,13 +124,6 @@ def choose_recipes(
 
 def _rules(chosen: list[Choice]) -> tuple[list[tuple[str, Recipe | None]], list[Choice]]:
     return [(re.escape(path), c.recipe) for c in chosen for path in c.site.layers], chosen
-
-
-def _as(recipe: Recipe, rules: Rules) -> Rules:
-    """The same rules with one recipe in place of all."""
-    if isinstance(rules, Recipe):
-        return recipe
-    return [(pattern, None if given is None else recipe) for pattern, given in rules]
 
 
 def _promising(max_kl: float, budget: int | None, batches: Any) -> Calibration:

@@ -231,6 +231,17 @@ def within_kl(
     return meet(table, cost, max_kl)
 
 
+def with_recipe(rules: Rules, recipe: Recipe) -> Rules:
+    """Return the same rules with one recipe in place of all.
+
+    >>> with_recipe([("head", None), (".*", FAST)], Recipe()) == [("head", None), (".*", Recipe())]
+    True
+    """
+    if isinstance(rules, Recipe):
+        return recipe
+    return [(pattern, None if given is None else recipe) for pattern, given in rules]
+
+
 def _bytes(layers: Mapping[str, Dense], site: Site) -> int:
     return sum(layers[path].kernel.nbytes for path in site.layers)
 

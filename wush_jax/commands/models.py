@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from flax import nnx
 from rich.table import Table
@@ -18,6 +21,7 @@ from wush_jax.checkpoints import checkpoint
 from wush_jax.commands.options import Text
 from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
+from wush_jax.evaluation.generation import greedy_text, score_generation
 from wush_jax.models import generate as generate_tokens
 from wush_jax.models.hugging_face import load_pretrained
 from wush_jax.models.text import Tokenizer
@@ -26,6 +30,7 @@ from wush_jax.storage.json_file import read_config
 
 Model = tyro.conf.Positional[Path]
 DType = Literal["bfloat16", "float32"]
+PROMPT = 32  # tokens that the reference continues
 
 
 def open_model(folder: Path, dtype: str) -> nnx.Module:
@@ -46,6 +51,7 @@ def evaluate(
     *,
     source: Annotated[Text, tyro.conf.arg(name="")] = Text(samples=None),  # noqa: B008  # frozen
     reference: Path | None = None,
+    generation: int = 0,
     dtype: DType = "bfloat16",
     out: Path | None = None,
 ) -> None:
@@ -55,13 +61,17 @@ def evaluate(
       model: folder of a model, quantized or not.
       source: the text.
       reference: folder of the model to compare with, such as the unquantized one.
+      generation: how many prompts of the text the reference continues greedily, to see how far the
+        model follows; beside it the floor, the reference in bfloat16 against float32.
       dtype: of an unquantized model's weights and activations.
       out: JSON file for the figures.
     """
     windows = source.windows(model)
     batches = in_batches(windows.rows, source.batch)
+    if generation and reference is None:
+        raise ValueError(f"--generation {generation} needs the model to compare with: --reference")
     if reference is not None:
-        _check_same_vocabulary(model, reference)
+        check_same_vocabulary(model, reference)
     measured = open_model(model, dtype)
     figures: dict[str, Any] = {"model": str(model), "tokens": sum(map(len, windows.rows))}
     if windows.left_out:
@@ -79,6 +89,8 @@ def evaluate(
         figures["reference"] = str(reference)
         figures["reference_perplexity"] = perplexity_of(found.reference_cross_entropy)
         figures["kl"] = found.kl
+        if generation:
+            figures |= generation_figures(reference, measured, windows.rows, generation)
     table = Table(show_header=False)
     for name, value in figures.items():
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
@@ -87,7 +99,38 @@ def evaluate(
         out.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
 
 
-def _check_same_vocabulary(model: Path, reference: Path) -> None:
+def generation_figures(
+    reference: Path, measured: nnx.Module, rows: Sequence[np.ndarray], count: int
+) -> dict[str, float]:
+    """Return how far a model follows its reference's greedy text, and the noise floor.
+
+    The floor is the reference in bfloat16 against itself in float32.
+
+    Args:
+      reference: folder.
+      measured: the model.
+      rows: windows of tokens; prompts are their first 32 tokens.
+      count: how many prompts.
+
+    Raises:
+      ValueError: fewer windows of 32 tokens than that.
+    """
+    prompts = [row[:PROMPT] for row in rows if len(row) >= PROMPT][:count]
+    if len(prompts) < count:
+        raise ValueError(
+            f"--generation {count}: the text has {len(prompts)} windows of {PROMPT} tokens or "
+            "more; give more text, or a smaller --length"
+        )
+    exact: Any = open_model(reference, "float32")
+    text = greedy_text(exact, np.stack(prompts))
+    figures: dict[str, float] = {}
+    for name, model in (("", measured), ("floor_", open_model(reference, "bfloat16"))):
+        found = asdict(score_generation(exact, model, text))
+        figures |= {f"{name}generation_{field}": value for field, value in found.items()}
+    return figures
+
+
+def check_same_vocabulary(model: Path, reference: Path) -> None:
     """Refuse a reference of another vocabulary before any weight is read."""
     sizes = [vocabulary_of(read_config(folder), folder) for folder in (model, reference)]
     if sizes[0] != sizes[1]:

@@ -24,6 +24,7 @@ from wush_jax.checkpoints import checkpoint
 from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.checkpoints.targets import TARGETS
 from wush_jax.commands.options import Preset, RecipeFlags, Text, rules_of
+from wush_jax.commands.promise import keep_promise, write_certificate
 from wush_jax.commands.terminal import console, progress
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, load_pretrained
 from wush_jax.models.tokens import in_batches
@@ -70,6 +71,7 @@ def quantize(
     calibration: Literal["sequential", "one-shot"] = "sequential",
     granularity: Literal["site", "layer"] = "site",
     calibrated: Path | None = None,
+    max_kl: float | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     data_parallel: bool = False,
     dry_run: bool = False,
@@ -89,6 +91,8 @@ def quantize(
       granularity: layer after layer, whether each site sees the sites before it quantized.
       calibrated: folder of a calibration, in one shot: used where it is there, with no text, or the
         same; else made, for every recipe, and kept.
+      max_kl: stay within this KL from the model, in nats, with the fewest bytes, in one shot; the
+        recipe's flags then do not matter. OUT/checkpoint/promise.json has it: `wush verify`.
       dtype: of activations and products.
       data_parallel: spread each batch over all devices.
       dry_run: say what would be done, and do nothing.
@@ -102,6 +106,8 @@ def quantize(
     _check_place(out, state, sequential, resume)
     if sequential and calibrated is not None:
         raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
+    if sequential and max_kl is not None:
+        raise ValueError("--max-kl is for --calibration one-shot: it needs the whole model")
     reused = calibrated is not None and calibrated.exists()
     batches = [] if reused and source.text is source.tokens is None else _batches(source, model)
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
@@ -126,9 +132,14 @@ def quantize(
             whole = load_pretrained(model, param_dtype=jnp.bfloat16, **options)
             if calibrated is not None:
                 inputs = _calibration(calibrated, whole, inputs, update)
-            quantized, report = quantize_model(whole, inputs, rules, progress=update)
+            certificate = None
+            if max_kl is None:
+                quantized, report = quantize_model(whole, inputs, rules, progress=update)
+            else:
+                quantized, report, certificate = keep_promise(whole, inputs, rules, max_kl)
             checkpoint.save(out / "checkpoint", quantized)
             copy_companions(model, out / "checkpoint")
+            write_certificate(out / "checkpoint", certificate)
     report.to_json(out / "report.json")
     report.plot(out / "plot.png")
     shutil.rmtree(state, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""Promises of KL: what ``wush quantize --max-kl`` keeps, ``wush verify`` checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from flax import nnx
+
+from wush_jax.calibration.auto import choose_recipes
+from wush_jax.calibration.calibration import Calibration, calibrate
+from wush_jax.calibration.model import quantize_model
+from wush_jax.calibration.promise import kl_slopes, with_recipe
+from wush_jax.calibration.report import Report
+from wush_jax.commands.models import check_same_vocabulary, open_model
+from wush_jax.commands.options import Text
+from wush_jax.commands.terminal import console, progress
+from wush_jax.evaluation.evaluate import kl_divergence
+from wush_jax.models.tokens import in_batches
+from wush_jax.solvers.presets import FAST
+from wush_jax.solvers.recipe import Rules
+from wush_jax.storage.json_file import read_json
+
+CERTIFICATE = "promise.json"
+
+
+def keep_promise(
+    model: nnx.Module, inputs: Calibration | Sequence[Any], rules: Rules, max_kl: float
+) -> tuple[nnx.Module, Report, dict[str, float]]:
+    """Quantize a model under a promise of KL.
+
+    Args:
+      model: in float32, to tell small losses apart.
+      inputs: batches, the last of which is held out; or a calibration, whose first batch is then
+        measured on.
+      rules: which layers may be quantized.
+      max_kl: the promise, nats.
+
+    Returns:
+      The quantized model, its report, and the certificate: KL promised, predicted, and measured
+      on the batch that was held out.
+
+    Raises:
+      ValueError: fewer than two batches; as `wush_jax.choose_recipes`.
+    """
+    if isinstance(inputs, Calibration):
+        known, held_out = inputs, inputs.first
+    else:
+        if len(inputs) < 2:
+            raise ValueError(f"--max-kl needs two batches or more, not {len(inputs)}: more text")
+        known, held_out = calibrate(model, inputs[:-1]), inputs[-1]
+    slopes = kl_slopes(model, known, with_recipe(rules, FAST), [held_out])
+    chosen, choices = choose_recipes(
+        model, known, rules, max_kl=max_kl, held_out=held_out, slopes=slopes
+    )
+    quantized, report = quantize_model(model, known, chosen)
+    losses = {path: choice.loss for choice in choices for path in choice.site.layers}
+    certificate = {
+        "max_kl": max_kl,
+        "predicted": slopes.predict(losses),
+        "measured": kl_divergence(model, quantized, [held_out]),
+    }
+    return quantized, report, certificate
+
+
+def verify(
+    model: tyro.conf.Positional[Path],
+    *,
+    reference: Path,
+    source: Annotated[Text, tyro.conf.arg(name="")] = Text(samples=None),  # noqa: B008  # frozen
+    dtype: Literal["bfloat16", "float32"] = "float32",
+) -> None:
+    """Measure again whether a folder keeps the promise that it was quantized under.
+
+    Fails where it does not.
+
+    Args:
+      model: folder of a model that ``wush quantize --max-kl`` has written.
+      reference: folder of the model that it came from.
+      source: the text.
+      dtype: of the reference's weights and activations.
+    """
+    file = model / CERTIFICATE
+    if not file.is_file():
+        raise ValueError(f"{model} has no {CERTIFICATE}: nothing was promised")
+    promised = float(read_json(file)["max_kl"])
+    check_same_vocabulary(model, reference)
+    batches = in_batches(source.windows(model).rows, source.batch)
+    with progress(len(batches)) as update:
+        original, measured = open_model(reference, dtype), open_model(model, dtype)
+        kl = kl_divergence(original, measured, batches, progress=update)
+    said = f"KL {kl:.6g} on this text, {promised:.6g} promised"
+    if kl > promised:
+        raise ValueError(f"the promise is broken: {said}")
+    console().print(f"the promise is kept: {said}")
+
+
+def write_certificate(folder: Path, certificate: dict[str, float] | None) -> None:
+    """Write what was promised beside the weights; nothing for None."""
+    if certificate is None:
+        return
+    (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=1, allow_nan=False) + "\n")
