@@ -199,6 +199,7 @@ def test_evaluate_follows_greedy_text(source, quantized, tmp_path, capsys):
     assert figures["floor_generation_kl"] < figures["generation_kl"]
 
 
+@pytest.mark.slow
 def test_a_promise_is_kept_and_verified(source, tmp_path, capsys, monkeypatch):
     # The candidates of the command are the presets, which take minutes to compile.
     four = wush.Recipe(transform="hadamard", share_transform=False)
