@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from folders import write
 from tiny import CONFIG, tokens
 from weights import random_model
 
 import wush_jax as wush
 from wush_jax.calibration.observe import collect_moments, find_sites
-from wush_jax.models import generate
+from wush_jax.calibration.streaming import quantize_folder
+from wush_jax.models import generate, load_pretrained, to_tensors
+from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.batched import few_tokens, filled
 from wush_jax.transforms.grouped import PANEL, GroupedRows, update_groups
 
@@ -130,3 +133,38 @@ def test_quantized_experts_are_saved_and_loaded(tmp_path):
     out = generate(loaded, BATCHES[0][:1, :5], max_new_tokens=3)
     whole = np.concatenate([BATCHES[0][:1, :5], out.tokens[:, :2]], axis=1)
     assert int(jnp.argmax(run(loaded, whole)[0, -1])) == out.tokens[0, 2]
+
+
+def hugging_face(config, tensors):
+    """The decoder's tensors under the names that the family's files have."""
+    where, found = stored_experts(config), {}
+    for name, value in tensors.items():
+        names = where[name].names if name in where else (name,)
+        parts = value if len(names) > 1 else [value]
+        found |= {n: np.ascontiguousarray(part) for n, part in zip(names, parts, strict=True)}
+    return found
+
+
+@pytest.mark.files
+def test_a_folder_of_experts_is_quantized_layer_by_layer(tmp_path):
+    """Qwen 3 MoE's names: files hold every expert by itself, here in three shards."""
+    config = dataclasses.replace(MIXTRAL, qk_norm=True, norm_topk_prob=False)
+    assert config.family == "qwen3_moe"
+    tensors = to_tensors(random_model(config))
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source, config, hugging_face(config, tensors), 3)
+    for name, value in to_tensors(load_pretrained(source)).items():
+        np.testing.assert_array_equal(value, tensors[name])
+    rules = [(".*(gate|up|down)_proj", wush.Recipe(transform="hadamard"))]
+    report = quantize_folder(source, tmp_path / "out", BATCHES, rules)
+    assert [row.shape for row in report.layers] == [(4, 32, 64), (4, 32, 64), (4, 64, 32)]
+    loaded = wush.load(tmp_path / "out")
+    whole, _ = wush.quantize_model(load_pretrained(source), BATCHES, rules)
+    for one, two in zip(*map(packed_leaves, (loaded, whole)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def packed_leaves(model):
+    experts = model.layers[0].mlp.experts
+    return [experts.gate_proj.codes[...], experts.down_proj.codes[...]]
