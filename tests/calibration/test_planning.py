@@ -25,6 +25,20 @@ def sites(planned):
     return [(item.site.layers, item.recipe) for item in planned.sites]
 
 
+@pytest.mark.parametrize("preset", [wush.PAPER, wush.BEST], ids=["PAPER", "BEST"])
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_plan_has_the_shapes_of_what_is_quantized(preset, derived):
+    """Planned by rounding, whatever the solver."""
+    fmt = wush.NVFP4.replace(global_scale=None) if derived else wush.MXFP4
+    recipe = preset.replace(format=fmt, activation_format=wush.FP8 if derived else "same")
+    model = nnx.List([nnx.Linear(64, 32, rngs=nnx.Rngs(0))])
+    batch = jax.random.normal(jax.random.key(0), (64, 64))
+    call = {"call": lambda model, x: model[0](x)}
+    planned = wush.plan(model, recipe, batch, **call).report
+    _, report = wush.quantize_model(model, [batch], recipe, implementation="reference", **call)
+    assert report.bytes_after == planned.bytes_after
+
+
 def test_first_rule_wins_and_the_rest_is_reported(net):
     rules = [
         ("left", GPTQ),

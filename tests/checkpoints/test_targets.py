@@ -55,7 +55,7 @@ def test_scales_of_fused_layers():
 
 
 def test_from_the_command(tmp_path, capsys):
-    assert recipe_of("default", {"transform": "identity"}, MX).format == ROUND_175
+    assert recipe_of("rtn", {"transform": "identity"}, MX).format == ROUND_175
     for layout in TARGETS:
         command = ["quantize", str(tmp_path), "--out", str(tmp_path / "out"), "--for", layout]
         assert cli.main([*command, "--preset", "best", "--activation-format", "INT4"]) == 2

@@ -31,7 +31,6 @@ from wush_jax.solvers.site import PackedWeight, quantize_site
 from wush_jax.solvers.site_transform import site_weight_moment
 from wush_jax.transforms import linalg, predicted_gain
 from wush_jax.transforms.moments import Moments
-from wush_jax.transforms.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -153,16 +152,18 @@ def packed_like(sites: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[
 
 @cache
 def _packed_shapes(shapes: tuple[tuple[int, int], ...], recipe: Recipe) -> list[PackedWeight]:
-    """Trace `quantize_site` for weights of these shapes: once for all sites alike."""
+    """Trace `quantize_site` for weights of these shapes: once for all sites alike.
+
+    By rounding: the solver decides which codes, not their shapes, and takes long to trace.
+    """
+    recipe = recipe.replace(
+        **{"solver": "rtn", "scale_search": "rule", "input_error": "ignore", "interleave": True},
+        **{"descent": 0, "refit": 0, "block_gain": False, "activation_order": False},
+    )
     weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     k = shapes[0][1]
     moment = jax.ShapeDtypeStruct((k, k), jnp.float32)
-    sample = jax.eval_shape(partial(Sample.init, k, 1)) if recipe.needs_sample else None
-
-    def quantize(weights, moment, sample):
-        return quantize_site(weights, moment, recipe, sample=sample)
-
-    return jax.eval_shape(quantize, weights, moment, sample)
+    return jax.eval_shape(partial(quantize_site, recipe=recipe), weights, moment)
 
 
 def dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:

@@ -55,33 +55,43 @@ def _recipe_flags() -> dict[str, Any]:
 #: Fields of a `Recipe` that were given; the others are the preset's.
 RecipeFlags = TypedDict("RecipeFlags", _recipe_flags(), total=False)  # type: ignore[misc]  # made
 PRESETS: Mapping[str, Recipe] = {
-    "default": Recipe(),
+    "rtn": Recipe(),
     "fast": presets.FAST,
     "paper": presets.PAPER,
     "best": presets.BEST,
     "best-wide": presets.BEST_WIDE,
 }
-Preset = Literal["default", "fast", "paper", "best", "best-wide"]
+Preset = Literal["rtn", "fast", "paper", "best", "best-wide"]
 
 
-def recipe_of(preset: str, flags: Mapping[str, Any], target: str | None = None) -> Recipe:
+def preset_of(preset: str | None, flags: Mapping[str, Any], target: str | None = None) -> str:
+    """Return the preset that was asked for, or the best that goes with what was.
+
+    >>> preset_of(None, {"format": "NVFP4"}), preset_of(None, {"transform": "hadamard"})
+    ('best', 'rtn')
+    """
+    told = target is not None or "transform" in flags or "solver" in flags
+    return preset or ("rtn" if told else "best")
+
+
+def recipe_of(preset: str | None, flags: Mapping[str, Any], target: str | None = None) -> Recipe:
     """Return a preset with the given fields in place of its own, fit for a layout if one is given.
 
-    >>> recipe_of("default", {"format": "NVFP4", "activation_format": "none"}).input_format
+    >>> recipe_of("rtn", {"format": "NVFP4", "activation_format": "none"}).input_format
     """
-    changes = dict(flags)
+    chosen, changes = PRESETS[preset_of(preset, flags, target)], dict(flags)
     for name in ("format", "activation_format"):
         if name in changes:
             changes[name] = {**FORMATS, "same": "same", "tuned": "tuned", "none": None}[
                 changes[name]
             ]
     if target is not None:
-        return recipe_for(target, PRESETS[preset], changes)
-    return PRESETS[preset].replace(**changes)
+        return recipe_for(target, chosen, changes)
+    return chosen.replace(**changes)
 
 
 def rules_of(
-    preset: str, flags: Mapping[str, Any], skip: tuple[str, ...], target: str | None = None
+    preset: str | None, flags: Mapping[str, Any], skip: tuple[str, ...], target: str | None = None
 ) -> Rules:
     """Return rules: what matches ``skip`` stays as it is, the rest gets one recipe."""
     return [*((pattern, None) for pattern in skip), (".*", recipe_of(preset, flags, target))]

@@ -23,7 +23,7 @@ from wush_jax.calibration.streaming import EMBEDDING, quantize_folder
 from wush_jax.checkpoints import checkpoint
 from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.checkpoints.targets import TARGETS
-from wush_jax.commands.options import Preset, RecipeFlags, Text, rules_of
+from wush_jax.commands.options import Preset, RecipeFlags, Text, preset_of, rules_of
 from wush_jax.commands.promise import keep_promise, write_certificate
 from wush_jax.commands.terminal import console, progress
 from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, load_pretrained
@@ -42,7 +42,7 @@ NOTHING: Any = {}
 def plan(
     model: Model,
     *,
-    preset: Preset = "default",
+    preset: Preset | None = None,
     recipe: Recipe = NOTHING,
     skip: tuple[str, ...] = ("lm_head",),
     target: Target = None,
@@ -51,7 +51,8 @@ def plan(
 
     Args:
       model: folder with config.json and safetensors files.
-      preset: recipe that the flags below change.
+      preset: recipe that the flags below change; without one "best", the least loss that is known,
+        or, where --transform, --solver or --for says more, "rtn", which takes seconds.
       recipe: fields of a recipe.
       skip: regular expressions of module paths that stay as they are.
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
@@ -64,7 +65,7 @@ def quantize(
     *,
     out: Path,
     source: Source = Text(),  # noqa: B008  # frozen
-    preset: Preset = "default",
+    preset: Preset | None = None,
     recipe: Recipe = NOTHING,
     skip: tuple[str, ...] = ("lm_head",),
     target: Target = None,
@@ -83,7 +84,8 @@ def quantize(
       model: folder with config.json and safetensors files.
       out: folder for the results.
       source: calibration text.
-      preset: recipe that the flags below change.
+      preset: recipe that the flags below change; without one "best", the least loss that is known,
+        or, where --transform, --solver or --for says more, "rtn", which takes seconds.
       recipe: fields of a recipe.
       skip: regular expressions of module paths that stay as they are.
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
@@ -111,6 +113,7 @@ def quantize(
     reused = calibrated is not None and calibrated.exists()
     batches = [] if reused and source.text is source.tokens is None else _batches(source, model)
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
+    _say_cost(model, preset_of(preset, recipe, target), rules, skip)
     out.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
     with progress() as update:
@@ -192,6 +195,18 @@ def _planned(model: Path, rules: Rules) -> Report:
     whole = abstract(tensors.config, param_dtype=tensors[EMBEDDING].dtype)
     check_names(whole, tensors)
     return plan_model(whole, rules, jax.ShapeDtypeStruct((1, 8), jnp.int32)).report
+
+
+def _say_cost(model: Path, preset: str, rules: Rules, skip: tuple[str, ...]) -> None:
+    """Print, before a run, what its solver takes beside the quickest preset."""
+    if preset == "rtn":
+        return
+    quick = rules_of("rtn", NOTHING, skip)
+    cost, least = (_planned(model, r).details["solver_flops"] for r in (rules, quick))
+    console().print(
+        f"preset {preset}: {cost:.1e} operations in the solver, {cost / least:.0f} times those of "
+        "--preset rtn, which rounds and loses more; --preset paper is between them"
+    )
 
 
 def _show(report: Report) -> None:
