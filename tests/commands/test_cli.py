@@ -14,7 +14,7 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax import cli
 from wush_jax.commands import demo, terminal
-from wush_jax.models.demo import token_batches
+from wush_jax.models.demo import save_model, token_batches
 
 pytestmark = pytest.mark.files
 
@@ -34,15 +34,40 @@ def test_demo_writes_report_plot_and_checkpoint(tiny, tmp_path, capsys):
     assert cli.main(["demo", "--quick", "--out", str(out), *tokens]) == 0
     report = json.loads((out / "report.json").read_text())
     names = [outcome["name"] for outcome in report["outcomes"]]
-    assert names == [f"MXFP4 rtn-{name}" for name in ("identity", "hadamard", "wush")]
+    assert names == [f"MXFP4 {name}" for name in ("identity", "hadamard", "wush", "PAPER")]
     assert (out / "plot.png").stat().st_size > 1000
     best = min(report["outcomes"], key=lambda outcome: outcome["kl"])
     text = capsys.readouterr().out
     assert f"best by KL: {best['name']}" in text
     model = wush.load(out / "checkpoint")
     kept = [layer["transform"] for layer in best["report"]["layers"]]
-    assert kept == [best["name"].rpartition("-")[2]] * 7
+    chosen = demo.settings_of(quick=True)[best["name"]]
+    assert kept == [chosen.transform] * 7
+    assert f"The least KL, {best['kl']:.3g} nats, is {best['name']}'s" in text.replace("\n", " ")
     assert model.layers[0].mlp.up_proj.weight_format == wush.MXFP4
+
+
+def test_what_the_demonstration_shows():
+    names = list(demo.settings_of())
+    assert len(names) == len(set(names)) == 25
+    assert set(names) < set(demo.settings_of(all=True))
+    assert "NVINT4 BEST" in names
+    recipe = demo.settings_of()["MXFP4-FP8 PAPER"]
+    assert (recipe.format, recipe.input_format) == (wush.MXFP4, wush.FP8)
+
+
+def test_a_model_of_ones_own(tmp_path, capsys):
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    folder.mkdir()
+    save_model(folder / "model.safetensors", random_model(BYTES))
+    (folder / "config.json").write_text(json.dumps(BYTES.to_dict()))
+    text.write_bytes(bytes(range(32, 127)) * 40)
+    arguments = ["--out", str(tmp_path / "out"), "--calibration-tokens", "64"]
+    yours = ["--model", str(folder), "--text", str(text)]
+    assert cli.main(["demo", "--quick", *yours, *arguments]) == 0
+    assert "The least KL" in capsys.readouterr().out
+    assert cli.main(["demo", "--model", str(folder), *arguments]) == 2
+    assert "--model and --text go together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
