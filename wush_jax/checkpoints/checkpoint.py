@@ -190,6 +190,11 @@ def _llama(folder: TensorFolder) -> Llama:
     embedding = folder.entries.get("model.embed_tokens.weight")
     try:
         config = folder_config(folder)
+        if quantization.get("model_digest", config.digest()) != config.digest():
+            raise ValueError(
+                "its entries are not those that were saved, their digest differs: something "
+                "changed them; delete 'model_digest' to have what they say now"
+            )
         if not 0 < config.num_hidden_layers <= len(folder.entries) or embedding is None:
             raise ValueError("more layers than the files hold, or no embedding")
         dtype = folder.config.get("dtype", folder.config.get("torch_dtype", embedding.dtype))

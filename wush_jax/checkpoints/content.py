@@ -86,6 +86,7 @@ def native_extra(model: Any, metadata: Mapping[str, Any] | None = None) -> dict[
     }
     if isinstance(model, Llama):
         extra["activation_dtype"] = np.dtype(model.dtype).name
+        extra["model_digest"] = model.config.digest()
     if isinstance(model, nnx.Module):
         stacks = {
             model_names.layer_name(model, dotted(path)): list(module.stack.axes)

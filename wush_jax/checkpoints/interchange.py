@@ -135,7 +135,7 @@ def _content_of_folder(folder: TensorFolder) -> Content:
     )
     if ACTIVATIONS in folder.config:
         extra["activation_dtype"] = folder.config[ACTIVATIONS]
-    for key in ("library", "naming", "metadata", "activation_dtype"):
+    for key in ("library", "naming", "metadata", "activation_dtype", "model_digest"):
         if key in stored:
             extra[key] = stored[key]
     return Content(layers, records, plain, config, extra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -124,6 +125,18 @@ class LlamaConfig:
         """Return how many positions a layer sees; None for all."""
         full = self.layer_types is not None and self.layer_types[layer] == FULL
         return None if full else self.sliding_window
+
+    @property
+    def max_window_layers(self) -> int:
+        """Number of layers before the first that sees a window."""
+        seen = [self.window(i) is None for i in range(self.num_hidden_layers)]
+        return seen.index(False) if False in seen else len(seen)
+
+    def digest(self) -> str:
+        """Return a hash of what is computed: of all fields but those that have their default."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.compare}
+        values = {n: v for n, d in defaults.items() if (v := getattr(self, n)) != d}
+        return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:16]
 
     def rope(self, *, windowed: bool) -> tuple[float, RopeScaling | None]:
         """Return theta and its scaling, for a windowed layer or for another."""

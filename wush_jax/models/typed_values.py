@@ -114,7 +114,7 @@ class TypedValues:
         if self.faults:
             raise ValueError(text + ": mend the file or fetch it again")
         if self.lacking:
-            raise NotImplementedError(text + ": give a model of a family that docs/files.md lists")
+            raise NotImplementedError(f"{text}: docs/quantize-a-model.md lists what is supported")
 
     def _take(self, name: str, good: Any, wanted: str, otherwise: Any, optional: bool) -> Any:
         missing = name not in self.given and name not in self.defaults
