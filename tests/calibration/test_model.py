@@ -159,8 +159,30 @@ def test_sharded_batches_and_weights_give_the_same(net, result, mesh):
         assert found.relative_loss == pytest.approx(expected.relative_loss, rel=0.05)
 
 
-def test_explicit_mesh_axes_are_refused(net, eight_devices):
+class Two(nnx.Module):
+    """Layers that ask for the sharding of their outputs, as explicit axes want it."""
+
+    def __init__(self):
+        self.up = nnx.Linear(32, 64, rngs=nnx.Rngs(0))
+        self.down = nnx.Linear(64, 32, rngs=nnx.Rngs(1))
+
+    def __call__(self, x, spec=None):
+        return self.down(jnp.tanh(self.up(x, out_sharding=spec)))
+
+
+def test_explicit_mesh_axes(eight_devices):
+    """Rows over the devices; the codes are those of one device."""
+    recipe = wush.Recipe(wush.INT8, transform="identity", solver="rtn")
+    x = np.random.default_rng(0).standard_normal((16, 3, 32)).astype(np.float32)
+    alone, _ = wush.quantize_model(Two(), [x], recipe)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    batch = jax.device_put(BATCHES[0], NamedSharding(mesh, PartitionSpec("data")))
-    with pytest.raises(ValueError, match=r"mesh axes \('data',\) are explicit.*AxisType\.Auto"):
-        wush.quantize_model(net, [batch], RECIPE)
+    spec = PartitionSpec("data")
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, NamedSharding(mesh, spec))
+        quantized, report = wush.quantize_model(Two(), [rows], recipe, call=lambda m, x: m(x, spec))
+        y = nnx.jit(lambda m, x: m(x, spec))(quantized, rows)
+        assert jax.typeof(y).sharding.spec == PartitionSpec("data", None, None)
+    assert [row.path for row in report.layers] == ["up", "down"]
+    np.testing.assert_array_equal(quantized.up.codes[...], alone.up.codes[...])
+    # float32 products in another order
+    np.testing.assert_allclose(y, alone(x), atol=1e-5)

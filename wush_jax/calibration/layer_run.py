@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import AxisType, Sharding
 
 from wush_jax.calibration.host_memory import within_memory
 from wush_jax.calibration.losses import layer_losses
@@ -22,7 +22,6 @@ from wush_jax.calibration.observe import (
     Call,
     Progress,
     Site,
-    check_sharding,
     collect_moments,
     plain_call,
 )
@@ -84,7 +83,13 @@ class Sequential:
             raise ValueError(f"granularity={self.granularity!r} is unknown; use 'site' or 'layer'")
         if self.resume and self.state_dir is None:
             raise ValueError("resume=True needs the state_dir of the run to continue")
-        check_sharding(self.sharding)
+        mesh = getattr(self.sharding, "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            raise ValueError(
+                f"sharding: the mesh axes {mesh.axis_names} are explicit, but moments are reduced "
+                "by the compiler: make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * "
+                f"{len(mesh.axis_names)}"
+            )
 
 
 class Counter:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType
 
 from wush_jax.calibration.sites import Call as Call
 from wush_jax.calibration.sites import Masked as Masked
@@ -30,6 +29,7 @@ from wush_jax.layers.dense import (
     dense_layers,
 )
 from wush_jax.layers.interpreter import Interpreter
+from wush_jax.layers.meshes import automatic, whole
 from wush_jax.layers.tagged_run import run_tagged
 from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.batched import empty_moments, over_batch
@@ -70,6 +70,7 @@ def capture_rows(
             return seen
 
         def keep(seen: Any, rows: Any) -> Any:
+            rows = whole(rows)
             return jnp.bool_(True), jax.tree.map(partial(jnp.where, seen[0]), seen[1], rows)
 
         return seen | {call.tag.layer: call.fold(seen[call.tag.layer], keep)}
@@ -129,11 +130,9 @@ def collect_moments(
       `Moments` by site.
 
     Raises:
-      ValueError: no batches, inputs that are not finite, with the name of the site, or arrays on
-        a mesh with explicit axes.
+      ValueError: no batches, or inputs that are not finite, with the name of the site.
     """
     graph, state = nnx.split(model)
-    check_sharding(state)
     layers, _ = dense_layers(model, dense_types)
     totals = {
         site: empty_moments(site.size, block, layers[site.name].contraction.batch, rows)
@@ -143,7 +142,6 @@ def collect_moments(
     done = 0
     inputs = model_inputs(model, batches) if call is plain_call else batches
     for done, batch in enumerate(inputs, start=1):
-        check_sharding(batch)
         ordered = _add_batch(graph, tuple(totals), call, dense_types, state, ordered, batch)
         if progress is not None:
             progress(done, None, "calibrate")
@@ -190,10 +188,12 @@ def _add_rows(path: str, contraction: Any, batch: Any, moments: Moments, rows: A
             )
         return update_groups(moments, rows)
     assert contraction is not None  # a call without a fault has one
-    if contraction.experts is None:
-        return moments.update(rows, counted(path, batch, rows))
-    mask = counted(path, batch, rows[0])
-    return jax.vmap(lambda moments, rows: moments.update(rows, mask))(moments, rows)
+    mask = counted(path, batch, rows if contraction.experts is None else rows[0])
+
+    def update(moments: Moments, rows: jax.Array) -> Moments:
+        return moments.update(rows, mask)
+
+    return automatic(update if contraction.experts is None else jax.vmap(update), moments, rows)
 
 
 def _local(tree: Any) -> Any:
@@ -215,15 +215,3 @@ def check_moments_finite(site: Site, moments: Moments) -> None:
             f"site {site.name}: its input is not finite on the calibration batches; look for the "
             "batch or the weights that overflow"
         )
-
-
-def check_sharding(tree: Any) -> None:
-    """Raise ValueError when an array or a sharding has explicit mesh axes."""
-    for leaf in jax.tree.leaves(tree):
-        mesh = getattr(getattr(leaf, "sharding", leaf), "mesh", None)
-        if mesh is not None and AxisType.Explicit in mesh.axis_types:
-            raise ValueError(
-                f"the mesh axes {mesh.axis_names} are explicit, but reductions over tokens are the "
-                "compiler's: make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * "
-                f"{len(mesh.axis_names)}"
-            )

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def on_one_device(function: Callable[..., Any], *trees: Any, **options: Any) -> Any:
@@ -32,6 +33,7 @@ def on_one_device(function: Callable[..., Any], *trees: Any, **options: Any) -> 
     >>> on_one_device(lambda x: 2 * x, x).sharding == everywhere or jax.device_count() == 1
     True
     """
+    trees = jax.tree.map(_gathered, trees)
     arrays = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
     wide = [x for x in arrays if len(x.sharding.device_set) > 1]
     meshes = [x.sharding.mesh for x in wide if isinstance(x.sharding, NamedSharding)]
@@ -45,7 +47,9 @@ def on_one_device(function: Callable[..., Any], *trees: Any, **options: Any) -> 
             return leaf
         return jax.device_put(leaf.addressable_data(0), device)
 
-    found = function(*jax.tree.map(first, trees), **options)
+    # Not in the caller's mesh, which has more devices than this one.
+    with jax.set_mesh(Mesh(np.array([device]), ("one",))):
+        found = function(*jax.tree.map(first, trees), **options)
     everywhere = NamedSharding(meshes[0], PartitionSpec())
     placed: dict[int, jax.Array] = {}
 
@@ -55,3 +59,11 @@ def on_one_device(function: Callable[..., Any], *trees: Any, **options: Any) -> 
         return placed[id(leaf)]
 
     return jax.tree.map(spread, found)
+
+
+def _gathered(leaf: Any) -> Any:
+    """Bring an array on explicit axes together: our reductions name no sharding."""
+    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return leaf
+    return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.fragments import Fragments
 from wush_jax.formats import QuantizedArray
@@ -23,6 +24,7 @@ from wush_jax.layers.dense import dense_view as dense_view
 from wush_jax.layers.dense import dotted as dotted
 from wush_jax.layers.dense import is_array, is_sharding, same_call
 from wush_jax.layers.linear import quantized_dot
+from wush_jax.layers.meshes import automatic, is_explicit, shapes_of
 from wush_jax.layers.ragged import bias_of_rows, quantized_ragged_dot
 from wush_jax.layers.stacks import stack_of
 from wush_jax.solvers.batched import over_batch
@@ -169,7 +171,18 @@ class QuantizedDense(nnx.Module):
         """
         if self.contraction.experts is not None:
             dot = jax.vmap(dot)
-        y = self.outputs(dot(self.rows(x), self.packed, *more))
+        bias = None if self.bias is None else self.bias[...]
+
+        def product(x: jax.Array, packed: PackedWeight, bias: Any, *more: Any) -> jax.Array:
+            return self._finished(dot(self.rows(x), packed, *more), bias)
+
+        arguments = (x, self.packed, bias, *more)
+        spec = None
+        if is_explicit(x):
+            ndim = jax.eval_shape(product, *map(shapes_of, arguments)).ndim
+            lead = tuple(jax.typeof(x).sharding.spec)[: min(x.ndim, ndim) - 1]
+            spec = PartitionSpec(*lead, *(None,) * (ndim - len(lead)))
+        y = automatic(product, *arguments, spec=spec)
         return y if self.adapter is None else y + self.adapter(x)
 
     def rows(self, x: jax.Array) -> jax.Array:
@@ -185,8 +198,11 @@ class QuantizedDense(nnx.Module):
 
     def outputs(self, y: jax.Array) -> jax.Array:
         """Return the layer's output of rows (..., N): with its bias, in its shape."""
-        if self.bias is not None:
-            y = y + self.contraction.bias(jnp.asarray(self.bias[...], y.dtype), y.ndim)
+        return self._finished(y, None if self.bias is None else self.bias[...])
+
+    def _finished(self, y: jax.Array, bias: jax.Array | None) -> jax.Array:
+        if bias is not None:
+            y = y + self.contraction.bias(jnp.asarray(bias, y.dtype), y.ndim)
         return self.contraction.outputs(y)
 
 
