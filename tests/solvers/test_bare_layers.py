@@ -44,6 +44,17 @@ def test_calibrate_layer_is_the_moment_and_some_rows(moments):
     assert wush.calibrate_layer(X).sample.rows.shape == (2048, K)
 
 
+def test_layers_of_one_shape_and_recipe_compile_once(moments, packed, caplog):
+    def compiled(call):
+        caplog.clear()
+        with jax.log_compiles():
+            call()
+        return [r for r in caplog.records if r.getMessage().startswith("Compiling")]
+
+    assert not compiled(lambda: wush.quantize_weight(W[::-1], moments, RECIPE))
+    assert compiled(lambda: jax.jit(lambda x: x + 1)(1.0))  # the check has teeth
+
+
 def test_moments_are_moment_and_sample_together(moments, packed):
     apart = wush.quantize_weight(W, moments.finalize(), RECIPE, sample=moments.sample)
     jax.tree.map(np.testing.assert_array_equal, packed, apart)
