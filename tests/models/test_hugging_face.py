@@ -131,3 +131,17 @@ def test_mistakes_are_named(tmp_path):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match="axis='model'"):
         tensor_parallel(mesh)
+
+
+def test_the_matrices_of_every_expert_are_split_alike():
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    experts = "model.layers.0.mlp.experts"
+    for name, spec in {
+        "gate_proj.weight": (None, None, "model"),  # held as (E, K, N)
+        "down_proj.weight": (None, "model", None),
+        "gate_proj.e2m1": (None, "model", None),  # held as (E, N, K / 2)
+        "down_proj.scale_quant": (None, None, "model"),
+        "up_proj.bias": (None, "model"),
+    }.items():
+        assert tuple(tensor_parallel(mesh)(f"{experts}.{name}").spec) == spec
+    assert tuple(tensor_parallel(mesh)("model.layers.0.mlp.router.weight").spec) == ()

@@ -19,8 +19,9 @@ PACKED = ("e2m1", "codes", "scale_quant")
 def tensor_parallel(mesh: Mesh, axis: str = "model") -> Callable[[str], NamedSharding]:
     """Return the placement that splits a decoder's layers over one axis of a mesh.
 
-    Projections from the residual stream are split by outputs, those back to it by inputs, the
-    embedding by tokens; norms, transforms and scalars are on every device. Good for the plain
+    Projections from the residual stream are split by outputs, those back to it by inputs, those of
+    every expert alike, the embedding by tokens; norms, routers, transforms and scalars are on every
+    device. Good for the plain
     weights of :func:`load_pretrained` and the quantized ones of :func:`wush_jax.load`.
 
     Args:
@@ -45,12 +46,13 @@ def tensor_parallel(mesh: Mesh, axis: str = "model") -> Callable[[str], NamedSha
         spec = PartitionSpec()
         if layer in SPLIT_OUTPUTS + SPLIT_INPUTS:
             by_outputs = layer in SPLIT_OUTPUTS
+            every = (None,) if ".experts." in name else ()  # stacks of them in front
             if part == "weight":  # held as (K, N)
-                spec = PartitionSpec(*((None, axis) if by_outputs else (axis, None)))
+                spec = PartitionSpec(*every, *((None, axis) if by_outputs else (axis, None)))
             elif part in PACKED:  # held as (N, ...)
-                spec = PartitionSpec(*((axis, None) if by_outputs else (None, axis)))
+                spec = PartitionSpec(*every, *((axis, None) if by_outputs else (None, axis)))
             elif part == "bias" and by_outputs:
-                spec = PartitionSpec(axis)
+                spec = PartitionSpec(*every, axis)
         elif layer == "embed_tokens":
             spec = PartitionSpec(axis, None)
         return NamedSharding(mesh, spec)
