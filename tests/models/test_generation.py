@@ -108,21 +108,27 @@ def test_rows_end_with_their_stop_token():
     assert out.lengths[0] <= 2
 
 
-def test_prompts_of_many_lengths_share_a_program():
-    """What fills a prompt up changes no token of it; lengths of one bucket compile once."""
-    model = random_model(CONFIG)
+def test_prompts_of_many_lengths_share_a_program(monkeypatch):
+    """What fills a prompt up changes no token of it; lengths of one bucket are traced once."""
+    model, traced = random_model(CONFIG), []
     graph, state = nnx.split(model)
-    before = generation._generate._cache_size()
-    for length in (2, 11):
-        prompt = tokens(1, (1, length), seed=length)[0]
-        out = generate(model, prompt, max_new_tokens=6)
-        exact = generation._generate.__wrapped__  # of the very length, nothing behind it
-        lengths = np.array([length], np.int32)
-        found, _ = jax.jit(exact, static_argnums=(0, 1, 2))(
-            graph, 6, (), state, prompt, lengths, jax.random.key(0), None, None
-        )
+
+    def noted(*arguments):
+        traced.append(1)
+        return sample(*arguments)
+
+    monkeypatch.setattr(generation, "sample", noted)
+    prompts = [tokens(1, (1, length), seed=length)[0] for length in (2, 11)]
+    first = generate(model, prompts[0], max_new_tokens=7)
+    assert traced
+    traced.clear()
+    second = generate(model, prompts[1], max_new_tokens=7)
+    assert not traced
+    exact = jax.jit(generation._generate.__wrapped__, static_argnums=(0, 1, 2))
+    for prompt, out in zip(prompts, (first, second), strict=True):
+        lengths = np.array([prompt.shape[1]], np.int32)  # with nothing behind the prompt
+        found, _ = exact(graph, 7, (), state, prompt, lengths, jax.random.key(0), None, None)
         np.testing.assert_array_equal(out.tokens, found)
-    assert generation._generate._cache_size() <= before + 1
 
 
 def test_buckets_are_few_and_close():
