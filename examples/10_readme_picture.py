@@ -71,6 +71,8 @@ def main(options: Options) -> None:
         right.plot(tokens, list(by_tokens.values()), marker=next(markers), label=name)
     right.axhline(1.0, color="black", lw=0.8)
     right.set_xscale("log", base=2)
+    shown = sorted({int(t) for by_tokens in speed["ratios"].values() for t in by_tokens})
+    right.set_xticks(shown, [str(t) for t in shown])
     right.set_xlabel("tokens")
     right.set_ylabel("times as fast as BF16")
     right.set_title(f"Layer (K, N) = {tuple(speed['shape'])}, {speed['device']}", fontsize=10)
