@@ -21,6 +21,7 @@ FORMATS = {
     "NVFP4 4/6": wush.NVFP4.replace(rule="four_over_six"),
     "INT4": wush.INT4,
     "INT4 absmax": INT4_ABSMAX,
+    "NVINT4": wush.NVINT4,
 }
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 quick_rtn = jax.jit(rtn, static_argnames=("fmt", "scales"))

@@ -16,12 +16,10 @@ from wush_jax.formats.elements import E4M3
 from wush_jax.transforms import linalg
 
 # Steps to try per scale type, the rule's own scale (0) first so that it wins ties. A step is one
-# power of two, one E4M3 neighbour, or a factor 2**(1/8). Full integer grids with signed scales are
-# denser at the top than E2M1: of Gaussian groups what lies further away gains 0.2 %.
+# power of two, one E4M3 neighbour, or a factor 2**(1/8).
 OFFSETS = {
     "e8m0": (0, -1, 1),
     "e4m3": (0, -2, -1, 1, 2, 3, 4, 5),
-    "e4m3 signed": (0, -1, 1, 2, 3),
     "bfloat16": (0, -3, -2, -1, 1, 2, 3),
     "float32": (0, -3, -2, -1, 1, 2, 3),
 }
@@ -38,8 +36,7 @@ def offsets(fmt: Format, scale_search: str) -> tuple[int, ...]:
     >>> offsets(MXFP4, "sweep")
     (0, -1, 1)
     """
-    signed = " signed" if fmt.rule in scales.SIGNED_RULES else ""
-    return OFFSETS[fmt.scale_dtype + signed] if scale_search == "sweep" else (0,)
+    return OFFSETS[fmt.scale_dtype] if scale_search == "sweep" else (0,)
 
 
 def neighbour(fmt: Format, scale: jax.Array, step: jax.Array) -> jax.Array:
