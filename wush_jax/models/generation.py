@@ -201,7 +201,7 @@ def _padded(prompts: Any, lengths: Any, vocabulary: int) -> tuple[np.ndarray, np
         rows = [np.asarray(row) for row in prompts]
         lengths = [row.size for row in rows]
         # In the type that they have: one that is no integer, or too large, must not pass.
-        kind = np.result_type(*({row.dtype for row in rows if row.size} or {np.int32}))
+        kind = np.result_type(*({row.dtype for row in rows if row.size} or {np.dtype(np.int32)}))
         filled = np.zeros((len(rows), max(lengths, default=0)), kind)
         for new, row in zip(filled, rows, strict=True):
             new[: row.size] = row.reshape(-1)

@@ -210,7 +210,8 @@ def cut(
             f"length={length} leaves no room behind the {len(front)} tokens that the tokenizer "
             "puts before each window; choose a larger one"
         )
-    rows, used, total = [], 0, 0
+    rows: list[np.ndarray] = []
+    used = total = 0
     for document in documents:
         body = np.asarray(document)
         if len(front) and np.array_equal(body[: len(front)], front):
