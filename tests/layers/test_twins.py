@@ -180,3 +180,18 @@ def test_shapes_alone_are_swapped():
     plan = wush.plan(model, INT8, X)
     packed = packed_like(plan.sites, dense_layers(model)[0])
     assert packed["layer"].shape == (32, 32)
+
+
+class Loose(nnx.Module):
+    def __init__(self):
+        self.layer = linear()
+        self.held = nnx.data({"w": nnx.Param(jnp.ones((32, 32))), "b": nnx.Param(jnp.ones(32))})
+
+    def __call__(self, x):
+        return self.layer(x) @ self.held["w"][...]
+
+
+def test_every_matrix_is_a_layers_or_listed():
+    report = wush.plan(Loose(), INT8, X).report
+    assert [row.path for row in report.layers] == ["layer"]
+    assert list(report.skipped) == ["held.w"]

@@ -262,8 +262,20 @@ def dense_layers(
         elif matrices := _matrices(module):
             kind = getattr(module, "kind", type(module).__name__)
             skipped[dotted(path)] = f"{kind} is no registered dense layer; it holds {matrices}"
+    skipped |= _bare(model, {*layers, *skipped})
     order = [dotted(path) for path, _ in nnx.iter_modules(model)]
     return {path: layers[path] for path in order if path in layers}, skipped
+
+
+def _bare(model: nnx.Module, known: set[str]) -> dict[str, str]:
+    """Reasons by path for matrices in no module that is accounted for, such as in plain dicts."""
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        holders = {dotted(path[:i]) for i in range(1, len(path))}
+        value = variable.get_value()
+        if is_array(value) and len(value.shape) > 1 and "" not in known and not holders & known:
+            found[dotted(path)] = f"a parameter {value.shape} that no registered dense layer holds"
+    return found
 
 
 def _matrices(module: nnx.Module) -> str:
