@@ -8,13 +8,15 @@ is tried. A forced implementation never falls back.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference, repack
-from pallas_kernels.hopper import matmul, mosaic_gpu
+from pallas_kernels import fragments, reference, repack
+from pallas_kernels import precision as losses
+from pallas_kernels.hopper import matmul, mosaic_gpu, roads
 from pallas_kernels.library import scaled_dot, xla, xla_fp8, xla_ragged
 
 Implementation = str | Sequence[str] | None
@@ -97,8 +99,10 @@ def quantized_matmul(
       packed: quantized weight of shape (N, K), the same kind of object or `fragments.Fragments`
         (what the kernels read), or one that holds it as ``weight``.
       out_dtype: of the result; default x's dtype, float32 for quantized activations.
-      precision: of the sums of "xla_fp8" (`xla_fp8.fast`): None or "highest" for float32,
-        "default" for the tensor cores' short accumulators, some 14 bits, up to K = 4096.
+      precision: what may be lost. None, or "highest", nothing: float32 sums. "default" allows the
+        tensor cores' short accumulators, some 14 bits, up to K = 4096 (`precision.fast`), "folded"
+        weights of NVFP4 and NVINT4 rounded to FP8 (`fp8_kernel.expanded`); each is taken where it
+        is faster.
       implementation: as for `transform_quantize`: "mosaic_gpu" (packed weights in the kernels'
         layout, Hopper), "xla" (weights expanded to bfloat16 by the call), "reference"; only on
         request "xla_fp8" (MXFP4 by MXFP4: weights expanded to FP8 by the call) and "scaled_dot"
@@ -112,6 +116,7 @@ def quantized_matmul(
       NotImplementedError: no permitted implementation can serve the call.
     """
     weight = getattr(packed, "weight", packed)
+    losses.check(precision)
     _check_inner(x.shape, weight.shape)
     return _first_able(
         "quantized_matmul",
@@ -172,6 +177,7 @@ def transform_quantize_matmul(
         if not hasattr(several[0], "input_format"):
             raise ValueError("packed is a bare weight: pass fmt, the format of the activations")
         fmt, global_scale = several[0].input_format, several[0].input_global_scale
+    losses.check(precision)
     weights: tuple = tuple(getattr(p, "weight", p) for p in several)
     _check_operands(x, transform, fmt)
     for weight in weights:
@@ -183,12 +189,14 @@ def transform_quantize_matmul(
     products = _first_able(
         "transform_quantize_matmul",
         {
-            "mosaic_gpu": functools.partial(matmul.transform_quantize_matmul, gated=gated),
+            "mosaic_gpu": functools.partial(
+                matmul.transform_quantize_matmul, gated=gated, precision=precision
+            ),
             "xla": _one_by_one(xla.transform_quantize_matmul),
             "reference": _one_by_one(_short(reference.transform_quantize_matmul, precision)),
             "xla_fp8": _one_by_one(_short(xla_fp8.transform_quantize_matmul, precision)),
         },
-        _candidates() if implementation is None else implementation,
+        _ordered(x, weights, fmt, precision, gated) if implementation is None else implementation,
         lambda run: run(x, transform, weights, fmt, global_scale=global_scale, out_dtype=out_dtype),
     )
     if gated:
@@ -300,6 +308,18 @@ def _candidates() -> tuple[str, ...]:
     if jax.default_backend() == "gpu":
         return "mosaic_gpu", "xla", "reference"
     return "mosaic_gpu", "reference"  # "xla" gains nothing on a CPU
+
+
+def _ordered(x, weights, fmt, precision, gated) -> tuple[str, ...]:
+    """`_candidates` of a layer: the library's product first where a table says it is faster."""
+    names = _candidates()
+    packed = all(isinstance(weight, fragments.Fragments) for weight in weights)
+    if not packed or jax.default_backend() != "gpu":
+        return names
+    choice = roads.allowed(weights, fmt, precision, gated=gated)
+    device, tokens = jax.devices()[0].device_kind, math.prod(x.shape[:-1])
+    library = roads.fastest(tokens, weights, fmt, device, choice) in roads.LIBRARY
+    return ("xla_fp8", *names) if library else names
 
 
 def _first_able(

@@ -50,8 +50,9 @@ TOPS = {"bfloat16": (1, 247), "float8": (15, 254)}
 # The lowest byte: codes of groups further below count as zero. bfloat16 has room for all, E5M2 for
 # 27 octaves.
 LOWEST = {"bfloat16": 0, "float8": TOP - 26}
-# NVINT4: the largest exponent of a tensor's scales is stored as this field of four bits.
-TOP_FIELD = 14
+# The largest exponent of a tensor's E4M3 scales is stored as this field: of five bits, and of four
+# in NVINT4, whose scales have a sign.
+TOP_OF_FIVE, TOP_FIELD = 24, 14
 # What stands for a scale that is NaN. In bfloat16 it becomes an infinity, which makes NaN of code 0
 # only; in E5M2 the byte of code 7 becomes NaN.
 NAN = {"bfloat16": 129, "float8": 121}
@@ -79,6 +80,11 @@ class Fragments:
     format: Any = dataclasses.field(metadata={"static": True})
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     operand: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of 64 rows, steps of 128 columns."""
+        return self.records.shape[0], self.records.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -221,12 +227,13 @@ def to_interchange(records, unit, fmt, shape, operand: str = "bfloat16"):
         byte = jnp.where(stored == NAN[operand], 255, byte)
         return fmt.pack(codes), lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e8m0fnu)
     stored = stored.astype(jnp.int32)
+    top = (lax.bitcast_convert_type(unit, jnp.int32) >> 23) - 127
     if c.kind == "nvint4":
-        top = (lax.bitcast_convert_type(unit, jnp.int32) >> 23) - 127 + 16
-        lifted = (stored & 0x7F) + ((top - TOP_FIELD) << 3)
+        lifted = (stored & 0x7F) + ((top + 16 - TOP_FIELD) << 3)
         byte = jnp.where(stored & 0x7F == 0x7F, 0x7F, _lowered(lifted) | stored & 0x80)
     else:
-        byte = jnp.where(stored == 0xDF, 0x7F, _lowered(stored))
+        lifted = stored + ((top + 15 - TOP_OF_FIVE) << 3)
+        byte = jnp.where(stored == 0xDF, 0x7F, _lowered(lifted))
     return fmt.pack(codes), lax.bitcast_convert_type(byte.astype(jnp.uint8), jnp.float8_e4m3fn)
 
 
@@ -234,7 +241,10 @@ def _stored_scales(c: Carrier, codes, scales, fmt):
     """Scales as records keep them (uint32), which groups count, and the unit."""
     groups = codes.reshape(*scales.shape, fmt.group_size)
     if c.kind == "nvint4":
-        return _signed_scales(lax.bitcast_convert_type(scales, jnp.uint8), jnp.any(groups, axis=-1))
+        byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+        relative, used, top = _relative(byte & 0x7F, jnp.any(groups, axis=-1), TOP_FIELD)
+        stored = jnp.where(byte & 0x7F == 0x7F, 0x7F, byte & 0x80 | relative)
+        return stored.astype(jnp.uint32), used | (stored == 0x7F), _exp2(top - 16)
     if c.kind == "int4":
         bits = lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
         return bits, jnp.ones(scales.shape, bool), jnp.float32(0.5)
@@ -249,23 +259,22 @@ def _stored_scales(c: Carrier, codes, scales, fmt):
         stored = jnp.where(finite, jnp.clip(shifted, lowest, TOP + 254 - TOPS[c.operand][1]), nan)
         unit = _exp2(top - TOP + ONE[c.operand] - 127)
         return stored.astype(jnp.uint32), used & (shifted >= lowest) & finite, unit
-    stored = jnp.where(byte & 0x7F == 0x7F, 0xDF, _lifted(byte))  # NaN, of either sign
-    return stored.astype(jnp.uint32), used & (byte > 0), jnp.float32(2.0**9)
+    relative, used, top = _relative(byte & 0x7F, used & (byte > 0), TOP_OF_FIVE)
+    stored = jnp.where(byte & 0x7F == 0x7F, 0xDF, relative)  # NaN, of either sign
+    return stored.astype(jnp.uint32), used | (stored == 0xDF), _exp2(top - 15)
 
 
-def _signed_scales(byte, used):
-    """As `_stored_scales`, of E4M3 scales with a sign: exponents relative to the largest.
+def _relative(byte, used, field):
+    """Positive E4M3 scales with the largest exponent in use as ``field``, which groups count.
 
-    Groups more than 14 octaves below it count as zero.
+    And that exponent, `_lifted`. Groups more than ``field`` octaves below it count as zero.
     """
-    byte = byte.astype(jnp.int32)
-    sign, byte = byte & 0x80, byte & 0x7F
-    finite, lifted = byte != 0x7F, _lifted(byte)
-    used = used & (byte > 0) & finite
+    lifted = _lifted(byte)
+    used = used & (byte > 0) & (byte < 0x7F)
     top = jnp.max(jnp.where(used, lifted >> 3, 7))
-    relative = lifted - ((top - TOP_FIELD) << 3)
-    stored = jnp.where(finite, sign | jnp.maximum(relative, 0), 0x7F)
-    return stored.astype(jnp.uint32), used & (relative >= 0) | ~finite, _exp2(top - 16)
+    relative = lifted - ((top - field) << 3)
+    used = used & (relative >= 0)
+    return jnp.where(used, relative, 0), used, top
 
 
 def _lifted(byte):

@@ -95,7 +95,7 @@ def to_bfloat16(c: fragments.Carrier):
     def expand(_, record):
         layout = fa.WGMMA_LAYOUT
         outs = [np.empty(layout.registers_shape(shape), dtype=object) for _ in range(operands(c))]
-        for step, registers in enumerate(fragments_of(c, record)):
+        for step, registers in enumerate(fragments_of(c, *load(c, record))):
             for which, register in enumerate(registers):
                 column, half = divmod(which % 4, 2)
                 two = utils.bitcast(register, ir.VectorType.get((2,), ir.BF16Type.get()))
@@ -147,7 +147,7 @@ def multiply(c: fragments.Carrier, tokens: int):
                 at,
                 volatile=True,
             )
-        for step, registers in enumerate(fragments_of(c, record)):
+        for step, registers in enumerate(fragments_of(c, *load(c, record))):
             for tile in range(tokens // 8):
                 halves = x_parts[step // 2, tile][2 * (step % 2) :][:2]
                 places = [(0, tile, 0, 0, half, 0, 0, 0, 0) for half in (0, 1)]
@@ -191,9 +191,8 @@ def _mma(sums, weights, x):
     return [llvm.extractvalue(ir.F32Type.get(), out, [i]) for i in range(4)]
 
 
-def fragments_of(c: fragments.Carrier, record):
-    """The registers of each step of 16 columns: four, or eight for two operands."""
-    words, scales = load(c, record)
+def fragments_of(c: fragments.Carrier, words, scales):
+    """The registers of each step of 16 columns, from `load`: four, or eight for two operands."""
     code, count = WORDS[c.kind], operands(c)
     for first in range(0, STEPS, 2):
         groups = [step * c.groups // STEPS for step in (first, first + 1)]

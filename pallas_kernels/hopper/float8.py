@@ -110,6 +110,22 @@ def partial(c: fragments.Carrier, tokens: int, left: str):
     return multiply
 
 
+def whole(tokens: int, right: str, left: str):
+    """As `partial`, of weights (64, 128) that are FP8 numbers in shared memory, like x."""
+
+    @plgpu.inline_mgpu(arg_types=(X, X, plgpu.Layout.WGMMA), return_type=array_of(tokens))
+    def multiply(_, w, x, sums):
+        values, starts = values_of(sums), [_descriptor(ref) for ref in (w, x)]
+        for group in range(GROUPS):
+            run("wgmma.fence.sync.aligned;")
+            w_at, x_at = (arith.addi(start, _long(2 * group)) for start in starts)
+            values = _wgmma(values, [w_at], x_at, tokens, f"{right}.{left}")
+            run("wgmma.commit_group.sync.aligned;")
+        return registers_of(sums, values)
+
+    return multiply
+
+
 def wait(groups: int):
     """Wait until no more than so many of the last groups of 32 columns are on their way."""
 
@@ -185,28 +201,38 @@ def few(c: fragments.Carrier, tokens: int, records: int, left: str):
 def _multiply(c, record, x, sums, tokens, left):
     """Emit the products of a record, a group of 32 columns each."""
     words, scales = expand.load(c, record)
-    i64 = ir.IntegerType.get_signless(64)
-    start = arith.andi(arith.shrui(address(x), const(4)), const(0x3FFF))
-    base = arith.ori(arith.extui(i64, start), _long(SWIZZLED))
+    base = _descriptor(x)
     for group, registers in enumerate(bytes_of(words, scales)):
         run("wgmma.fence.sync.aligned;")
-        sums = _wgmma(sums, registers, arith.addi(base, _long(2 * group)), tokens, left)
+        at = arith.addi(base, _long(2 * group))
+        sums = _wgmma(sums, registers, at, tokens, f"e5m2.{left}")
         run("wgmma.commit_group.sync.aligned;")
     return sums
 
 
+def _descriptor(ref):
+    """Of an operand in shared memory."""
+    start = arith.andi(arith.shrui(address(ref), const(4)), const(0x3FFF))
+    return arith.ori(arith.extui(ir.IntegerType.get_signless(64), start), _long(SWIZZLED))
+
+
 def _wgmma(sums, weights, descriptor, tokens, kind):
-    """One product of 64 rows and 32 columns; ``sums`` are a thread's float32 values."""
+    """One product of 64 rows and 32 columns; ``sums`` are a thread's float32 values.
+
+    ``weights`` are four registers, or one descriptor.
+    """
     count = tokens // 2
     names = (f"${i}" for i in itertools.count())
     out = ",".join(itertools.islice(names, count))
     list(itertools.islice(names, count))  # the same registers, as operands
-    left = ",".join(itertools.islice(names, 4))
+    left = ",".join(itertools.islice(names, len(weights)))
+    left = f"{{{left}}}" if len(weights) == 4 else left
     code = (
-        f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.f32.e5m2.{kind}"
-        f" {{{out}}}, {{{left}}}, {next(names)}, 1, 1, 1;"
+        f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.f32.{kind}"
+        f" {{{out}}}, {left}, {next(names)}, 1, 1, 1;"
     )
-    return _in_place(sums, code, *weights, descriptor, constraints=[*["r"] * 4, "l"])
+    letters = ["r"] * 4 if len(weights) == 4 else ["l"]
+    return _in_place(sums, code, *weights, descriptor, constraints=[*letters, "l"])
 
 
 def _behind_wait(sums, groups):

@@ -1,15 +1,19 @@
-"""MXFP4 to FP8, both operands of a product: streams of tiles, one Mosaic GPU kernel each.
+"""Weights and MXFP4 activations to FP8, for one call: streams of tiles, a Mosaic GPU kernel each.
 
 An E2M1 code times a power of two is an E4M3 number over 14 octaves and an E5M2 number over 28, the
 last two of them by subnormals. Weights, records, become E4M3, for the library, which multiplies no
 E5M2 by E5M2: smaller groups are rounded to its subnormal steps, less than 2**-18 of the largest
 scale. Activations, packed codes, become E5M2: groups more than 26 octaves below the largest become
-zeros. Columns of both come out in the order of `repack.to_lanes`.
+zeros. Columns of both come out in the order of `repack.to_lanes`. `expanded` weights are for our
+own kernel, which takes E5M2, too: MXFP4 as the fused kernel expands it, other formats *folded*,
+rounded to E4M3.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +34,68 @@ from pallas_kernels.hopper.quad import Quad, asm, const, i32
 # Bring the largest scale from 2**13 in E5M2 to 2**6: 6 * 2**6 = 384 < 448.
 LOWER = 7
 WARPGROUPS, STAGES = 4, 4
+# Brings the largest bfloat16 value of records to E4M3's upper octaves, below 448.
+FOLD = {"nvfp4": 6, "nvint4": 4}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Expanded:
+    """A weight in FP8 in the tiles of `fragments`: ``value = unit * record / global_scale``.
+
+    Attributes:
+      records: float8_e5m2 or float8_e4m3fn (ceil(K/128), ceil(N/64) * 64, 128), columns as
+        `repack.to_lanes`.
+      unit: float32 scalar.
+      global_scale: float32 scalar, divides.
+      format: the number format that it had; static.
+      shape: (N, K); static.
+      operand: "expanded"; static.
+    """
+
+    records: jax.Array
+    unit: jax.Array
+    global_scale: jax.Array
+    format: Any = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    operand: str = dataclasses.field(metadata={"static": True}, default="expanded")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of 64 rows, steps of 128 columns."""
+        return self.records.shape[1] // fragments.ROWS, self.records.shape[0]
+
+
+def folds(weight: fragments.Fragments) -> bool:
+    """Whether `expanded` has an FP8 form of a weight."""
+    return weight.operand == "float8" or fragments.carrier(weight.format).kind in FOLD
+
+
+def expanded(weight: fragments.Fragments) -> Expanded:
+    """Return a weight in FP8: exact if it was laid out for it, else rounded to E4M3.
+
+    Then values keep four significant bits down to 2**-14 of the largest power of two, and the error
+    of each is at most 2**-4 of it.
+
+    Args:
+      weight: MXFP4 laid out for FP8; NVFP4 or NVINT4.
+    """
+    c = fragments.carrier(weight.format, weight.operand)
+    tiles, steps = weight.records.shape[:2]
+    exact = weight.operand == "float8"
+    convert = _to_bytes(float8.bytes_of if exact else functools.partial(_folded, c), c)
+    run = _stream(
+        tiles,
+        steps,
+        lambda records, tile, step: records.at[tile, step],
+        lambda source, records, tile, step: convert(source),
+        plgpu.SMEM((WARPGROUPS * STAGES, c.lines, 64), jnp.uint32),
+        tiled=True,
+    )
+    kind = jnp.float8_e5m2 if exact else jnp.float8_e4m3fn
+    values = lax.bitcast_convert_type(run(weight.records), kind)
+    unit = weight.unit if exact else weight.unit * 2.0 ** -FOLD[c.kind]
+    return Expanded(values, unit, weight.global_scale, weight.format, weight.shape)
 
 
 def weights(records, fmt):
@@ -44,7 +110,7 @@ def weights(records, fmt):
     """
     c = fragments.carrier(fmt, "float8")
     tiles, steps = records.shape[:2]
-    convert = _to_e4m3(c)
+    convert = _to_bytes(_to_e4m3, c)
     run = _stream(
         tiles,
         steps,
@@ -100,7 +166,7 @@ def _at(i, size):
     return pl.ds(pl.multiple_of(i * size, size), size)
 
 
-def _stream(tiles, steps, source, convert, ring, rows=None):
+def _stream(tiles, steps, source, convert, ring, rows=None, tiled=False):
     """A kernel that brings tiles to shared memory, converts them, and stores (64, 128) bytes each.
 
     Args:
@@ -110,8 +176,11 @@ def _stream(tiles, steps, source, convert, ring, rows=None):
       convert: (copy, *operands, tile, step) -> uint8 (64, 128).
       ring: buffers of the copies.
       rows: of the result, if fewer.
+      tiled: the result is (steps, tiles * 64, 128).
     """
     shape = (rows or tiles * fragments.ROWS, steps * fragments.COLUMNS)
+    if tiled:
+        shape = (steps, tiles * fragments.ROWS, fragments.COLUMNS)
     return plgpu.kernel(
         functools.partial(_body, tiles, steps, source, convert),
         out_type=jax.ShapeDtypeStruct(shape, jnp.uint8),
@@ -160,7 +229,8 @@ def _body(tiles, steps, source, convert, *arrays, ring_s, out_s, ready):
         out[...] = values
         plgpu.commit_smem()
         tile, step = place(i)
-        at = _at(tile, fragments.ROWS), _at(step, fragments.COLUMNS)
+        rows = _at(tile, fragments.ROWS)
+        at = (rows, _at(step, fragments.COLUMNS)) if len(out_g.shape) == 2 else (step, rows)
         plgpu.copy_smem_to_gmem(out, out_g.at[at])
 
     lax.fori_loop(0, STAGES, warm_up, None)
@@ -177,11 +247,43 @@ E4M3 = """{
  }"""
 
 
-def _to_e4m3(c):
-    """Return ``convert(record) -> uint8 (64, 128)``, bytes of E4M3."""
+def _to_e4m3(words, scales):
+    """As `float8.bytes_of`, bytes of E4M3."""
+    factor = np.array([2.0**-LOWER] * 2, np.float16).view(np.uint32)[0]
+    for registers in float8.bytes_of(words, scales):
+        yield [asm(E4M3, 1, register, const(factor))[0] for register in registers]
+
+
+def _folded(c, words, scales):
+    """As `float8.bytes_of`, of the record's bfloat16 values, rounded to E4M3."""
+    steps = expand.fragments_of(c, words, scales)
+    code = _fold_code(FOLD[c.kind])
+    for first, second in zip(steps, steps, strict=True):  # of 16 columns each
+        rows = [
+            asm(code, 2, first[half], first[2 + half], second[half], second[2 + half])
+            for half in (0, 1)
+        ]
+        yield [row[odd] for odd in (0, 1) for row in rows]
+
+
+def _fold_code(power):
+    """Four words of two bfloat16 values to E4M3: words of the low values, of the high ones."""
+    factor = np.float32(2.0**power).view(np.uint32)
+    take = ("shl.b32 t,{x},16;", "and.b32 t,{x},0xFFFF0000;")
+    code = "{ .reg .b32 t; .reg .f32 z<4>; .reg .b16 l,h; "
+    for odd in (0, 1):
+        for i in range(4):
+            code += take[odd].format(x=f"${i + 2}")
+            code += f" mov.b32 z{i},t; mul.rn.f32 z{i},z{i},0f{factor:08X}; "
+        code += "cvt.rn.satfinite.e4m3x2.f32 l,z1,z0; cvt.rn.satfinite.e4m3x2.f32 h,z3,z2; "
+        code += f"mov.b32 ${odd},{{l,h}}; "
+    return code + "}"
+
+
+def _to_bytes(bytes_of, c):
+    """Return ``convert(record) -> uint8 (64, 128)``, bytes as ``bytes_of(words, scales)`` gives."""
     shape = (fragments.ROWS, fragments.COLUMNS)
     layout = fa.WGMMA_LAYOUT_8BIT
-    factor = np.array([2.0**-LOWER] * 2, np.float16).view(np.uint32)[0]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
@@ -192,10 +294,9 @@ def _to_e4m3(c):
     def convert(_, record):
         out = np.empty(layout.registers_shape(shape), dtype=object)
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-        for group, registers in enumerate(float8.bytes_of(*expand.load(c, record))):
-            for i, register in enumerate(registers):
+        for group, registers in enumerate(bytes_of(*expand.load(c, record))):
+            for i, word in enumerate(registers):
                 odd, half = divmod(i, 2)
-                word = asm(E4M3, 1, register, const(factor))[0]
                 out[0, 2 * group + odd, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(word, four)
         utils.warpgroup_barrier()
         return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=False)

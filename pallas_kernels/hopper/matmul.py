@@ -9,7 +9,7 @@ import math
 import jax.numpy as jnp
 
 from pallas_kernels import exactly, fragments, repack
-from pallas_kernels.hopper import mosaic_gpu, plans
+from pallas_kernels.hopper import mosaic_gpu, plans, roads
 from pallas_kernels.hopper.tiles import Split, Tiling, sharing
 
 
@@ -32,11 +32,22 @@ def quantized_matmul(x, weight, *, out_dtype=None):
 
 
 def transform_quantize_matmul(
-    x, transform, weights, fmt, *, global_scale=None, out_dtype=None, gated=False
+    x,
+    transform,
+    weights,
+    fmt,
+    *,
+    global_scale=None,
+    out_dtype=None,
+    gated=False,
+    precision=None,
+    road=None,
 ):
     """Transform, quantize and multiply: two kernels, between them quantized values.
 
-    They are FP8 numbers for weights laid out for them, otherwise bfloat16.
+    They are FP8 numbers for weights laid out for them, otherwise bfloat16. For many tokens weights
+    may be expanded to FP8 first, once a call: where a table says that this is faster, or by
+    ``road``, see `roads.allowed`.
 
     Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights. Two that
     are gated give one result where a kernel combines their products, else both.
@@ -50,18 +61,23 @@ def transform_quantize_matmul(
         return launch_all(x, weights, device=device, out_dtype=out_dtype, gated=gated)
     if global_scale is None:
         global_scale = fmt.global_scale
+    tokens = math.prod(x.shape[:-1])
+    ours = roads.allowed(weights, fmt, precision) - roads.LIBRARY
+    road = road or roads.fastest(tokens, weights, fmt, device, ours)
+    quantize = functools.partial(mosaic_gpu.launch, global_scale=global_scale, device=device)
+    run = _fused if road == "fused" else _expanded
+    return run(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated)
+
+
+def _fused(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated):
+    """The products by kernels that expand weights in registers."""
     wide = fmt.element.name == "e4m3"
     exact = wide or fmt.element.name == "e2m1"
     # Where nothing stands between them, the product may fetch records while the quantizer runs:
     # these are there before it starts.
-    tokens, steps = math.prod(x.shape[:-1]), weights[0].records.shape[1]
-    ahead = exact and plans.as_they_are(tokens, steps)
-    quantize = functools.partial(
-        mosaic_gpu.launch,
-        global_scale=global_scale,
-        device=device,
-        after=[weight.records for weight in weights] if ahead else (),
-    )
+    ahead = exact and plans.as_they_are(math.prod(x.shape[:-1]), weights[0].grid[1])
+    after = [weight.records for weight in weights] if ahead else ()
+    quantize, device = functools.partial(quantize, after=after), quantize.keywords["device"]
     options = {"ahead": ahead, "gated": gated}
     if _in_float8(fmt, weights):
         left = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8")
@@ -76,6 +92,18 @@ def transform_quantize_matmul(
         parts = exactly.bfloat16_parts(codes, scales, fmt)
     options |= {"out_dtype": out_dtype, "global_scale": global_scale}
     return launch_all(parts, weights, device=device, **options)
+
+
+def _expanded(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated):
+    """The product with weights that are in FP8 for this call."""
+    from pallas_kernels.hopper import fp8_kernel
+
+    if not all(fp8_kernel.folds(weight) for weight in weights):
+        raise NotImplementedError(f"no FP8 form of {weights[0].format.name}")
+    left = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8")
+    whole = [fp8_kernel.expanded(weight) for weight in weights]
+    products = multiply_float8(left, global_scale, whole, out_dtype, gated=gated)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in products)
 
 
 def _values(quantize, x, transform, fmt):
@@ -196,7 +224,8 @@ def multiply_float8(
     values, powers = left
     _check_result(values.shape, out_dtype)
     values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % 128)))  # TMA's view splits K by 128
-    how = plan or plans.float8_plan(len(values), *_sizes(weights))
+    whole = weights[0].operand == "expanded"
+    how = plan or plans.float8_plan(len(values), *_sizes(weights), whole)
     options = {"powers": powers, "out_dtype": out_dtype, "ahead": ahead}
     if isinstance(how, Split) and _joint(weights):
         y = matmul_kernel.matmul(values, weights, global_scale, how, **options)
@@ -209,7 +238,7 @@ def multiply_float8(
 
 def _sizes(weights) -> tuple[int, int]:
     """Tiles of 64 weights in all, and steps of 128 columns."""
-    return sum(w.records.shape[0] for w in weights), weights[0].records.shape[1]
+    return sum(w.grid[0] for w in weights), weights[0].grid[1]
 
 
 def _joint(weights) -> bool:

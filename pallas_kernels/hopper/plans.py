@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 from pallas_kernels.hopper import tiles as tile_tables
 from pallas_kernels.hopper.tiles import PROMOTED, Split, Tiling
@@ -46,6 +47,37 @@ def choose(tokens: int, tiles: int, steps: int, kind: str, device: str) -> Split
     if tokens <= FEW and steps > 1:  # one step has no parts
         return few(tokens, tiles, steps)
     return many(tokens, tiles, steps, kind)
+
+
+# Whose measurements speak for Hopper GPUs without their own.
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def road(tokens: int, tiles: int, steps: int, pair: str, allowed, device: str) -> str:
+    """Return the fastest of the allowed ways to multiply many tokens, "fused" if none was measured.
+
+    Entries (``python -m pallas_kernels.benchmarks --roads``) are ``{"pair", "tiles", "steps",
+    "tokens": from, "microseconds": {road: of a layer}}``. Those of the nearest sizes speak.
+
+    Args:
+      tokens: M.
+      tiles: of 64 weights.
+      steps: of 128 columns.
+      pair: what is multiplied, see `roads.pair`.
+      allowed: roads, see `roads.allowed`.
+      device: ``device_kind`` of the GPU.
+    """
+    entries = tile_tables.table(device, "roads") or tile_tables.table(H100, "roads")
+    fit = [e for e in entries if e["pair"] == pair and e["tokens"] <= tokens]
+
+    def far(entry):
+        ratios = entry["tiles"] / tiles, entry["steps"] / steps
+        return sum(abs(math.log(ratio)) for ratio in ratios), -entry["tokens"]
+
+    if not fit:
+        return "fused"
+    measured = min(fit, key=far)["microseconds"]
+    return min((name for name in measured if name in allowed), key=measured.get, default="fused")
 
 
 # Bytes of activations that stay in L2 while all weights pass by.
@@ -128,13 +160,14 @@ def wide(tokens: int, tiles: int, steps: int, cycles: int) -> Tiling:
     return Tiling(width, cuts=cuts, cluster=2 if tokens > 2048 and tiles >= 4 else 1)
 
 
-def float8_plan(tokens: int, tiles: int, steps: int) -> Split | Tiling:
+def float8_plan(tokens: int, tiles: int, steps: int, whole: bool = False) -> Split | Tiling:
     """A rule for products in FP8.
 
     Args:
       tokens: M.
       tiles: of 64 weights.
       steps: of 128 columns.
+      whole: weights are FP8 numbers already, of more than `tiles.FEW_TOKENS` tokens.
     """
     if tokens <= FEW_FLOAT8 and steps > 1:
         plan = few(tokens, tiles, steps)
@@ -148,7 +181,8 @@ def float8_plan(tokens: int, tiles: int, steps: int) -> Split | Tiling:
         """Fitted to times of an H100: products and expansion overlap in part."""
         per = -(-steps // tiling.cuts)
         tasks = -(-tiles // 2) * -(-tokens // tiling.tokens) * tiling.cuts
-        step = max(3.5 * tiling.tokens + 355, 1.5 * tiling.tokens + 545)
+        expanding = max(3.5 * tiling.tokens + 355, 1.5 * tiling.tokens + 545)
+        step = 4 * tiling.tokens + 100 if whole else expanding
         cycles = -(-tasks // 132) * per * step
         parts = 0 if tiling.cuts == 1 else 2.5 + tiling.cuts * tokens * tiles * 64 * 8 / 2.7e6
         return cycles / 1755 + parts

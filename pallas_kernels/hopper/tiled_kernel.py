@@ -51,8 +51,8 @@ def matmul(
     Args:
       x: bfloat16 (M, K), K a multiple of 64; or float8_e5m2 or float8_e4m3fn, K a multiple of
         128, columns as `repack.to_lanes`, for a weight laid out for them.
-      weights: one `fragments.Fragments` (N, K); or two, alike, for ``silu(first) * second`` of
-        their products, with a tiling without cuts.
+      weights: one `fragments.Fragments` (N, K), or for FP8 `fp8_kernel.Expanded`; or two, alike,
+        for ``silu(first) * second`` of their products, with a tiling without cuts.
       divisor: float32 scalar.
       tiling: how to divide the work.
       powers: float32 (K/128 or K / (128 PROMOTED), at least M): a factor of so many columns of a
@@ -64,19 +64,27 @@ def matmul(
     Returns:
       (M, N).
     """
-    c, m = fragments.carrier(weights[0].format, weights[0].operand), x.shape[0]
-    (rows, _), (tiles, steps) = weights[0].shape, weights[0].records.shape[:2]
+    m, rows, (tiles, steps) = x.shape[0], weights[0].shape[0], weights[0].grid
+    whole = weights[0].operand == "expanded"
+    c = None if whole else fragments.carrier(weights[0].format, weights[0].operand)
+    lines = c.lines if c else fragments.ROWS * fragments.COLUMNS // 256
     if m % 8:  # TMA's view of a swizzled tile splits M by 8 rows
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     # And N by 64 columns; two tiles at least: Mosaic leaves out the index of an axis of one, where
     # the second warpgroup's would not be clipped.
     wide = max(rows + -rows % fragments.ROWS, 2 * fragments.ROWS)
     dtype = jnp.dtype(jnp.float32 if tiling.cuts > 1 else out_dtype)
-    tiling = _fitted(tiling, c.lines, x.dtype.itemsize, dtype.itemsize)
+    tiling = _fitted(tiling, lines, x.dtype.itemsize, dtype.itemsize)
     n, count, cluster = tiling.warpgroups, len(weights), tiling.cluster
     tasks = -(-tiles // (n // count * cluster)) * -(-m // tiling.tokens) * tiling.cuts
     tiling = dataclasses.replace(tiling, ctas=min(tiling.ctas // cluster, tasks) * cluster)
-    scratch = _scratch(tiling, c.lines, x.dtype, dtype, count, powers is not None)
+    scratch = _scratch(tiling, lines, x.dtype, dtype, count, powers is not None)
+    if whole:
+        scratch["w_s"] = plgpu.SMEM(
+            (tiling.stages, n * fragments.ROWS, fragments.COLUMNS),
+            weights[0].records.dtype,
+            transforms=swizzled(128, 1),
+        )
     run = plgpu.kernel(
         functools.partial(_body, c, tiling, ahead, tiles, steps),
         out_type=jax.ShapeDtypeStruct((tiling.cuts, x.shape[0], wide), dtype),
@@ -146,7 +154,7 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
     mine = (tasks - cluster + clusters - 1) // clusters
     per = -(-steps // cuts)
     of_tokens = tokens * steps * fragments.COLUMNS * x_g.dtype.itemsize
-    of_weights = n * size * steps * c.lines * 256
+    of_weights = n * size * steps * (c.lines * 256 if c else fragments.ROWS * fragments.COLUMNS)
     band = plans.band(m_tiles, groups, of_tokens, of_weights)
     if powers_s is not None:
         # Steps that share a power.
@@ -172,8 +180,12 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
         slot, group, _, step = source(i)
         pl.when(i >= tiling.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
         for number, w_g in enumerate(weights):
-            records = w_g.at[pl.ds(group * held, held), step]
-            target = w_s.at[slot, pl.ds(number * held, held)]
+            if c is None:
+                records = w_g.at[step, _range(group, held * fragments.ROWS)]
+                target = w_s.at[slot, pl.ds(number * held * fragments.ROWS, records.shape[0])]
+            else:
+                records = w_g.at[pl.ds(group * held, held), step]
+                target = w_s.at[slot, pl.ds(number * held, held)]
             plgpu.copy_gmem_to_smem(records, target, full.at[slot])
 
     def fetch_left(i, _):
@@ -214,7 +226,8 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
             """Wait for a step; return its slot, record and activations."""
             slot = lax.rem(step, tiling.stages)
             plgpu.barrier_wait(full.at[slot])
-            return slot, w_s.at[slot, wg], x_s.at[slot]
+            record = w_s.at[slot, _range(wg, fragments.ROWS) if c is None else wg]
+            return slot, record, x_s.at[slot]
 
         def free(step):
             plgpu.barrier_arrive(empty.at[lax.rem(step, tiling.stages)])
@@ -222,7 +235,11 @@ def _body(c, tiling, ahead, tiles, steps, x_g, *operands, full, empty, powers_s=
         if powers_s is None:
             sums_of = functools.partial(_bfloat16_sums, c, tokens, ready, free)
         else:
-            multiply = float8.partial(c, tokens, float8.kind_of(x_s.dtype))
+            kind = float8.kind_of(x_s.dtype)
+            if c is None:
+                multiply = float8.whole(tokens, float8.kind_of(w_s.dtype), kind)
+            else:
+                multiply = float8.partial(c, tokens, kind)
             sums_of = functools.partial(_float8_sums, multiply, tokens, ready, free, powers_s, span)
 
         def one_task(task, _):

@@ -7,18 +7,14 @@ temporary of one byte a value, written and read once a call: worth it for many t
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import exactly, repack
 from pallas_kernels.hopper import mosaic_gpu
+from pallas_kernels.precision import fast
 
 HIGHEST = 13  # `fp8_kernel.activations` brings the largest scale to 2**13
-# Columns whose products may be summed in short accumulators. Of one sign, 14336 lost over 5 %.
-SHORT = 4096
-# What callers of JAX say where such sums will do.
-FAST = ("default", "bfloat16", "any_f8_any_f8_f32_fast_accum")
 
 
 def quantized_matmul(x, weight, *, out_dtype=None, precision=None):
@@ -28,7 +24,7 @@ def quantized_matmul(x, weight, *, out_dtype=None, precision=None):
       x: quantized activations (..., M, K).
       weight: `Fragments` (N, K).
       out_dtype: of the result; default float32.
-      precision: of the sums, see `fast`.
+      precision: of the sums, see `pallas_kernels.precision.fast`.
 
     Raises:
       NotImplementedError: other formats, or no Hopper GPU.
@@ -59,25 +55,6 @@ def transform_quantize_matmul(
     )
     left = activations(codes, scales)
     return _matmul(left, x, global_scale, weight, out_dtype or x.dtype, precision)
-
-
-def fast(precision, columns: int) -> bool:
-    """Whether sums in the tensor cores' short accumulators, of some 14 bits, will do.
-
-    They are cut off toward zero, which adds up with K: beyond `SHORT` columns they never do.
-
-    Args:
-      precision: what JAX's products take: "default", "bfloat16" or
-        `jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM` say so. None takes what
-        `jax.default_matmul_precision` sets, and without that float32 sums.
-      columns: K.
-
-    >>> fast(None, 4096), fast("default", 4096), fast("default", 14336)
-    (False, True, False)
-    """
-    if precision is None:
-        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    return columns <= SHORT and str(getattr(precision, "name", precision)).lower() in FAST
 
 
 def _check(fmt) -> None:

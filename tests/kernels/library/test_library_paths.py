@@ -10,7 +10,7 @@ from weights import normal
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import exactly, fragments, repack
+from pallas_kernels import exactly, fragments, precision, repack
 from pallas_kernels.hopper import fp8_kernel
 from pallas_kernels.library import scaled_dot, xla_fp8
 
@@ -62,7 +62,9 @@ def test_bfloat16_operands_are_exact(fmt, layout):
         near(product(left, weight, "xla"), left, w)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fmt", [*FORMATS, wush.NVINT4, wush.MXFP8, wush.FP8], ids=lambda f: f.name
+)
 def test_a_quantized_value_is_a_sum_of_bfloat16_numbers(fmt):
     q = quantize(normal(0, (8, 64)) * 1e-3, fmt)
     parts = jax.jit(lambda q: exactly.bfloat16_parts(q.codes, q.scales, fmt))(q)
@@ -136,20 +138,27 @@ def test_fp8_activations_lower_for_cuda(m):
 
 
 @pytest.mark.parametrize(
-    ("precision", "fast"),
+    ("asked", "fast"),
     [(None, False), ("highest", False), ("default", True), (jax.lax.Precision.DEFAULT, True)],
 )
-def test_who_asks_for_short_sums_gets_them(precision, fast):
-    assert xla_fp8.fast(precision, 4096) is fast
-    assert not xla_fp8.fast(precision, 4128)
+def test_who_asks_for_short_sums_gets_them(asked, fast):
+    assert precision.fast(asked, 4096) is fast
+    assert not precision.fast(asked, 4128)
+
+
+def test_what_no_product_knows_is_said():
+    for asked in (None, "highest", "default", "folded", jax.lax.Precision.HIGH):
+        precision.check(asked)
+    with pytest.raises(ValueError, match=r"precision='foldd' is unknown.*'folded'"):
+        pallas_kernels.quantized_matmul(*operands(wush.MXFP4)[1:], precision="foldd")
 
 
 def test_jax_settings_count_for_short_sums():
     with jax.default_matmul_precision("bfloat16"):
-        assert xla_fp8.fast(None, 64)
-        assert not xla_fp8.fast("highest", 64)
+        assert precision.fast(None, 64)
+        assert not precision.fast("highest", 64)
     with jax.default_matmul_precision("highest"):
-        assert not xla_fp8.fast(None, 64)
+        assert not precision.fast(None, 64)
 
 
 def test_fp8_keeps_what_is_not_finite():
@@ -177,7 +186,7 @@ def test_block_scaled_product_lowers_for_cuda():
     [
         ("scaled_dot", wush.NVFP4, "compute capability"),
         ("xla_fp8", wush.MXFP4, "jax 0.11|NVIDIA GPU|lay_out"),
-        ("xla", wush.MXFP8, "two bfloat16"),
+        ("xla", wush.INT8, "two bfloat16"),
     ],
 )
 def test_what_a_path_lacks_is_said(name, fmt, reason):
