@@ -157,15 +157,15 @@ def main(arguments=None) -> None:
         formats = [fmt.replace(rule=options.rule) for fmt in formats]
     result: dict | list[dict]
     if options.roads:
-        inputs = provider.FP8
         tokens = options.rows or bench_roads.TOKENS
-        result = {"roads": bench_roads.measure(formats, inputs, tokens=tokens)}
+        result = {"roads": bench_roads.measure(formats, provider.FP8, tokens=tokens)}
     elif options.matmul:
         shapes = bench_matmul.SHAPES
         if options.tune:
             result = bench_matmul.tune(formats, shapes, options.rows or bench_matmul.TUNED)
         else:
-            result = bench_matmul.compare(formats, shapes, options.rows or bench_matmul.TOKENS)
+            rows = options.rows or bench_matmul.TOKENS
+            result = bench_matmul.compare(formats, provider.FP8, shapes, rows)
     elif options.tune:
         result = tune(formats)
     else:

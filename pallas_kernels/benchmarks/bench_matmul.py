@@ -1,8 +1,10 @@
 """Products of packed weights against BF16: ``python -m pallas_kernels.benchmarks --matmul``.
 
-For each shape and M: the time of ``jnp.dot`` in bfloat16, of the product with packed weights, and
-of the whole W4A4 layer (transform, quantize, multiply) as the dispatch chooses, in one run.
-Products take bfloat16 activations, and weights laid out for them; layers of MXFP4 multiply in FP8.
+For each shape and M: the time of ``jnp.dot`` in bfloat16, of the product with packed weights
+(``a16``), and of whole layers (transform, quantize, multiply) as the dispatch chooses, with FP8
+activations (``a8``) and those of the weight's format (``a4``), in one run; for many tokens also
+with short sums (``fast``) and weights rounded to FP8 (``folded``). Products take bfloat16
+activations, and weights laid out for them; layers of MXFP4 multiply in FP8.
 The floor is the packed weight and the activations at the rate of a reduction of 1 GiB. Errors are
 against float64 products of the dequantized operands, over a sample of columns.
 """
@@ -12,20 +14,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from math import nan
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import exactly, fragments, reference
+from pallas_kernels import dispatch, exactly, fragments, reference
 from pallas_kernels.benchmarks.measure import device_time, prepare_all, read_rate
 from pallas_kernels.hopper import matmul, mosaic_gpu, plans
 from pallas_kernels.hopper.tiles import Split, Tiling
 
 # (K, N) of Llama-3.1-8B: q, k, v together; o; gate and up together; down.
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
-TOKENS = (1, 16, 64, 256, 1024, 4096)
+TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
+MANY = 1024  # tokens from which libraries and rounded weights are worth a measurement
 TUNED = (8, 16, 64, 256, 1024, 4096)
 SAMPLE = 64
 
@@ -73,55 +77,87 @@ def _dot(x, w):
     return jnp.dot(x, w.T)
 
 
-def compare(formats, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
-    """Measure products and whole layers against BF16; print and return a row for each."""
+def compare(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
+    """Measure products and whole layers against BF16; print and return a row for each.
+
+    Args:
+      formats: of weights, and of activations with four bits.
+      inputs: of activations with eight.
+      shapes: (K, N) of layers.
+      tokens: M.
+    """
     device = mosaic_gpu.require_hopper()
     rate = read_rate()
     print(f"{jax.devices()[0].device_kind}, reads {rate / 1e12:.2f} TB/s")
+    dense = _dense(formats[0], shapes, tokens)
     rows = []
     for fmt, (k, n) in ((f, s) for f in formats for s in shapes):
         weight = random_weight(fmt, k, n)
         laid_out = fragments.lay_out(weight)
         of_layer = fragments.lay_out(weight, "float8") if exactly.in_float8(fmt) else laid_out
-        dense = reference.dequantize(weight).astype(jnp.bfloat16)
-        inputs = {m: operands(fmt, k, n, m) for m in tokens}
-
-        def product(x, w):
-            return matmul.launch(x, w, device=device)
-
-        def layer(x, t, w, fmt=fmt):
-            return matmul.transform_quantize_matmul(x, t, (w,), fmt)[0]
-
-        calls = [
-            call
-            for x, t in inputs.values()
-            for call in ((_dot, x, dense), (product, x, laid_out), (layer, x, t, of_layer))
+        plan = [
+            (m, name, (call, *args))
+            for m in tokens
+            for name, call, *args in _calls(fmt, inputs, k, n, m, laid_out, of_layer, device)
         ]
-        timed = iter(prepare_all(calls))
-        for m, (x, _) in inputs.items():
-            base, ours, whole = (device_time(next(timed)) for _ in range(3))
-            floor = (laid_out.nbytes + 2 * m * (k + n)) / rate
-            row = {
-                **{"format": fmt.name, "k": k, "n": n, "tokens": m, "bf16_us": base * 1e6},
-                **{"product_us": ours * 1e6, "layer_us": whole * 1e6},
-                **{"share_of_floor": floor / ours, "bits": laid_out.nbytes * 8 / (k * n)},
-                "error": error(
-                    lambda x, w: matmul.launch(x, w, device=device, out_dtype=jnp.float32),
-                    *(x, weight, laid_out),
-                ),
-            }
+        timed = prepare_all([call for *_, call in plan])
+        for m in tokens:
+            row = {"format": fmt.name, "k": k, "n": n, "tokens": m, "bf16_us": dense[k, n, m]}
+            for (tokens_of, name, _), call in zip(plan, timed, strict=True):
+                if tokens_of == m:
+                    row[f"{name}_us"] = device_time(call) * 1e6
+            row["share_of_floor"] = (laid_out.nbytes + 2 * m * (k + n)) / rate / row["a16_us"] * 1e6
+            if m <= TUNED[-2]:
+                x, _ = operands(fmt, k, n, m)
+                run = functools.partial(matmul.launch, device=device, out_dtype=jnp.float32)
+                row["error"] = error(run, x, weight, laid_out)
             rows.append(row)
             print(_line(row), flush=True)
     return rows
 
 
+def _dense(fmt, shapes, tokens) -> dict:
+    """Microseconds of BF16, by (K, N, M)."""
+    found = {}
+    for k, n in shapes:
+        weight = reference.dequantize(random_weight(fmt, k, n)).astype(jnp.bfloat16)
+        calls = prepare_all([(_dot, operands(fmt, k, n, m)[0], weight) for m in tokens])
+        found |= {(k, n, m): device_time(c) * 1e6 for m, c in zip(tokens, calls, strict=True)}
+    return found
+
+
+def _calls(fmt, inputs, k, n, m, laid_out, of_layer, device):
+    """Products with bfloat16 activations, layers with activations of 8 and 4 bits, for many
+    tokens also those that may lose something: (name, call, *arguments).
+    """
+    x, t = operands(fmt, k, n, m)
+    yield "a16", functools.partial(matmul.launch, device=device), x, laid_out
+    yield "a8", _layer(inputs), x, t, of_layer
+    yield "a4", _layer(fmt), x, t, of_layer
+    if m >= MANY:
+        exact = exactly.in_float8(fmt)
+        yield (
+            *(("fast", _layer(fmt, "default")) if exact else ("folded", _layer(inputs, "folded"))),
+            *(x, t, of_layer),
+        )
+
+
+def _layer(fmt, precision=None):
+    """A layer as the dispatch chooses."""
+    run = dispatch.transform_quantize_matmul
+    return lambda x, t, w: run(x, t, w, fmt, precision=precision)
+
+
 def _line(row) -> str:
     base = row["bf16_us"]
+    times = " ".join(
+        f"{name.removesuffix('_us')} {us:8.2f} us {base / us:5.2f}x"
+        for name, us in row.items()
+        if name.endswith("_us") and name != "bf16_us"
+    )
     return (
         f"{row['format']:6s} {row['k']:6d} {row['n']:6d} M={row['tokens']:5d}  bf16 {base:8.2f} us"
-        f"  product {row['product_us']:8.2f} us {base / row['product_us']:5.2f}x"
-        f"  layer {row['layer_us']:8.2f} us {base / row['layer_us']:5.2f}x"
-        f"  {row['share_of_floor']:4.0%} of floor  error {row['error']:.1e}"
+        f"  {times}  {row['share_of_floor']:4.0%} of floor  error {row.get('error', nan):.1e}"
     )
 
 

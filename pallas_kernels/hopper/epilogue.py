@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import repack
 from pallas_kernels.hopper import code_words, group_scales
-from pallas_kernels.hopper.inlined import address, generic_address, lane_value
+from pallas_kernels.hopper.inlined import CLUSTER_WAIT, address, generic_address, lane_value
 from pallas_kernels.hopper.quad import Quad, asm, const, i32, run
 
 CHUNK = 32  # columns that a quad packs into four words, one a lane
@@ -47,7 +47,7 @@ def plain(fmt, layout, y, g):
     return repack.pack(codes, layout), stored.T if layout == "kernel" else stored
 
 
-def encode_tile(fmt, rows, blocks, layout, beside=1):
+def encode_tile(fmt, rows, blocks, layout, beside=1, cluster=1):
     """Return ``encode(scales, *per_row, *accumulators) -> codes`` for a tile in registers.
 
     ``codes = pack(round(y * g / s))``, ``s = rule(y)`` per group of y.
@@ -58,11 +58,12 @@ def encode_tile(fmt, rows, blocks, layout, beside=1):
       blocks: widths of the accumulators; they sum to a multiple of four groups.
       layout: as for `quantize_kernel.transform_quantize`; for "float8" the width is 128.
       beside: warpgroups, all of a CTA, that find the power of a row together.
+      cluster: CTAs of one warpgroup that do, once, after `inlined.cluster_arrive`.
 
     Returns:
       A function of the slice of memory, shared or global, that takes the tile's scales, (rows,
-      groups) or transposed in the kernel layout; if ``beside`` is more than one, of shared memory
-      int32 (beside, 64), not that of the call before; of three values spread over the rows: the
+      groups) or transposed in the kernel layout; if several find powers together, of shared memory
+      int32 (as many, 64), not that of the call before; of three values spread over the rows: the
       global scale, and how many rows and groups of the slice exist; and of the accumulators float32
       (rows, width). Its result is uint8 (rows, sum(blocks) / 2); bfloat16 (rows, sum(blocks)) for
       values, bytes (rows, sum(blocks)) for "float8".
@@ -83,7 +84,8 @@ def encode_tile(fmt, rows, blocks, layout, beside=1):
         lanes, shape = fa.WGMMA_LAYOUT_8BIT, (rows, width if layout == "float8" else width // 2)
         result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.uint8), layout=plgpu.Layout.WGMMA_8BIT)
 
-    shared = 1 if beside > 1 else 0
+    shared = 1 if beside > 1 or cluster > 1 else 0
+    together = _over_cluster if cluster > 1 else _over_warpgroups
 
     @plgpu.inline_mgpu(
         arg_types=(
@@ -104,7 +106,7 @@ def encode_tile(fmt, rows, blocks, layout, beside=1):
             for tile, half in np.ndindex(rows // 64, 2)
         }
         if wide:
-            found = _of_rows(fmt, quad, g, rows_of, store, *tops)
+            found = _of_rows(fmt, quad, g, rows_of, store, together, *tops)
         else:
             found = {
                 at: _factors(
@@ -161,14 +163,14 @@ def _output(fmt, layout, quad, ends, chunk):
     return [utils.bitcast(word, four)]
 
 
-def _of_rows(fmt, quad, g, rows_of, store, tops=None):
+def _of_rows(fmt, quad, g, rows_of, store, together, tops=None):
     """(Power, factor) of each row, one for all warpgroups that share ``tops``; stores powers."""
     largest = {}
     for at, (_, chunks) in rows_of.items():
         amax = group_scales.absmax([value for chunk in chunks for value in chunk])
         largest[at] = utils.bitcast(quad.reduce(amax, group_scales.fmax), i32())
     if tops is not None:
-        largest = _over_warpgroups(quad, largest, rows_of, tops)
+        largest = together(quad, largest, rows_of, tops)
     found = {at: [group_scales.e4m3_power(top, g, fmt.rule)] for at, top in largest.items()}
     for at, [(power, _)] in found.items():
         store(utils.bitcast(power, i32()), rows_of[at][0], 0)
@@ -204,14 +206,34 @@ def _over_warpgroups(quad, largest, rows_of, tops):
         # The four lanes of a row write the same.
         run("st.shared.b32 [$0], $1;", arith.addi(mine, const(4 * rows_of[at][0])), top)
     run(f"bar.sync {TOGETHER}, {128 * beside};")
-    out = {}
-    for at in largest:
-        others = [
-            asm("ld.shared.b32 $0, [$1];", 1, arith.addi(start, const(offset)), volatile=True)[0]
-            for offset in (4 * (rows * w + rows_of[at][0]) for w in range(beside))
-        ]
-        out[at] = functools.reduce(arith.maxsi, others)
-    return out
+    return {at: _largest_of(start, beside, rows, rows_of[at][0]) for at in largest}
+
+
+def _largest_of(start, count, rows, row):
+    """The largest of a row's numbers in shared memory, (count, rows) from ``start``."""
+    found = [
+        asm("ld.shared.b32 $0, [$1];", 1, arith.addi(start, const(offset)), volatile=True)[0]
+        for offset in (4 * (rows * i + row) for i in range(count))
+    ]
+    return functools.reduce(arith.maxsi, found)
+
+
+def _over_cluster(quad, largest, rows_of, tops):
+    """As `_over_warpgroups`, over the CTAs of a cluster: a quad's lanes write to one each."""
+    count, rows = ir.MemRefType(tops.type).shape
+    assert count == 4
+    start = arith.addi(address(tops), arith.muli(quad.row, const(4)))
+    rank = asm("mov.u32 $0, %cluster_ctarank;", 1)[0]
+    mine = arith.addi(start, arith.muli(rank, const(4 * rows)))
+    run(CLUSTER_WAIT)
+    for at, top in largest.items():
+        run(
+            "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.b32 [a], $2; }",
+            *(arith.addi(mine, const(4 * rows_of[at][0])), quad.lane, top),
+        )
+    run("barrier.cluster.arrive.release.aligned;")
+    run(CLUSTER_WAIT)
+    return {at: _largest_of(start, count, rows, rows_of[at][0]) for at in largest}
 
 
 def _factors(fmt, quad, chunks, g, store, with_bits):

@@ -75,6 +75,19 @@ def wait_for_kernel_before():
     fence()
 
 
+def cluster_arrive():
+    """Say that this thread runs; who needs all of the cluster waits with `CLUSTER_WAIT`."""
+
+    @plgpu.inline_mgpu()
+    def arrive(_):
+        run("barrier.cluster.arrive.release.aligned;")
+
+    arrive()
+
+
+CLUSTER_WAIT = "barrier.cluster.wait.acquire.aligned;"
+
+
 def cluster_sync():
     """Let all threads of a cluster wait for each other."""
 

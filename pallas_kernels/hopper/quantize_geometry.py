@@ -51,7 +51,8 @@ class Geometry:
     @property
     def pairs(self) -> tuple[int, int]:
         """Slabs that cover K; CTA-high row tiles, of 64 rows each, that cover M."""
-        return -(-self.width // self.tiles.slab), -(-self.rows // (ROWS * self.below))
+        slabs, cluster = -(-self.width // self.tiles.slab), self.tiles.cluster
+        return slabs + -slabs % cluster, -(-self.rows // (ROWS * self.below))
 
     @property
     def ctas(self) -> int:

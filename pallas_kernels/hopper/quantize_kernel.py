@@ -26,7 +26,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import repack
 from pallas_kernels.hopper import epilogue, group_scales
-from pallas_kernels.hopper.inlined import ROWS, spread, swizzled, wait_for_kernel_before
+from pallas_kernels.hopper.inlined import (
+    ROWS,
+    cluster_arrive,
+    spread,
+    swizzled,
+    wait_for_kernel_before,
+)
 from pallas_kernels.hopper.quantize_geometry import SCALE_WORDS, Geometry
 
 
@@ -144,8 +150,8 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
         t_ready=plgpu.Barrier(),
         together=plgpu.Barrier(num_arrivals=n),
     )
-    if tiles.beside > 1:
-        scratch["tops_s"] = plgpu.SMEM((2, n, ROWS), jnp.int32)
+    if tiles.beside > 1 or tiles.cluster > 1:
+        scratch["tops_s"] = plgpu.SMEM((2, max(n, tiles.cluster), ROWS), jnp.int32)
     if tiles.steps > 1 or interpret:
         gathered = geo.oriented(ROWS, geo.tiles.slab // geo.per_scale)
         scratch["scales_s"] = plgpu.SMEM((n * 2, *gathered), word)
@@ -155,8 +161,10 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
             jax.ShapeDtypeStruct(codes_shape, geo.code_dtype),
             jax.ShapeDtypeStruct(scales_shape, word),
         ),
-        grid=(geo.ctas,),
+        grid=(geo.ctas // tiles.cluster,),
         grid_names=("cta",),
+        cluster=(tiles.cluster,) if tiles.cluster > 1 else (),
+        cluster_names=("rank",) if tiles.cluster > 1 else (),
         num_threads=n,
         thread_name="wg",
         scratch_types=scratch,
@@ -174,6 +182,8 @@ def _interpreter():
 def _body(geo, fmt, interpret, early, x_g, t_g, g_g, *others, t_s, t_ready, together, **own):
     """One CTA: its share of all (slab, row tile) pairs, slab by slab."""
     codes_g, scales_g = others[-2:]
+    if geo.tiles.cluster > 1:  # before others write to it, a CTA has to be there
+        cluster_arrive()
     if not interpret:
         wait_for_kernel_before()
     if early:  # now: when the next kernel starts, all that this one waited for is in memory
@@ -181,6 +191,8 @@ def _body(geo, fmt, interpret, early, x_g, t_g, g_g, *others, t_s, t_ready, toge
     slabs, row_tiles = geo.pairs
     total = slabs * row_tiles
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    if geo.tiles.cluster > 1:
+        cta = cta * geo.tiles.cluster + lax.axis_index("rank")
     end = (cta + 1) * total // geo.ctas
     held = t_s.shape[0]
     encode = _encoder(geo, fmt, g_g[0], interpret)
@@ -326,7 +338,8 @@ def _encoder(geo: Geometry, fmt, g, interpret):
         return twin
 
     widths = (geo.block,) * (geo.tiles.columns // geo.block)
-    in_registers = epilogue.encode_tile(fmt, ROWS, widths, geo.layout, geo.tiles.beside)
+    shared_by = geo.tiles.beside, geo.tiles.cluster
+    in_registers = epilogue.encode_tile(fmt, ROWS, widths, geo.layout, *shared_by)
 
     def encode(scales, exist, y, *tops):
         return in_registers(scales, *tops, spread(g), *(spread(e) for e in exist), *y)

@@ -30,6 +30,8 @@ class Tiles:
       beside: warpgroups that take neighbouring tiles of one row, and find the power of two of
         their columns together (layout "float8"); the others go down.
       results: buffers of results a warpgroup.
+      cluster: CTAs that do what ``beside`` says of warpgroups, for few tokens, on multiprocessors
+        of their own. Then each CTA has one tile.
     """
 
     warpgroups: int = 4
@@ -39,6 +41,7 @@ class Tiles:
     ctas: int = 132
     beside: int = 1
     results: int = 2
+    cluster: int = 1
 
     @property
     def slab(self) -> int:
@@ -146,6 +149,9 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
     1
     >>> [choose(100, k, MXFP4, 32, False, "float8", "none").beside for k in (128, 256)]
     [1, 4]
+    >>> from wush_jax import FP8
+    >>> [choose(m, 4096, FP8, 32, False, "float8", "none").cluster for m in (64, 65)]
+    [4, 1]
     """
     for entry in table(device, "transform_quantize"):
         if rows <= (entry["rows"] or rows) and entry["scale"] in (None, fmt.scale_dtype):
@@ -158,7 +164,10 @@ def choose(rows: int, width: int, fmt, block: int, shared: bool, layout: str, de
     one = width <= tiles.columns
     if layout.startswith("float8"):
         # Formats with a power for 512 columns find it together for few tokens, too.
-        beside = 1 if one else sharing(rows) if fmt.group_size < 512 else PROMOTED
+        shared_by = sharing(rows) if fmt.group_size < 512 else PROMOTED
+        if rows <= FEW_TOKENS and shared_by > 1 and not one and width <= 132 * tiles.columns:
+            return Tiles(1, 1, cluster=shared_by)
+        beside = 1 if one else shared_by
         tiles = Tiles(beside, 1 if beside == 1 else tiles.stages, beside=beside)
         return shrink(tiles, block, fmt.group_size, shared, layout)
     gathered = 16 * fmt.group_size // tiles.columns

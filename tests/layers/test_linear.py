@@ -183,6 +183,12 @@ def test_mistakes_are_named(x, message):
         wush.quantized_dot(x, packed_by(RECIPES["identity"]))
 
 
+def test_unknown_precision():
+    packed = packed_by(RECIPES["identity"])
+    with pytest.raises(ValueError, match=r"precision='exactly' is unknown.*'folded'"):
+        wush.quantized_dot(jnp.ones((2, K)), packed, precision="exactly")
+
+
 def test_unknown_implementation():
     packed = packed_by(RECIPES["identity"])
     with pytest.raises(ValueError, match=r"implementation='magic' is unknown for .*'reference'"):

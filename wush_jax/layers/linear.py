@@ -22,6 +22,7 @@ def quantized_dot(
     x: jax.Array,
     packed: PackedWeight | tuple[PackedWeight, ...],
     *,
+    precision=None,
     implementation: str | None = None,
 ) -> Any:
     """Return ``y = dequantize(q(x T_X^T)) @ dequantize(weight)^T``.
@@ -33,13 +34,15 @@ def quantized_dot(
       x: (..., K).
       packed: quantized weight (N, K); a tuple of those of one site, which share T_X and how
         inputs are quantized (the first one's counts), quantizes x once for all.
+      precision: what kernels may lose for speed with many tokens: None nothing, "default" and
+        "folded" as for `pallas_kernels.quantized_matmul`.
       implementation: None lets the dispatch choose; a name such as "reference" forces one.
 
     Returns:
       (..., N) in x's dtype, or a tuple of them.
 
     Raises:
-      ValueError: K of x and of the weight differ; an empty tuple.
+      ValueError: K of x and of the weight differ; an empty tuple; an unknown precision.
       NotImplementedError: a forced implementation cannot run here.
 
     Source: WUSH paper, eq. 1.
@@ -54,7 +57,7 @@ def quantized_dot(
     if not several:
         raise ValueError("packed is an empty tuple; pass one quantized weight or several")
     _check_inner(x, several)
-    products = _dot(implementation, x, several)
+    products = _dot((implementation, precision), x, several)
     return products if isinstance(packed, tuple) else products[0]
 
 
@@ -63,6 +66,7 @@ def gated_dot(
     gate: PackedWeight,
     up: PackedWeight,
     *,
+    precision=None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Return ``silu(quantized_dot(x, gate)) * quantized_dot(x, up)``: a gated layer's first half.
@@ -74,6 +78,7 @@ def gated_dot(
       x: (..., K).
       gate: quantized weight (N, K); its T_X and input quantization count.
       up: quantized weight (N, K) of the same site.
+      precision: as for `quantized_dot`.
       implementation: as for `quantized_dot`.
 
     Returns:
@@ -91,27 +96,31 @@ def gated_dot(
     3.523...
     """
     _check_inner(x, (gate, up))
-    return _gated(implementation, x, (gate, up))
+    return _gated((implementation, precision), x, (gate, up))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(implementation, x, pair):
+def _gated(how, x, pair):
+    implementation, precision = how
     if pair[0].partition is not None:
         return partitioned_dot(x, pair, gated=True, implementation=implementation)
     return pallas_kernels.transform_quantize_matmul(
-        x, pair[0].transform, pair, gated=True, implementation=implementation
+        *(x, pair[0].transform, pair),
+        gated=True,
+        precision=precision,
+        implementation=implementation,
     )
 
 
-def _gated_forward(implementation, x, pair):
-    return _gated(implementation, x, pair), (x, pair)
+def _gated_forward(how, x, pair):
+    return _gated(how, x, pair), (x, pair)
 
 
-def _gated_backward(implementation, residuals, cotangent):
+def _gated_backward(how, residuals, cotangent):
     x, pair = residuals
 
     def expression(x, pair):
-        return swiglu(*_dot(implementation, x, pair))
+        return swiglu(*_dot(how, x, pair))
 
     return jax.vjp(expression, x, pair)[1](cotangent)
 
@@ -120,20 +129,21 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(implementation, x, packed):
+def _dot(how, x, packed):
+    implementation, precision = how
     if packed[0].partition is not None:
         return partitioned_dot(x, packed, implementation=implementation)
     return pallas_kernels.transform_quantize_matmul(
-        x, packed[0].transform, packed, implementation=implementation
+        x, packed[0].transform, packed, precision=precision, implementation=implementation
     )
 
 
-def _dot_forward(implementation, x, packed):
+def _dot_forward(how, x, packed):
     # An empty array carries x's dtype: only arrays may be residuals.
-    return _dot(implementation, x, packed), (packed, jnp.zeros((0,), x.dtype))
+    return _dot(how, x, packed), (packed, jnp.zeros((0,), x.dtype))
 
 
-def _dot_backward(implementation, residuals, cotangents):
+def _dot_backward(how, residuals, cotangents):
     packed, like = residuals
     terms = [
         jnp.einsum(
