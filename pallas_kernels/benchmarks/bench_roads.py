@@ -11,6 +11,7 @@ import functools
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, exactly, fragments, reference
+from pallas_kernels import precision as losses
 from pallas_kernels.benchmarks.bench_matmul import SHAPES, operands, random_weight
 from pallas_kernels.benchmarks.measure import device_time, prepare_all
 from pallas_kernels.hopper import matmul, roads
@@ -32,18 +33,11 @@ def by_road(fmt, road: str):
     return lambda x, t, w: run(x, t, (w,), fmt)[0]
 
 
-def pairs(formats, inputs):
-    """Weights' formats and activations' that have several roads, with these."""
-    for fmt in formats:
-        operand = "float8" if exactly.in_float8(fmt) else "bfloat16"
-        for left in (fmt, inputs) if operand == "float8" else (inputs,):
-            yield fmt, operand, left
-
-
-def _all(weights, fmt, operand: str) -> list[str]:
-    """All roads of a pair: weights that FP8 holds need no folding."""
-    precision = "default" if operand == "float8" else "folded"
-    return sorted(roads.allowed(weights, fmt, precision))
+def measured(fmt, inputs):
+    """How a weight is laid out, the activations that have several roads with it, what to allow."""
+    if exactly.in_float8(fmt):
+        return "float8", fmt, "default"
+    return "bfloat16", inputs, losses.FOLDED
 
 
 def measure(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
@@ -62,12 +56,13 @@ def measure(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
             x, _ = operands(formats[0], k, n, m)
             plan.append((k, n, m, "BF16", "BF16"))
             calls.append((_dot, x, dense))
-        for fmt, operand, left in pairs(formats, inputs):
+        for fmt in formats:
+            operand, left, precision = measured(fmt, inputs)
             weight = fragments.lay_out(random_weight(fmt, k, n), operand)
             name = roads.pair((weight,), left)
             for m in tokens:
                 x, t = operands(formats[0], k, n, m)
-                for road in _all((weight,), left, operand):
+                for road in sorted(roads.allowed((weight,), left, precision)):
                     plan.append((k, n, m, name, road))
                     calls.append((by_road(left, road), x, t, weight))
     found: dict = {}

@@ -65,7 +65,7 @@ def transform_quantize_matmul(
     ours = roads.allowed(weights, fmt, precision) - roads.LIBRARY
     road = road or roads.fastest(tokens, weights, fmt, device, ours)
     quantize = functools.partial(mosaic_gpu.launch, global_scale=global_scale, device=device)
-    run = _fused if road == "fused" else _expanded
+    run = _fused if road == "fused" else _folded
     return run(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated)
 
 
@@ -94,7 +94,7 @@ def _fused(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated)
     return launch_all(parts, weights, device=device, **options)
 
 
-def _expanded(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated):
+def _folded(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated):
     """The product with weights that are in FP8 for this call."""
     from pallas_kernels.hopper import fp8_kernel
 
@@ -224,8 +224,10 @@ def multiply_float8(
     values, powers = left
     _check_result(values.shape, out_dtype)
     values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % 128)))  # TMA's view splits K by 128
-    whole = weights[0].operand == "expanded"
-    how = plan or plans.float8_plan(len(values), *_sizes(weights), whole)
+    if weights[0].operand == "expanded":
+        how = plan or plans.expanded_plan(len(values), weights[0].grid[0])
+    else:
+        how = plan or plans.float8_plan(len(values), *_sizes(weights))
     options = {"powers": powers, "out_dtype": out_dtype, "ahead": ahead}
     if isinstance(how, Split) and _joint(weights):
         y = matmul_kernel.matmul(values, weights, global_scale, how, **options)

@@ -10,24 +10,25 @@ LIBRARY = {"library", "fast"}
 
 
 def pair(weights, fmt) -> str | None:
-    """What is multiplied, as tables of roads name it; None where there is one road only."""
+    """What is multiplied, as tables of roads name it; None where there is one road only.
+
+    What multiplies in bfloat16 takes as long whatever the activations are, and whatever codes.
+    """
     alike = len({(w.format, w.operand) for w in weights}) == 1
     if fmt is None or not alike or not exactly.multiplies_in_float8(fmt):
         return None
-    kind = fragments.carrier(weights[0].format, weights[0].operand).kind
-    if kind == "mxfp4" and weights[0].operand != "float8":
-        return None
-    left = "fp8" if fmt.element.name == "e4m3" else "mxfp4"
-    # What multiplies in bfloat16 takes as long whatever the activations are, and whatever codes.
-    return f"mxfp4 by {left}" if kind == "mxfp4" else {"nvint4": "nvfp4"}.get(kind, kind)
+    if weights[0].operand == "float8":
+        return "mxfp4" if exactly.in_float8(fmt) else None
+    kind = fragments.carrier(weights[0].format).kind
+    return "nvfp4" if kind in ("nvfp4", "nvint4") else None
 
 
 def allowed(weights, fmt, precision, *, gated: bool = False) -> set[str]:
     """Return the ways that a product of many tokens may take.
 
-    "fused": as for few tokens. "expanded", "folded": weights in FP8 once, then our kernel; folded
-    ones are rounded. "library", "fast": then cuBLASLt's product, which MXFP4 by MXFP4 only can
-    take; fast ones with short sums.
+    "fused": weights are expanded in registers, as for few tokens. "folded": rounded to FP8 once,
+    then our kernel. "library", "fast": MXFP4 in FP8 once, then cuBLASLt's product, fast ones with
+    short sums.
 
     Args:
       weights: `Fragments`, one or several.
@@ -35,15 +36,13 @@ def allowed(weights, fmt, precision, *, gated: bool = False) -> set[str]:
       precision: what the caller allows, see `pallas_kernels.precision`.
       gated: the products are combined, by a kernel.
     """
-    exact = pair(weights, fmt) in ("mxfp4 by mxfp4", "mxfp4 by fp8")
-    found = {"fused"} | ({"expanded"} if exact else set())
-    if losses.folded(precision):
-        found.add("folded")
-    if pair(weights, fmt) == "mxfp4 by mxfp4" and not gated:
-        found.add("library")
-        if losses.fast(precision, weights[0].shape[1]):
-            found.add("fast")
-    return found
+    kind = pair(weights, fmt)
+    if kind == "nvfp4" and losses.folded(precision):
+        return {"fused", "folded"}
+    if kind != "mxfp4" or gated:
+        return {"fused"}
+    short = losses.fast(precision, weights[0].shape[1])
+    return {"fused", "library", "fast"} if short else {"fused", "library"}
 
 
 def fastest(tokens: int, weights, fmt, device: str, choice: set[str]) -> str:
