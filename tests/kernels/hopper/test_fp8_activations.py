@@ -65,7 +65,8 @@ def test_fp8_activations_on_gpu(case, fmt):
     finite = np.isfinite(groups)
     assert finite.all() == (case.rows == 1)
     different = (found != wanted) & finite
-    assert different.mean() <= max(comparison.SHARE, 2 / x.size)
+    # E4M3 has eight times as many boundaries as E2M1 that another order of sums may cross.
+    assert different.mean() <= max(8 * comparison.SHARE, 2 / x.size)
     np.testing.assert_allclose(found[finite], wanted[finite], rtol=2.0**-3, atol=2.0**-9)
     if case.block == 128:  # no room for both
         values = np.asarray(repack.from_float8(*run(x, t, layout="float8"), case.width), np.float32)
