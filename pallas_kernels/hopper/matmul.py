@@ -112,8 +112,8 @@ def _values(quantize, x, transform, fmt):
     if transform is None or transform.ndim == 2 or transform.shape[-1] < 128:
         return quantize(flat, transform, fmt, layout="float8_values")[0].reshape(x.shape)
     # 512 columns of such transforms leave no room for results of two bytes.
-    left = quantize(flat, transform, fmt, layout="float8")
-    return repack.from_float8(*left, x.shape[-1]).reshape(x.shape)
+    values, powers = quantize(flat, transform, fmt, layout="float8")
+    return repack.from_float8(values, powers, x.shape[-1]).reshape(x.shape)
 
 
 def launch(x, weight, *, device, out_dtype=None, plan: Split | Tiling | None = None):

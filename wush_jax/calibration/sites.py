@@ -156,22 +156,25 @@ def observe_calls(
     sizes: dict[str, int] = {}
 
     def note(call: LayerCall, seen: Any) -> Any:
-        path = call.tag.layer
+        path, seen_as = call.tag.layer, call.tag.contraction
         fault = call.fault
-        if not fault:
+        if not fault and seen_as is not None:
             own = layers[path].contraction
             if stacks.setdefault(path, call.stack) != call.stack:
                 fault = "is called with and without a stack"
-            elif call.stack == own.positions and call.tag.contraction.shape != own.shape:
-                fault = f"is called with a part of its kernel, {call.tag.contraction.shape}"
-        if fault:
+            elif call.stack == own.positions and seen_as.shape != own.shape:
+                fault = f"is called with a part of its kernel, {seen_as.shape}"
+        if fault or seen_as is None:
             faults.setdefault(path, fault)
         else:
-            sizes[path] = call.tag.contraction.shape[1]
+            sizes[path] = seen_as.shape[1]
         inputs.setdefault(path, []).extend((call.x, *call.sizes))
         return seen
 
-    interpreter = Interpreter(note, lost=faults.setdefault)
+    def lost(path: str, reason: str) -> None:
+        faults.setdefault(path, reason)
+
+    interpreter = Interpreter(note, lost=lost)
 
     def trace(state: Any, batch: Any) -> Any:
         return run_tagged(nnx.merge(graph, state), inputs_of(batch), call, layers, interpreter, {})

@@ -121,26 +121,27 @@ def quantize_folder(
     Source: as `wush_jax.calibration.sequential.quantize_sequentially`.
     """
     tensors = FolderTensors(source)
-    batches = check_batches([np.asarray(batch) for batch in batches], tensors.config.vocab_size)
-    if not batches:
+    checked = [np.asarray(batch) for batch in batches]
+    texts = list(check_batches(checked, tensors.config.vocab_size))
+    if not texts:
         raise ValueError("batches is empty; pass at least one calibration batch")
     stored = tensors[EMBEDDING].dtype
     model = abstract(tensors.config, dtype=dtype, param_dtype=param_dtype or stored)
     check_names(model, tensors)
     check_replaceable(Path(out), {"quantization_config": records_to_json({})})
-    planned = plan(model, rules, batches[0])
-    check_host_memory(model, batches, settings.stack.embed, settings.hidden_dtype)
+    planned = plan(model, rules, texts[0])
+    check_host_memory(model, texts, settings.stack.embed, settings.hidden_dtype)
     check_device_memory(planned.report.details, sequential=True)
     fingerprint = {
         "model": digest(tensors.values()),
-        "batches": digest(batches),
+        "batches": digest(texts),
         "rules": repr(rules),
         "settings": f"{settings.granularity} {settings.hidden_dtype} {jnp.dtype(dtype)}",
     }
     with _state(settings, out, fingerprint) as state:
         run = LayerRun(settings, DENSE_TYPES, None, Counter(progress))
         stream = _Stream(model, tensors, sharding, state, run)
-        rows = stream.quantize(planned, batches)
+        rows = stream.quantize(planned, texts)
         config = stream.config(metadata)
         write_folder(out, stream.written, config, shard_bytes=stream.largest)
     copy_companions(source, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,8 +108,8 @@ def settings_of(*, quick: bool = False, all: bool = False) -> dict[str, Recipe]:
     """
     found: dict[str, Recipe] = {}
     for fmt, inputs, presets in SHOWN[:1] if quick else SHOWN:
-        name = fmt.name if inputs == "same" else f"{fmt.name}-{inputs.name}"
-        kinds = {"format": fmt, "activation_format": inputs}
+        name = fmt.name if isinstance(inputs, str) else f"{fmt.name}-{inputs.name}"
+        kinds: dict[str, Any] = {"format": fmt, "activation_format": inputs}
         for transform in ALL_ROUNDED if all else ROUNDED:
             found[f"{name} {transform}"] = Recipe(transform=transform, **kinds)
         chosen = tuple(SOLVED) if all else presets[:1] if quick else presets
@@ -167,8 +168,8 @@ def _yours(
     for name, count in zip(("calibration", "evaluation"), counts, strict=True):
         tokens = np.asarray(tokenizer.encode(parts[name].decode("utf8", "ignore")), np.int32)
         batches.append(_windows(tokens, count, min(512, len(tokens))))
-    kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    return load_pretrained(model, **kinds), batches
+    network = load_pretrained(model, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    return network, batches
 
 
 def _windows(text: bytes | np.ndarray, count: int, length: int) -> list[np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -98,7 +98,7 @@ def partition_of(codes: jax.Array) -> Partition | None:
     axes = [axis for axis in spec if axis is not None and math.prod(_sizes(sharding, axis)) > 1]
     if len(axes) != 1 or not isinstance(axes[0], str):
         return None
-    axis, mesh = axes[0], sharding.mesh
+    axis, mesh = axes[0], cast(Mesh, sharding.mesh)
     data = "data" if "data" in mesh.axis_names and axis != "data" else None
     return Partition(mesh, axis, "rows" if spec[0] == axis else "columns", data)
 

@@ -85,7 +85,9 @@ class Call:
             if axis is not None:
                 rows = jax.vmap(rows, in_axes=axis)
         out, shape = rows(self.x), list(self.kernel_shape)
-        mapped, sizes, labels = self._axes()[1], [], []
+        mapped = self._axes()[1]
+        sizes: list[int] = []
+        labels: list[Any] = []
         for axis, kernel_axis in reversed(self.batched):
             if kernel_axis is not None:
                 sizes.append(shape.pop(kernel_axis))

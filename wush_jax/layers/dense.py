@@ -136,12 +136,12 @@ def _weight_norm(module: nnx.WeightNorm) -> Dense:
     view = dict(DENSE_TYPES).get(type(module.layer_instance))
     if view is not _linear:
         raise ValueError(f"WeightNorm of {type(module.layer_instance).__name__}, not nnx.Linear")
-    source = module.layer_instance.kernel.get_value()
+    source = module.layer_instance.kernel.get_value()  # type: ignore[attr-defined]
 
     def normalise(module: nnx.WeightNorm) -> jax.Array:
         module = nnx.clone(module)
         module(jnp.zeros((1, source.shape[-2]), source.dtype))
-        return module.layer_instance.kernel.get_value()
+        return module.layer_instance.kernel.get_value()  # type: ignore[attr-defined]
 
     abstract = any(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(nnx.state(module)))
     if abstract or len(source.shape) != 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def partitioned_dot(
       NotImplementedError: gated weights divided by columns, or a quantizer whose scale would be
         derived from parts of a token.
     """
-    partition = packed[0].partition
+    partition = cast(Partition, packed[0].partition)
     if any(weight.partition != partition for weight in packed):
         raise ValueError(f"weights of one site lie as {[weight.partition for weight in packed]}")
     columns, axis = partition.by_columns, partition.axis
@@ -116,18 +116,11 @@ def _specs(packed: PackedWeight, partition: Partition) -> PackedWeight:
     """The weight with the partition of each array in its place."""
     everywhere, spec = PartitionSpec(), partition.spec()
     divided = ("records",) if isinstance(packed.weight, Fragments) else ("codes", "scales")
-    weight = jax.tree.map(lambda _: everywhere, packed.weight)
-    blocks = packed.transform is not None and packed.transform.ndim == 3 and partition.by_columns
-    return replace(
-        packed,
-        weight=replace(weight, **dict.fromkeys(divided, spec)),
-        transform=None
-        if packed.transform is None
-        else PartitionSpec(partition.axis)
-        if blocks
-        else everywhere,
-        input_global_scale=None if packed.input_global_scale is None else everywhere,
-    )
+    specs = jax.tree.map(lambda _: everywhere, packed)
+    specs = replace(specs, weight=replace(specs.weight, **dict.fromkeys(divided, spec)))
+    if packed.transform is not None and packed.transform.ndim == 3 and partition.by_columns:
+        specs = replace(specs, transform=PartitionSpec(partition.axis))
+    return specs
 
 
 def _part(packed: PackedWeight, partition: Partition) -> PackedWeight:

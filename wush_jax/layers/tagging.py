@@ -116,7 +116,7 @@ def _tagged(kind: type) -> type:
     return type(kind)(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
-def tag_layers(model: nnx.Module, views: Mapping[str, Callable[[Any], Dense]]) -> nnx.Module:
+def tag_layers(model: nnx.Module, views: Mapping[str, Any]) -> nnx.Module:
     """Return a copy of a model in which some layers tag their inputs; arrays are not copied.
 
     Args:
@@ -135,5 +135,5 @@ def tag_layers(model: nnx.Module, views: Mapping[str, Callable[[Any], Dense]]) -
         if view is not None:
             # The type and not the module: state, attributes and paths stay where models look.
             module.__class__ = _tagged(type(module))
-            module.tagging = Tagging(dotted(path), view)
+            setattr(module, "tagging", Tagging(dotted(path), view))  # noqa: B010  # of the new type
     return model

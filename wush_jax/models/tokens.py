@@ -313,11 +313,12 @@ def _refuse_runs(tokens: np.ndarray, named: str) -> None:
         return
     for side, edge in (("end", tokens[:, -RUN:]), ("begin", tokens[:, :RUN])):
         alike = edge[:, 0][(edge == edge[:, :1]).all(axis=1)]
-        ids, counts = np.unique(alike, return_counts=True)
-        if len(ids) and counts.max() * 2 > rows:
-            pad = int(ids[counts.argmax()])
+        ids, counts = np.unique(np.asarray(alike), return_counts=True)
+        most = int(np.max(counts, initial=0))
+        if most * 2 > rows:
+            pad = int(ids[np.argmax(counts)])
             raise ValueError(
-                f"{named}: {counts.max()} of {rows} rows {side} with {RUN} or more ids {pad}; is "
+                f"{named}: {most} of {rows} rows {side} with {RUN} or more ids {pad}; is "
                 f"that padding? give --pad-id {pad}, or --pad-id -1 if it is text"
             )
 

@@ -175,7 +175,8 @@ def calibrate_layer(
         raise ValueError(f"rows={rows}; give the number of tokens to keep, 0 for none")
     moments: Moments | None = None
     k = 0
-    for index, part in enumerate([x] if hasattr(x, "shape") else x):
+    parts: Iterable[Any] = [x] if hasattr(x, "shape") else x
+    for index, part in enumerate(parts):
         refuse_tensors(x=part)
         shape = jnp.shape(part)
         if len(shape) < 2 or 0 in shape or (moments is not None and shape[-1] != k):
