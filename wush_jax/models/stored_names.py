@@ -42,7 +42,7 @@ class Stored:
 def stored_experts(config: LlamaConfig) -> dict[str, Stored]:
     """Return where a family's files keep the tensors of sparse layers, by the decoder's names.
 
-    >>> config = LlamaConfig(11, 16, 32, 1, 2, num_experts=2)
+    >>> config = LlamaConfig(11, 16, 32, 1, 2, num_experts=2, norm_topk_prob=True)
     >>> stored_experts(config)["model.layers.0.mlp.experts.up_proj.weight"].names[1]
     'model.layers.0.block_sparse_moe.experts.1.w3.weight'
     """
