@@ -225,6 +225,30 @@ def test_a_promise_is_kept_and_verified(source, tmp_path, capsys, monkeypatch):
     assert "nothing was promised" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("eight_devices")
+def test_models_on_a_mesh(source, quantized, tmp_path, capsys):
+    """Divided over two devices the figures are those of one, but for the order of sums."""
+    checkpoint = str(quantized / "checkpoint")
+    text = ["--text", str(source / "text.txt"), *FLAGS, "--reference", str(source)]
+    found = []
+    for name, mesh in (("one", []), ("two", ["--mesh", "model=2"])):
+        out = ["--out", str(tmp_path / name)]
+        assert cli.main(["evaluate", checkpoint, *text, *mesh, *out]) == 0
+        found.append(json.loads((tmp_path / name).read_text()))
+    assert found[1]["kl"] == pytest.approx(found[0]["kl"], rel=1e-3)  # float32 sums
+    capsys.readouterr()
+    written = []
+    for mesh in ([], ["--mesh", "model=2"]):
+        command = ["generate", checkpoint, "--prompt", "the quick", "--max-new-tokens", "6"]
+        assert cli.main([*command, *mesh]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+    assert cli.main(["generate", checkpoint, "--prompt", "x", "--mesh", "model=4"]) == 2
+    assert "num_attention_heads=2" in capsys.readouterr().err
+    assert cli.main(["generate", checkpoint, "--prompt", "x", "--mesh", "data=2"]) == 2
+    assert "write model=N, with N from 1 to" in capsys.readouterr().err
+
+
 def test_generate_equals_python(source, quantized, capsys):
     checkpoint = quantized / "checkpoint"
     command = ["generate", str(checkpoint), "--prompt", "the quick", "--max-new-tokens", "6"]

@@ -18,7 +18,7 @@ from flax import nnx
 from rich.table import Table
 
 from wush_jax.checkpoints import checkpoint
-from wush_jax.commands.options import Text
+from wush_jax.commands.options import Text, placement_of
 from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
 from wush_jax.evaluation.generation import greedy_text, score_generation
@@ -33,17 +33,21 @@ DType = Literal["bfloat16", "float32"]
 PROMPT = 32  # tokens that the reference continues
 
 
-def open_model(folder: Path, dtype: str) -> nnx.Module:
+def open_model(folder: Path, dtype: str, mesh: str | None = None) -> nnx.Module:
     """Read a model folder: quantized in any layout that we know, or as Hugging Face has it.
+
+    With a mesh, ``model=N``, each tensor goes straight to its devices.
 
     A quantized model keeps the type of activations that it was saved with.
     """
+    sharding = placement_of(mesh, folder)
     if "quantization_config" in read_config(folder):
-        loaded = checkpoint.load(folder)
+        loaded = checkpoint.load(folder, sharding=sharding)
         if not isinstance(loaded, nnx.Module):
             raise ValueError(f"{folder} holds packed weights, no model; read them with wush.load")
         return loaded
-    return load_pretrained(folder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    kinds: Any = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+    return load_pretrained(folder, sharding=sharding, **kinds)
 
 
 def evaluate(
@@ -53,6 +57,7 @@ def evaluate(
     reference: Path | None = None,
     generation: int = 0,
     dtype: DType = "bfloat16",
+    mesh: str | None = None,
     out: Path | None = None,
 ) -> None:
     """Measure the perplexity of a model on a text, and its KL divergence from a reference.
@@ -64,6 +69,7 @@ def evaluate(
       generation: how many prompts of the text the reference continues greedily, to see how far the
         model follows; beside it the floor, the reference in bfloat16 against float32.
       dtype: of an unquantized model's weights and activations.
+      mesh: divide the model, and the reference, over devices: model=N.
       out: JSON file for the figures.
     """
     windows = source.windows(model)
@@ -72,7 +78,7 @@ def evaluate(
         raise ValueError(f"--generation {generation} needs the model to compare with: --reference")
     if reference is not None:
         check_same_vocabulary(model, reference)
-    measured = open_model(model, dtype)
+    measured = open_model(model, dtype, mesh)
     figures: dict[str, Any] = {"model": str(model), "tokens": sum(map(len, windows.rows))}
     if windows.left_out:
         figures["tokens_left_out"] = windows.left_out
@@ -80,7 +86,7 @@ def evaluate(
         if reference is None:
             loss = cross_entropy(measured, batches, progress=update)
         else:
-            found = score(measured, batches, open_model(reference, dtype), progress=update)
+            found = score(measured, batches, open_model(reference, dtype, mesh), progress=update)
             loss = found.cross_entropy
     figures["cross_entropy"] = loss
     figures["perplexity"] = perplexity_of(loss)
@@ -90,7 +96,7 @@ def evaluate(
         figures["reference_perplexity"] = perplexity_of(found.reference_cross_entropy)
         figures["kl"] = found.kl
         if generation:
-            figures |= generation_figures(reference, measured, windows.rows, generation)
+            figures |= generation_figures(reference, measured, windows.rows, generation, mesh)
     table = Table(show_header=False)
     for name, value in figures.items():
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
@@ -100,7 +106,11 @@ def evaluate(
 
 
 def generation_figures(
-    reference: Path, measured: nnx.Module, rows: Sequence[np.ndarray], count: int
+    reference: Path,
+    measured: nnx.Module,
+    rows: Sequence[np.ndarray],
+    count: int,
+    mesh: str | None = None,
 ) -> dict[str, float]:
     """Return how far a model follows its reference's greedy text, and the noise floor.
 
@@ -111,6 +121,7 @@ def generation_figures(
       measured: the model.
       rows: windows of tokens; prompts are their first 32 tokens.
       count: how many prompts.
+      mesh: that the model lies on, where it lies on one.
 
     Raises:
       ValueError: fewer windows of 32 tokens than that.
@@ -121,10 +132,10 @@ def generation_figures(
             f"--generation {count}: the text has {len(prompts)} windows of {PROMPT} tokens or "
             "more; give more text, or a smaller --length"
         )
-    exact: Any = open_model(reference, "float32")
+    exact: Any = open_model(reference, "float32", mesh)
     text = greedy_text(exact, np.stack(prompts))
     figures: dict[str, float] = {}
-    for name, model in (("", measured), ("floor_", open_model(reference, "bfloat16"))):
+    for name, model in (("", measured), ("floor_", open_model(reference, "bfloat16", mesh))):
         found = asdict(score_generation(exact, model, text))
         figures |= {f"{name}generation_{field}": value for field, value in found.items()}
     return figures
@@ -153,6 +164,7 @@ def generate(
     bos: Literal["auto", "always", "never"] = "auto",
     special_tokens: bool = False,
     dtype: DType = "bfloat16",
+    mesh: str | None = None,
 ) -> None:
     """Continue a prompt, or answer it.
 
@@ -169,6 +181,7 @@ def generate(
         twice: a prompt that begins with it keeps its own.
       special_tokens: show special tokens in the text.
       dtype: of an unquantized model's weights and activations.
+      mesh: divide the model over devices: model=N.
     """
     tokenizer = Tokenizer.read(model).with_bos(bos)
     if system is not None and not chat:
@@ -180,7 +193,7 @@ def generate(
         if tokenizer.begins_itself(prompt):
             print("the prompt brings its own BOS along; it is not added again", file=sys.stderr)
     found: Any = generate_tokens(
-        open_model(model, dtype),  # type: ignore[arg-type]  # a Llama, as its config says
+        open_model(model, dtype, mesh),  # type: ignore[arg-type]  # a Llama, as its config says
         [tokens],
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
+import jax
 import numpy as np
 import tyro
+from jax.sharding import AxisType
 
 from wush_jax import formats
 from wush_jax.checkpoints.targets import recipe_for
+from wush_jax.models.hugging_face import folder_config
+from wush_jax.models.placement import Placement, check_divides, tensor_parallel
 from wush_jax.models.text import GENERATION, Tokenizer
 from wush_jax.models.tokens import (
     Windows,
@@ -62,6 +66,25 @@ PRESETS: Mapping[str, Recipe] = {
     "best-wide": presets.BEST_WIDE,
 }
 Preset = Literal["rtn", "fast", "paper", "best", "best-wide"]
+
+
+def placement_of(mesh: str | None, folder: Path) -> Placement:
+    """Return where the tensors of a model folder go on ``model=N`` devices; None without a mesh.
+
+    Raises:
+      ValueError: another form, more devices than there are, a model that does not divide so.
+    """
+    if mesh is None:
+        return None
+    name, _, count = mesh.partition("=")
+    if name != "model" or not count.isdecimal() or not 1 <= int(count) <= jax.device_count():
+        raise ValueError(
+            f"--mesh {mesh}: write model=N, with N from 1 to this machine's {jax.device_count()} "
+            "devices"
+        )
+    check_divides(folder_config(TensorFolder(folder)), int(count))
+    axes: Any = {"axis_types": (AxisType.Auto,), "devices": jax.devices()[: int(count)]}
+    return tensor_parallel(jax.make_mesh((int(count),), ("model",), **axes))
 
 
 def preset_of(preset: str | None, flags: Mapping[str, Any], target: str | None = None) -> str:

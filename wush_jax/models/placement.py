@@ -60,6 +60,30 @@ def tensor_parallel(mesh: Mesh, axis: str = "model") -> Callable[[str], NamedSha
     return placement
 
 
+#: What a decoder divides: heads, widths, tokens. Fewer heads of keys than devices are repeated.
+DIVIDED = ("num_attention_heads", "intermediate_size", "vocab_size")
+
+
+def check_divides(config: Any, parts: int) -> None:
+    """Raise ValueError, with all sizes, where a decoder does not divide over so many devices.
+
+    Args:
+        config: a `wush_jax.models.LlamaConfig`.
+        parts: devices.
+
+    >>> from wush_jax.models import LlamaConfig
+    >>> check_divides(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
+    ...                           num_hidden_layers=1, num_attention_heads=2), 2)
+    """
+    sizes = {name: getattr(config, name) for name in DIVIDED}
+    faults = [f"{name}={size}" for name, size in sizes.items() if size % parts]
+    if faults:
+        fit = [n for n in range(1, 65) if not any(size % n for size in sizes.values())]
+        raise ValueError(
+            f"{', '.join(faults)} do not divide over {parts} devices; this model does over {fit}"
+        )
+
+
 def place(name: str, value: np.ndarray, dtype: Any, placement: Placement) -> jax.Array:
     """Put a tensor on its devices, each slice of it copied by itself.
 
