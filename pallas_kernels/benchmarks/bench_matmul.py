@@ -118,7 +118,7 @@ def compare(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
 
 def _dense(fmt, shapes, tokens) -> dict:
     """Microseconds of BF16, by (K, N, M)."""
-    found = {}
+    found: dict = {}
     for k, n in shapes:
         weight = reference.dequantize(random_weight(fmt, k, n)).astype(jnp.bfloat16)
         calls = prepare_all([(_dot, operands(fmt, k, n, m)[0], weight) for m in tokens])

@@ -27,7 +27,7 @@ def _dot(x, w):
 def by_road(fmt, road: str):
     """Return a layer with activations in a format, by one road."""
     if road in FORCED:
-        options = {"implementation": "xla_fp8", **FORCED[road]}
+        options: dict = {"implementation": "xla_fp8", **FORCED[road]}
         return lambda x, t, w: dispatch.transform_quantize_matmul(x, t, w, fmt, **options)
     run = functools.partial(matmul.transform_quantize_matmul, road=road)
     return lambda x, t, w: run(x, t, (w,), fmt)[0]
@@ -49,7 +49,8 @@ def measure(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
       shapes: (K, N) of layers.
       tokens: M.
     """
-    plan, calls = [], []
+    plan: list[tuple] = []
+    calls: list[tuple] = []
     for k, n in shapes:
         dense = reference.dequantize(random_weight(formats[0], k, n)).astype(jnp.bfloat16)
         for m in tokens:

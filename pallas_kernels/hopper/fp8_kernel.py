@@ -178,7 +178,7 @@ def _stream(tiles, steps, source, convert, ring, rows=None, tiled=False):
       rows: of the result, if fewer.
       tiled: the result is (steps, tiles * 64, 128).
     """
-    shape = (rows or tiles * fragments.ROWS, steps * fragments.COLUMNS)
+    shape: tuple[int, ...] = (rows or tiles * fragments.ROWS, steps * fragments.COLUMNS)
     if tiled:
         shape = (steps, tiles * fragments.ROWS, fragments.COLUMNS)
     return plgpu.kernel(
