@@ -30,7 +30,7 @@ from wush_jax.layers.dense import (
 )
 from wush_jax.layers.interpreter import Interpreter
 from wush_jax.layers.meshes import automatic, whole
-from wush_jax.layers.tagged_run import run_tagged
+from wush_jax.layers.tagged_run import run_tagged, tagged_program
 from wush_jax.models.tokens import model_inputs
 from wush_jax.solvers.batched import empty_moments, over_batch
 from wush_jax.transforms.grouped import GroupedRows, update_groups
@@ -75,7 +75,8 @@ def capture_rows(
 
         return seen | {call.tag.layer: call.fold(seen[call.tag.layer], keep)}
 
-    jax.eval_shape(lambda: run_tagged(model, inputs, call, layers, Interpreter(note), {}))
+    show = tagged_program(model, inputs, call, layers)
+    jax.eval_shape(lambda: show(Interpreter(note), {}))
     empty = {
         path: (jnp.zeros(stack, bool), jax.tree.map(partial(_zeros, stack), rows))
         for path, (stack, rows) in shapes.items()
@@ -84,7 +85,7 @@ def capture_rows(
     def merge(layer: str, one: Any, two: Any) -> Any:
         return jax.tree.map(partial(_either, one[0]), one, two)
 
-    found = run_tagged(model, inputs, call, layers, Interpreter(first, merge), empty)
+    found = show(Interpreter(first, merge), empty)
     return {path: _without_padding(path, batch, layers, rows) for path, (_, rows) in found.items()}
 
 

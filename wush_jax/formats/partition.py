@@ -91,7 +91,7 @@ def partition_of(codes: jax.Array) -> Partition | None:
     >>> partition_of(jax.numpy.zeros((4, 4))) is None
     True
     """
-    sharding = codes.sharding
+    sharding = getattr(codes, "sharding", None)  # arrays of the host have none
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return None
     spec = (*sharding.spec, None, None)[:2]

@@ -178,12 +178,12 @@ class Contraction:
         return _transpose(y, self._experts + self._lead + self._outputs, self._axes[2])
 
     def bias(self, bias: jax.Array, ndim: int) -> jax.Array:
-        """Return a bias in the order of the output's axes as (N,), or (E, 1, ..., N) of ndim."""
+        """Return a bias in the order of the output's axes: (1, ..., N), or (E, 1, ..., N)."""
         mine = [a for a in self._axes[2] if a in self._axes[1]]
         wanted = self._experts + self._outputs
         bias = _transpose(bias.reshape(self._sizes(mine)), mine, wanted)
         heads = self._heads()
-        ones = (1,) * (ndim - 1 - len(heads)) if heads else ()
+        ones = (1,) * (ndim - 1 - len(heads))
         return bias.reshape(*heads, *ones, self.shape[0])
 
     def _heads(self) -> tuple[int, ...]:

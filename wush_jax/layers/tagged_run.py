@@ -32,6 +32,26 @@ def run_tagged(
       interpreter: what to do with each call.
       seen: what is seen before the first call.
     """
+    return tagged_program(model, batch, call, layers)(interpreter, seen)
+
+
+def tagged_program(
+    model: nnx.Module,
+    batch: Any,
+    call: Callable[[nnx.Module, Any], Any],
+    layers: Mapping[str, Dense],
+) -> Callable[[Interpreter, Mapping[str, Any]], dict[str, Any]]:
+    """Trace a model once, to be shown to any number of interpreters.
+
+    Args:
+      model: an NNX module; it is left as it is.
+      batch: passed to the call.
+      call: how to run the model.
+      layers: what to observe, by path.
+
+    Returns:
+      A function of an interpreter, and of what is seen before the first call, as `run_tagged`.
+    """
     views = {path: layer.view for path, layer in layers.items()}
     graph, state = nnx.split(tag_layers(model, views))
 
@@ -45,4 +65,8 @@ def run_tagged(
         Value(leaf, Origin(i, tuple(range(leaf.ndim))) if hasattr(leaf, "ndim") else None)
         for i, leaf in enumerate(leaves)
     ]
-    return interpreter.run(program, [*values, *map(Value, given)], dict(seen))[1]
+
+    def show(interpreter: Interpreter, seen: Mapping[str, Any]) -> dict[str, Any]:
+        return interpreter.run(program, [*values, *map(Value, given)], dict(seen))[1]
+
+    return show
