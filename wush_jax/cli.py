@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 import tomllib
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import tyro
 
+from wush_jax.checkpoints.content import library_version
 from wush_jax.commands.demo import demo
 from wush_jax.commands.files import bench, export, inspect
 from wush_jax.commands.models import evaluate, generate
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
-        print(f"wush {importlib.metadata.version('wush-jax')}, jax {jax.__version__}")
+        print(f"wush {library_version()}, jax {jax.__version__}")
         return 0
     app = tyro.extras.SubcommandApp()
     for command in COMMANDS:

@@ -80,7 +80,7 @@ def _packed(source: Any) -> Iterator[tuple[str, PackedWeight, Any]]:
 def native_extra(model: Any, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the entries of a native ``quantization_config`` beside the layers' records."""
     extra: dict[str, Any] = {
-        "library": f"wush_jax {_library_version()}",
+        "library": f"wush_jax {library_version()}",
         "naming": model_names.naming(model),
         "metadata": dict(metadata or {}),
     }
@@ -122,7 +122,8 @@ def written(content: Content, layout: Layout) -> tuple[dict[str, Any], dict[str,
     return tensors, {**config, "quantization_config": quantization}
 
 
-def _library_version() -> str:
+def library_version() -> str:
+    """Return the version that is installed; "unknown" from a bare checkout."""
     try:
         return version("wush-jax")
     except PackageNotFoundError:  # run from a checkout
