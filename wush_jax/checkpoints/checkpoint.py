@@ -189,13 +189,16 @@ def _llama(folder: TensorFolder) -> Llama:
         raise ValueError(f"{file} describes no Llama; give the model that was saved, or its shapes")
     embedding = folder.entries.get("model.embed_tokens.weight")
     try:
+        layers = folder.config.get("num_hidden_layers")  # before a billion of them is spelled out
+        if embedding is None or (isinstance(layers, int) and layers > len(folder.entries)):
+            raise ValueError("more layers than the files hold, or no embedding")
         config = folder_config(folder)
         if quantization.get("model_digest", config.digest()) != config.digest():
             raise ValueError(
                 "its entries are not those that were saved, their digest differs: something "
                 "changed them; delete 'model_digest' to have what they say now"
             )
-        if not 0 < config.num_hidden_layers <= len(folder.entries) or embedding is None:
+        if not 0 < config.num_hidden_layers <= len(folder.entries):
             raise ValueError("more layers than the files hold, or no embedding")
         dtype = folder.config.get("dtype", folder.config.get("torch_dtype", embedding.dtype))
         dtype = folder.config.get(ACTIVATIONS, quantization.get("activation_dtype", dtype))

@@ -18,7 +18,7 @@ from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import record_of
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.layers.nnx import QuantizedDense, dotted
-from wush_jax.models import Llama
+from wush_jax.models import Llama, LlamaConfig
 from wush_jax.solvers.site import PackedWeight
 
 # Beside ``dtype`` in the config of an export: what we computed activations in.
@@ -86,7 +86,8 @@ def native_extra(model: Any, metadata: Mapping[str, Any] | None = None) -> dict[
     }
     if isinstance(model, Llama):
         extra["activation_dtype"] = np.dtype(model.dtype).name
-        extra["model_digest"] = model.config.digest()
+        # Of what a reader will make of the file: families keep other entries than the model has.
+        extra["model_digest"] = LlamaConfig.from_dict(model.config.to_dict()).digest()
     if isinstance(model, nnx.Module):
         stacks = {
             model_names.layer_name(model, dotted(path)): list(module.stack.axes)

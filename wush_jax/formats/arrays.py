@@ -70,6 +70,7 @@ def quantize(
 
     Source: FORMATS of OCP MX v1.0 and NVFP4; WUSH paper, section 2.
 
+    >>> from wush_jax.formats import MXFP4
     >>> q = quantize(jnp.arange(32.0), MXFP4)
     >>> q.codes.shape, q.scales.shape, q.shape
     ((16,), (1,), (32,))
@@ -95,6 +96,7 @@ def dequantize(q: QuantizedArray | Fragments, dtype=jnp.float32) -> jax.Array:
     Raises:
       ValueError: something else, such as a `wush_jax.PackedWeight`; the message says what to call.
 
+    >>> from wush_jax.formats import MXFP4
     >>> dequantize(quantize(jnp.full((32,), 2.0), MXFP4)).max().item()
     2.0
     """
@@ -125,6 +127,7 @@ def fake_quantize(
     Args and errors as for `quantize`. ``d fake_quantize(x) / dx = 1`` (straight-through estimator).
     Values that would round up beyond x's dtype saturate.
 
+    >>> from wush_jax.formats import MXFP8
     >>> fake_quantize(jnp.float32([2.0, 5.2] * 16), MXFP8)[:2].tolist()
     [2.0, 5.0]
     """

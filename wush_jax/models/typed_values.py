@@ -25,7 +25,7 @@ class TypedValues:
     (1, False, None)
     >>> values.check()
     Traceback (most recent call last):
-    ValueError: heads = 0, expected a positive whole number; act = 'gelu' is not supported ...
+    ValueError: heads = 0, expected a positive whole number; act = 'gelu' is not supported: ...
     """
 
     def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]):

@@ -82,6 +82,7 @@ def predicted_loss(
 
     Source: WUSH paper, section 3 (both error models).
 
+    >>> from wush_jax.transforms import identity_transform
     >>> predicted_loss(jnp.eye(4), jnp.eye(4), identity_transform(4)).item()
     4.0
     """
