@@ -10,6 +10,7 @@ saved.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from wush_jax.layers.nnx import (
     replace_modules,
 )
 from wush_jax.models import Llama
+from wush_jax.models.encodings import DecodedFolder, open_folder
 from wush_jax.models.hugging_face import folder_config
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.site import PackedWeight
@@ -137,8 +139,11 @@ def load(
     """
     if isinstance(sharding, Mesh) and "model" not in sharding.axis_names:
         raise ValueError(f"sharding={sharding} has no axis called 'model'; name one so")
-    folder = TensorFolder(path)
+    folder = open_folder(path)
     layout = layout_of(folder)
+    decoded = isinstance(folder, DecodedFolder)
+    for note in folder.notes if isinstance(folder, DecodedFolder) else ():
+        warnings.warn(f"{folder.path}: {note}", stacklevel=2)
     place = partial(_place, sharding)
     quantization = folder.config.get("quantization_config", {})
     naming, stacks = quantization.get("naming"), quantization.get("stacks", {})
@@ -164,7 +169,8 @@ def load(
         return None if dense is None else layers.build(name, dense, implementation)
 
     loaded = replace_modules(_hollow(model), replace)
-    layers.check_all_built()
+    if not decoded:  # what is no layer of the model's, such as one expert, is decoded below
+        layers.check_all_built()
     _fill(loaded, folder, place)
     pack_for_kernels(loaded)
     for name in folder.entries:

@@ -20,6 +20,7 @@ from wush_jax.checkpoints.layouts.layout import Content, quantization_config
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.checkpoints.readers import check_rotated, notes
 from wush_jax.formats import Format
+from wush_jax.models.encodings import DecodedFolder, open_folder
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, copy_companions, write_folder
 from wush_jax.storage.tensor_folder import TensorFolder
@@ -76,7 +77,7 @@ def export(
         content = content_of(source)
         content = dataclasses.replace(content, layers=jax.device_get(dict(content.layers)))
     else:
-        content = _content_of_folder(TensorFolder(source, mapped=True))
+        content = _content_of_folder(open_folder(source, mapped=True))
     tensors, config = written(content, chosen)
     check_rotated(content, layout, rotated)
     framework = None if layout == "wush" else "pt"
@@ -110,7 +111,7 @@ def read_layers(path: str | Path) -> dict[str, PackedWeight]:
     ...     {name: layer.shape for name, layer in read_layers(folder).items()}
     {'0': (8, 32)}
     """
-    folder = TensorFolder(path, mapped=True)
+    folder = open_folder(path, mapped=True)
     return read_all(folder, _keep)
 
 
@@ -129,6 +130,11 @@ def _content_of_folder(folder: TensorFolder) -> Content:
     }
     own = ("quantization_config", ACTIVATIONS)
     config = {k: v for k, v in folder.config.items() if k not in own}
+    if not layers:
+        raise ValueError(
+            f"source={str(folder.path)!r} ({layout.name}) has no layer that stays packed here: its "
+            "weights are plain ones to quantize, with wush quantize or wush.quantize_model"
+        )
     stored = quantization_config(folder)
     extra: dict[str, Any] = (
         {"metadata": {"converted_from": layout.name}} if layout.name != "wush" else {}
@@ -148,7 +154,7 @@ class LayerSummary:
     Attributes:
       name: in the files.
       shape: (N, K), or (*batch, N, K).
-      format: of the weight, with its rule.
+      format: of the weight, with its rule; or how it is stored, where it is "(decoded)".
       input_format: of the activations, or "none".
       transform: "identity", "shared d" or "per block d".
       global_scale: of the weight, dividing; None where there are several.
@@ -175,6 +181,7 @@ class FolderSummary:
       tensors: number of tensors.
       bytes: of all tensors.
       layers: the quantized layers.
+      notes: what the files ask for and is not done.
     """
 
     path: str
@@ -183,11 +190,12 @@ class FolderSummary:
     tensors: int
     bytes: int
     layers: tuple[LayerSummary, ...]
+    notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
         """Return a `rich` table, one row a layer."""
         title = f"{self.path}: {self.layout}, {self.tensors} tensors, {self.bytes:,} bytes"
-        table = Table(title=title)
+        table = Table(title=title, caption="; ".join(self.notes) or None)
         for name in ("layer", "N x K", "weight/input", "transform", "g", "bits"):
             table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
         for layer in self.layers:
@@ -222,21 +230,30 @@ def inspect_folder(path: str | Path) -> FolderSummary:
     ...     (inspect_folder(folder).layout, inspect_folder(folder).bytes)
     ('unquantized', 32)
     """
-    folder = TensorFolder(path, mapped=True)
+    folder = open_folder(path, mapped=True)
     plain = "quantization_config" not in folder.config
     plain &= not any(layout.claims(folder) for layout in LAYOUTS.values())
     records = {} if plain else layout_of(folder).records(folder)
+    decoded = folder if isinstance(folder, DecodedFolder) else None
+    entries = (folder if decoded is None else decoded.stored).entries
     sizes: Counter[str] = Counter()
-    for name, entry in folder.entries.items():
+    for name, entry in entries.items():
         sizes[name.rpartition(".")[0]] += entry.nbytes
-    layers = tuple(_summary(folder, name, record, sizes[name]) for name, record in records.items())
+    layers = [_summary(folder, name, record, sizes[name]) for name, record in records.items()]
+    for name, weight in decoded.encoded.items() if decoded is not None else ():
+        layer = name.removesuffix(".weight")
+        if layer not in records:
+            stored = f"{weight.said} (decoded)"
+            size = sizes[layer]
+            layers.append(LayerSummary(layer, weight.shape, stored, "none", "identity", None, size))
     return FolderSummary(
         path=str(folder.path),
         layout="unquantized" if plain else layout_of(folder).name,
         formats=Counter(f"{layer.format}/{layer.input_format}" for layer in layers),
-        tensors=len(folder.entries),
-        bytes=sum(entry.nbytes for entry in folder.entries.values()),
-        layers=layers,
+        tensors=len(entries),
+        bytes=sum(entry.nbytes for entry in entries.values()),
+        layers=tuple(layers),
+        notes=() if decoded is None else decoded.notes,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.models.config import LlamaConfig
+from wush_jax.models.encodings import ENCODINGS, DecodedFolder, open_folder
 from wush_jax.models.llama import Llama
 from wush_jax.models.placement import Placement, place
 from wush_jax.models.stored_names import stored_experts
@@ -154,7 +155,7 @@ def abstract(config: LlamaConfig, **options: Any) -> Llama:
 
 
 class FolderTensors(Mapping[str, np.ndarray]):
-    """The weights in a Hugging Face model folder, by name; each is a view of its file.
+    """The weights in a Hugging Face model folder, by name; each is a view of its file, or decoded.
 
     Names are those of :func:`tensor_name`, whatever stands before them in the files: nothing
     (``AutoModel``), or the name of the language model in a larger one. Experts are gathered to the
@@ -167,16 +168,19 @@ class FolderTensors(Mapping[str, np.ndarray]):
         config: what ``config.json`` describes.
 
     Raises:
-        ValueError: if files are missing or damaged, or hold a quantized model or none of a text.
-        NotImplementedError: if the config asks for mathematics that :class:`Llama` lacks.
+        ValueError: if files are missing or damaged, or hold a quantized model that is none of
+            `wush_jax.models.encodings`, or none of a text.
+        NotImplementedError: if the config asks for mathematics that :class:`Llama` lacks, or for an
+            encoding that is not read.
     """
 
     def __init__(self, folder: str | Path):
-        self._folder = TensorFolder(folder, mapped=True)
-        if "quantization_config" in self._folder.config:
+        self._folder = open_folder(folder, mapped=True)
+        decoded = isinstance(self._folder, DecodedFolder)
+        if "quantization_config" in self._folder.config and not decoded:
             raise ValueError(
                 f"folder = {str(folder)!r} holds a quantized model; read it with wush_jax.load, or "
-                "give the folder of the original."
+                f"give the folder of the original, or one of {', '.join(ENCODINGS)}"
             )
         self.config = folder_config(self._folder)
         present, self._experts = _stored_names(self._folder), stored_experts(self.config)

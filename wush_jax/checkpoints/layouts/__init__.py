@@ -3,6 +3,7 @@
 from typing import Any
 
 from wush_jax.checkpoints.layouts import compressed_tensors, fp_quant, gpt_oss, modelopt, wush
+from wush_jax.checkpoints.layouts.encoded import ENCODED_LAYOUTS
 from wush_jax.checkpoints.layouts.layout import Layout
 from wush_jax.checkpoints.layouts.layout import quantization_config as _quantization_config
 from wush_jax.checkpoints.packed_layout import Place
@@ -19,12 +20,16 @@ LAYOUTS: dict[str, Layout] = {
         compressed_tensors.MXFP4_LAYOUT,
         modelopt.LAYOUT,
         gpt_oss.LAYOUT,
+        *ENCODED_LAYOUTS,
     )
 }
 
 
 def layout_of(folder: TensorFolder) -> Layout:
     """Return the layout that a folder is in.
+
+    Args:
+      folder: as `wush_jax.models.encodings.open_folder` opened it.
 
     Raises:
       ValueError: it is in none of ours.

@@ -1,0 +1,196 @@
+"""Folders of encoded weights: values against a writer of our own, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from encoded_folders import LINEARS, UP, awq, gptq, pack_quantized, plain, write
+from flax import nnx
+
+import wush_jax as wush
+from wush_jax.checkpoints import interchange
+from wush_jax.models.encodings import ENCODINGS, open_folder
+from wush_jax.models.encodings.integers import unpack
+from wush_jax.models.hugging_face import FolderTensors, load_pretrained
+
+pytestmark = pytest.mark.files
+
+CASES = {
+    "gptq": (gptq, {}),
+    "gptq g64": (gptq, {"group": -1}),
+    "gptq 8": (gptq, {"bits": 8}),
+    "gptq 3": (gptq, {"bits": 3, "sym": False, "version": "gptq_v2"}),
+    "gptq 2": (gptq, {"bits": 2, "version": "gptq_v2", "sym": False}),
+    "gptq v2 asymmetric": (gptq, {"sym": False, "version": "gptq_v2"}),
+    "gptq v1 asymmetric": (gptq, {"sym": False}),
+    "gptq act order": (gptq, {"desc_act": True}),
+    "awq": (awq, {}),
+    "awq one group": (awq, {"group": -1}),
+    "pack": (pack_quantized, {}),
+    "pack rows": (pack_quantized, {"group": -1}),
+    "pack 8": (pack_quantized, {"bits": 8}),
+    "pack 2": (pack_quantized, {"bits": 2, "sym": False}),
+    "pack asymmetric": (pack_quantized, {"sym": False}),
+    "pack old zeros": (pack_quantized, {"sym": False, "plain_zeros": True}),
+    "pack no order": (pack_quantized, {"order": "none"}),
+    "pack own order": (pack_quantized, {"order": "own"}),
+}
+PACKED = {"gptq", "gptq g64", "pack", "pack rows", "pack no order"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_what_the_writer_meant(case, tmp_path):
+    writer, options = CASES[case]
+    folder, wanted = writer(tmp_path / "model", **options)
+    tensors = FolderTensors(folder)
+    for name, weight in wanted.items():
+        # In float16, the type of the scales, as the libraries have it.
+        np.testing.assert_array_equal(tensors[name], weight.astype(np.float16), err_msg=name)
+        exact = open_folder(folder).read(name, [np.float32], [weight.shape])
+        np.testing.assert_array_equal(exact, weight)
+    layers = interchange.read_layers(folder)
+    assert set(layers) == (set(LINEARS) if case in PACKED else set())
+    for name, packed in layers.items():
+        np.testing.assert_array_equal(wush.dequantize(packed.weight), wanted[f"{name}.weight"])
+
+
+def test_golden_words():
+    """One word of AutoGPTQ's, AutoAWQ's and of three bits over a border, spelled out."""
+    assert unpack(np.int32([[0x76543210]]), 4).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert unpack(np.int32([[-1, 0, 0x00000001]]), 3)[0, [9, 10, 11, 21, 22]].tolist() == [
+        *(7, 3, 0, 2, 0)
+    ]
+    awq_word = np.uint32([[0x75316420]]).view(np.int32)
+    from wush_jax.models.encodings.awq import _outputs
+
+    assert _outputs(awq_word)[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("case", ["gptq", "awq"])
+def test_models_compute_what_their_weights_mean(case, tmp_path):
+    """Packed (GPTQ) or decoded (AWQ), the logits are those of the decoded weights."""
+    folder, wanted = CASES[case][0](tmp_path / "model")
+    loaded = wush.load(folder)
+    kinds = [type(m).__name__ for _, m in nnx.iter_modules(loaded)]
+    assert kinds.count("QuantizedDense") == (7 if case == "gptq" else 0)
+    tensors = {n: t.astype(np.float32) for n, t in plain().items()} | wanted
+    write(tmp_path / "plain", tensors, None, torch_dtype="float32")
+    reference = load_pretrained(tmp_path / "plain")
+    tokens = np.arange(10)[None]
+    ours, theirs = np.asarray(loaded(tokens), "f4"), np.asarray(reference(tokens))
+    # Activations in float16: 2^-11 a rounding, some ten of them in a row.
+    assert np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
+
+
+def test_inspection_says_what_stays_packed(tmp_path):
+    found = interchange.inspect_folder(gptq(tmp_path / "a")[0])
+    assert (found.layout, dict(found.formats)) == ("gptq", {"INT4_G32/none": 7})
+    found = interchange.inspect_folder(awq(tmp_path / "b")[0])
+    assert (found.layout, len(found.layers)) == ("awq", 7)
+    assert found.layers[0].format == "int4, groups of 32, zero points (decoded)"
+    up = next(layer for layer in found.layers if layer.name == UP)
+    assert up.bytes == 96 * 64 // 2 + 96 * 2 * 2 + 96 * 2 // 2
+    # What stays packed can be exported to our own files, and nothing else.
+    assert interchange.export(tmp_path / "native", tmp_path / "a", "wush") == ()
+    native = interchange.read_layers(tmp_path / "native")[UP]
+    assert native.weight.format.name == "INT4_G32"
+    with pytest.raises(ValueError, match="no layer that stays packed"):
+        interchange.export(tmp_path / "never", tmp_path / "b", "wush")
+
+
+# Changes of one field, and what the message must name.
+REFUSED = {
+    "gptq": {
+        "bits": (5, "bits = 5"),
+        "group_size": (48, "scales"),
+        "sym": ("yes", "sym = 'yes'"),
+        "desc_act": (None, "desc_act"),
+        "checkpoint_format": ("marlin", "checkpoint_format = 'marlin'"),
+        "pack_dtype": ("int16", "pack_dtype = 'int16'"),
+        "rotation": ("hadamard", "rotation = 'hadamard' is unknown"),
+        "dynamic": ({"up": {"bits": 8}}, "dynamic"),
+    },
+    "awq": {
+        "bits": (8, "bits = 8"),
+        "group_size": (-2, "group_size = -2"),
+        "zero_point": (False, "zero_point = False"),
+        "version": ("gemv", "version = 'gemv'"),
+        "backend": ("llm-awq", "backend = 'llm-awq'"),
+    },
+    "pack": {
+        "format": ("marlin-24", "marlin-24"),
+        "sparsity_config": ({"format": "sparse-24-bitmask"}, "sparsity_config"),
+        "transform_config": ({"config_groups": {"x": {}}}, "transform_config"),
+        "config_groups": ({}, "config_groups is missing or empty"),
+        "hadamard": (True, "hadamard = 'True' is unknown"),
+    },
+}
+
+
+def change(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(fields)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_fields_that_would_change_what_is_computed(case, tmp_path):
+    folder, _ = CASES[case][0](tmp_path / "model")
+    original = (folder / "config.json").read_text()
+    for name, (value, message) in REFUSED[case].items():
+        change(folder, **{name: value})
+        with pytest.raises((ValueError, NotImplementedError)) as caught:
+            wush.load(folder)
+        assert message in str(caught.value), name
+        assert str(folder) in str(caught.value)
+        (folder / "config.json").write_text(original)
+    name, (value, message) = next(iter(REFUSED[case].items()))
+    change(folder, **{name: value, "surprise": 1})
+    with pytest.raises((ValueError, NotImplementedError)) as caught:
+        wush.load(folder)
+    if case != "pack":  # a format that nobody reads is told alone
+        assert message in str(caught.value)
+        assert "surprise" in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["gptq", "awq", "pack asymmetric"])
+def test_tensors_that_are_missing_or_misshapen_are_told_at_once(case, tmp_path):
+    writer, options = CASES[case]
+    folder, _ = writer(tmp_path / "model", **options)
+    stored = wush.storage.TensorFolder(folder)
+    tensors = {n: stored.read(n, [e.dtype], [e.shape]) for n, e in stored.entries.items()}
+    scale = "weight_scale" if case.startswith("pack") else "scales"
+    zero = "weight_zero_point" if case.startswith("pack") else "qzeros"
+    del tensors[f"{UP}.{zero}"]
+    tensors[f"{UP}.{scale}"] = tensors[f"{UP}.{scale}"][:-1]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    write(folder, tensors, config)
+    with pytest.raises(ValueError, match=f"{scale}' is float16") as caught:
+        wush.load(folder)
+    assert f"'{UP}.{zero}' is missing" in str(caught.value)
+
+
+def test_contents_that_contradict_the_config(tmp_path):
+    """Zero points of what is said to be symmetric, orders of their own, the ambiguous zero."""
+    for options, field, value, message in (
+        ({"sym": False, "version": "gptq_v2"}, "sym", True, "zero points other than 8"),
+        ({}, "checkpoint_format", "gptq_v2", "zero points other than 8"),
+        ({"desc_act": True}, "desc_act", False, "write desc_act=true"),
+    ):
+        folder, _ = gptq(tmp_path / "model", **options)
+        change(folder, **{field: value})
+        with pytest.raises(ValueError, match=message):
+            wush.load(folder)
+    # Zero point 0 in version 1 is stored as 15, which every reader takes for something else.
+    folder, _ = gptq(tmp_path / "model", sym=False, version="gptq_v2")
+    change(folder, checkpoint_format="gptq")
+    with pytest.raises(ValueError, match="readers of checkpoint_format='gptq'"):
+        wush.load(folder)
+
+
+def test_an_unknown_encoding_names_those_that_are_known(tmp_path):
+    folder, _ = gptq(tmp_path / "model")
+    change(folder, quant_method="bitsandbytes")
+    with pytest.raises(ValueError, match="bitsandbytes") as caught:
+        wush.load(folder)
+    assert all(name in str(caught.value) for name in ENCODINGS)

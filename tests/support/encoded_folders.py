@@ -1,0 +1,168 @@
+"""Folders of a small Llama whose weights are encoded as other libraries do it, in plain numpy.
+
+Written from the sources of AutoGPTQ, AutoAWQ, compressed-tensors and transformers; nothing here
+comes from this library. Words are made of Python's whole numbers, one number after the other.
+"""
+
+import json
+
+import numpy as np
+from safetensors.numpy import save_file
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 16,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+}
+LINEARS = {
+    **{f"model.layers.0.self_attn.{p}_proj": (64, 64) for p in "qkvo"},
+    **{f"model.layers.0.mlp.{p}_proj": (96, 64) for p in ("gate", "up")},
+    "model.layers.0.mlp.down_proj": (64, 96),
+}
+UP = "model.layers.0.mlp.up_proj"
+
+
+def plain(dtype=np.float16):
+    """What is not encoded."""
+    random = np.random.default_rng(0)
+    tensors = {
+        "model.embed_tokens.weight": random.standard_normal((16, 64)),
+        "lm_head.weight": 0.1 * random.standard_normal((16, 64)),
+        "model.norm.weight": np.ones(64),
+        "model.layers.0.input_layernorm.weight": np.ones(64),
+        "model.layers.0.post_attention_layernorm.weight": 1 + 0.1 * random.standard_normal(64),
+    }
+    return {name: value.astype(dtype) for name, value in tensors.items()}
+
+
+def write(folder, tensors, quantization, **config):
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder / "model.safetensors"
+    )
+    content = {**CONFIG, **config, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def words(numbers, bits):
+    """A row of numbers as int32 words, the first number lowest."""
+    stream = sum(int(number) << (bits * i) for i, number in enumerate(numbers))
+    size = -(-len(numbers) * bits // 32) * 4
+    return np.frombuffer(stream.to_bytes(size, "little"), "<i4")
+
+
+def rows(table, bits):
+    return np.stack([words(row, bits) for row in table])
+
+
+def random_codes(n, k, groups, bits, seed):
+    """Codes from 0 up (N, K), zeros (N, G) from 1 up, scales (N, G) float16."""
+    random = np.random.default_rng(seed)
+    codes = random.integers(2**bits, size=(n, k))
+    zeros = random.integers(1, 2**bits, size=(n, groups))
+    scales = random.uniform(0.002, 0.02, (n, groups)).astype(np.float16)
+    return codes, zeros, scales
+
+
+def meant(codes, zeros, scales, place):
+    """(code - zero) * scale of each column's group, rounded once to float32."""
+    return ((codes - zeros[:, place]) * scales.astype(np.float64)[:, place]).astype(np.float32)
+
+
+def gptq(folder, *, bits=4, group=32, sym=True, desc_act=False, version="gptq", **fields):
+    """A folder, and what its weights mean."""
+    tensors, wanted = plain(), {}
+    for seed, (name, (n, k)) in enumerate(LINEARS.items()):
+        size = k if group == -1 else group
+        codes, zeros, scales = random_codes(n, k, k // size, bits, seed)
+        zeros = np.full_like(zeros, 2 ** (bits - 1)) if sym else zeros
+        place = np.arange(k) // size
+        if desc_act:
+            place = np.random.default_rng(99).permutation(place)
+        stored = zeros - 1 if version == "gptq" else zeros
+        tensors |= {
+            f"{name}.qweight": rows(codes, bits).T,
+            f"{name}.qzeros": rows(stored.T, bits),
+            f"{name}.scales": scales.T,
+            f"{name}.g_idx": place.astype(np.int32),
+        }
+        wanted[f"{name}.weight"] = meant(codes, zeros, scales, place)
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym}
+    config |= {"desc_act": desc_act, "checkpoint_format": version, "damp_percent": 0.01}
+    config |= {"true_sequential": True, "meta": {"quantizer": ["gptqmodel:5.0.0"]}}
+    return write(folder, tensors, config | fields), wanted
+
+
+def awq(folder, *, group=32, **fields):
+    """A folder of version gemm: outputs 0 2 4 6 1 3 5 7 of eight in a word, the first lowest."""
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    tensors, wanted = plain(), {}
+
+    def packed(table):  # (N, rows) to (rows, N / 8)
+        eights = table.T.reshape(table.shape[1], -1, 8)[..., order]
+        return rows(eights.reshape(table.shape[1], -1), 4)
+
+    for seed, (name, (n, k)) in enumerate(LINEARS.items()):
+        size = k if group == -1 else group
+        codes, zeros, scales = random_codes(n, k, k // size, 4, seed)
+        tensors |= {
+            f"{name}.qweight": packed(codes),
+            f"{name}.qzeros": packed(zeros),
+            f"{name}.scales": scales.T,
+        }
+        wanted[f"{name}.weight"] = meant(codes, zeros, scales, np.arange(k) // size)
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True}
+    config |= {"version": "gemm", "modules_to_not_convert": None}
+    return write(folder, tensors, config | fields), wanted
+
+
+def scheme(**weights):
+    """A config of compressed-tensors of one group."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    group |= {"output_activations": None}
+    return {"config_groups": {"group_0": group}, "quant_method": "compressed-tensors"}
+
+
+def pack_quantized(folder, *, bits=4, group=32, sym=True, plain_zeros=False, order=None):
+    """Symmetric or not, in groups or a scale a row; zeros packed, or plain as of old."""
+    tensors, wanted = plain(), {}
+    half = 2 ** (bits - 1)
+    for seed, (name, (n, k)) in enumerate(LINEARS.items()):
+        size = k if group == -1 else group
+        codes, zeros, scales = random_codes(n, k, k // size, bits, seed)
+        zeros = np.full_like(zeros, half) if sym else zeros
+        place = np.arange(k) // size
+        tensors |= {
+            f"{name}.weight_packed": rows(codes, bits),
+            f"{name}.weight_scale": scales,
+            f"{name}.weight_shape": np.int64([n, k]),
+        }
+        if order is not None:
+            place = np.random.default_rng(99).permutation(place) if order == "own" else place
+            idx = np.full(k, -1) if order == "none" else place
+            tensors[f"{name}.weight_g_idx"] = idx.astype(np.int32)
+        if not sym:
+            old, new = (zeros - half).astype(np.int8), rows(zeros.T, bits).T
+            tensors[f"{name}.weight_zero_point"] = old if plain_zeros else new
+        wanted[f"{name}.weight"] = meant(codes, zeros, scales, place)
+    config = scheme(
+        num_bits=bits,
+        type="int",
+        symmetric=sym,
+        strategy="channel" if group == -1 else "group",
+        group_size=None if group == -1 else group,
+        actorder="group" if order == "own" else None,
+    )
+    config |= {"format": "pack-quantized", "quantization_status": "compressed"}
+    return write(folder, tensors, config), wanted

@@ -1,0 +1,39 @@
+"""Model folders whose weights other libraries have encoded, opened as plain ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wush_jax.models.encodings import awq, fp8, gptq, pack_quantized, plain_quantized
+from wush_jax.models.encodings.encoded import DecodedFolder, Encoding
+from wush_jax.storage.tensor_folder import TensorFolder
+
+ENCODINGS: dict[str, Encoding] = {
+    encoding.name: encoding
+    for encoding in (
+        pack_quantized.ENCODING,
+        *plain_quantized.ENCODINGS,
+        gptq.ENCODING,
+        awq.ENCODING,
+        fp8.ENCODING,
+    )
+}
+
+
+def open_folder(path: str | Path, *, mapped: bool = False) -> TensorFolder:
+    """Open a folder; weights that are encoded in a way that we read are seen as plain tensors.
+
+    Args:
+      path: the folder.
+      mapped: as for a `TensorFolder`.
+
+    Raises:
+      ValueError: files or a config that are damaged, all faults at once.
+      NotImplementedError: an encoding that asks for what is not read.
+    """
+    folder = TensorFolder(path, mapped=mapped)
+    config = folder.config.get("quantization_config")
+    for encoding in ENCODINGS.values():
+        if isinstance(config, dict) and encoding.claims(config):
+            return DecodedFolder(folder, encoding)
+    return folder

@@ -1,0 +1,298 @@
+"""Weights that other libraries store as codes, and a folder that shows them as plain tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from wush_jax.models.typed_values import TypedValues
+from wush_jax.storage.json_file import CONFIG
+from wush_jax.storage.tensor_folder import Entry, TensorFolder, some
+
+# The dtypes and shapes that are right, by tensor.
+Headers = Mapping[str, tuple[Sequence[Any], Sequence[tuple[int, ...]]]]
+SCALES = (np.float16, jnp.bfloat16, np.float32)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight (N, K) as it is stored: ``w = (code - zero) * scale``.
+
+    Attributes:
+      codes: (N, K) whole numbers, or 8-bit floats.
+      scales: (R, G), of blocks of ``block`` rows and columns; the last ones may be smaller.
+      block: rows and columns that share a scale.
+      zeros: as ``scales``, subtracted from codes; None for none.
+      columns: (K,) the place among G of each column's scale; None where blocks are in order.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    block: tuple[int, int]
+    zeros: np.ndarray | None = None
+    columns: np.ndarray | None = None
+
+    def values(self) -> np.ndarray:
+        """Return the weight, float32: codes and zeros are exact in it, the product rounds once.
+
+        >>> Codes(np.int8([[1, 2], [3, 4]]), np.float16([[0.5], [2]]), (1, 2)).values().tolist()
+        [[0.5, 1.0], [6.0, 8.0]]
+        """
+        values = self.codes.astype(np.float32)
+        if self.zeros is not None:
+            values -= self._each(self.zeros)
+        return values * self._each(self.scales)
+
+    def _each(self, blocks: np.ndarray) -> np.ndarray:
+        """One value a block as (N, K) or (1, K), float32."""
+        n, k = self.codes.shape
+        columns = np.arange(k) // self.block[1] if self.columns is None else self.columns
+        wide = blocks.astype(np.float32)[:, columns]
+        return wide if self.block[0] >= n else wide[np.arange(n) // self.block[0]]
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """What a folder's config and headers say of one encoded weight.
+
+    Attributes:
+      shape: (N, K).
+      dtype: of the weight where a reader asks for none: that in which its own library decodes it.
+      parts: names of the tensors that it is made of.
+      element: "int4", "int8", "e4m3", ...
+      block: rows and columns that share a scale.
+      read: returns the codes.
+      zero_points: whether codes have zero points of their own.
+      reordered: whether columns are in groups of their own order.
+      inputs: what the file wants activations rounded to, which is not done; empty for nothing.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    parts: tuple[str, ...]
+    element: str
+    block: tuple[int, int]
+    read: Callable[[], Codes]
+    zero_points: bool = False
+    reordered: bool = False
+    inputs: str = ""
+
+    @property
+    def said(self) -> str:
+        """How it is stored, for people."""
+        (rows, columns), (n, k) = self.block, self.shape
+        groups = f"groups of {columns}" if columns < k else "a scale a row"
+        if rows > 1:
+            groups = "one scale" if rows >= n and columns >= k else f"blocks of {rows} x {columns}"
+        parts = [self.element, groups]
+        parts += ["zero points"] if self.zero_points else []
+        parts += ["columns reordered"] if self.reordered else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A way in which other libraries store weights.
+
+    Attributes:
+      name: how users call it.
+      claims: whether a ``quantization_config`` is of this kind.
+      weights: the encoded weights of a folder, by the names that they have where they are plain.
+      skipped: endings of tensors that are of no use here: of quantized activations and caches.
+      written_by: libraries and versions whose files are read.
+    """
+
+    name: str
+    claims: Callable[[Mapping[str, Any]], bool]
+    weights: Callable[[TensorFolder], dict[str, EncodedWeight]]
+    skipped: tuple[str, ...] = ()
+    written_by: str = ""
+
+
+class DecodedFolder(TensorFolder):
+    """A folder of encoded weights, seen as one of plain tensors: each is decoded when it is read.
+
+    Args:
+      stored: the folder as it is.
+      encoding: of its weights.
+
+    Attributes:
+      stored: the folder as it is.
+      encoding: of its weights.
+      encoded: what is known of each encoded weight, by name.
+
+    Raises:
+      ValueError: a config or tensors that contradict each other; all faults at once.
+      NotImplementedError: a config that asks for what is not read.
+    """
+
+    def __init__(self, stored: TensorFolder, encoding: Encoding):
+        self.path, self.config = stored.path, stored.config
+        self.stored, self.encoding = stored, encoding
+        self.encoded = encoding.weights(stored)
+        hidden = {part for weight in self.encoded.values() for part in weight.parts}
+        hidden |= {name for name in stored.entries if name.endswith(encoding.skipped)}
+        plain = {n: e for n, e in stored.entries.items() if n not in hidden}
+        twice = set(plain) & set(self.encoded)
+        if twice:
+            raise ValueError(
+                f"{self.path} holds {some(twice)} both plain and encoded; remove one of them"
+            )
+        self.entries = plain | {name: self._entry(w) for name, w in self.encoded.items()}
+        self._unread = set(self.entries)
+
+    def _entry(self, weight: EncodedWeight) -> Entry:
+        codes = self.stored.entries[weight.parts[0]]
+        return dataclasses.replace(codes, dtype=weight.dtype, shape=weight.shape, crc32=None)
+
+    def read(
+        self, name: str, dtypes: Sequence[Any], shapes: Sequence[tuple[int, ...]]
+    ) -> np.ndarray:
+        """Return one tensor, decoded where it is encoded: in its own type, or the first asked for.
+
+        Raises:
+          ValueError: as of a `TensorFolder`; codes that contradict the config.
+        """
+        weight = self.encoded.get(name)
+        if weight is not None and weight.shape not in shapes:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} is {weight.said} {weight.shape}, expected "
+                f"{' or '.join(map(str, shapes))}; give the model that was saved"
+            )
+        if weight is None:
+            value = self.stored.read(name, dtypes, shapes)
+        else:
+            wanted = [np.dtype(d) for d in dtypes]
+            kind = weight.dtype if weight.dtype in wanted else wanted[0]
+            value = weight.read().values().astype(kind)
+        self._unread.discard(name)
+        return value
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the file asks for and is not done."""
+        kinds = sorted({w.inputs for w in self.encoded.values() if w.inputs})
+        return tuple(f"activations are not rounded to {kind}, as the file has it" for kind in kinds)
+
+
+def checked(folder: TensorFolder, values: TypedValues, known: Sequence[str]) -> None:
+    """Raise for what is wrong with a ``quantization_config``, all of it, with the file's name.
+
+    Args:
+      folder: for the name.
+      values: of the config.
+      known: fields that are read, or that change nothing of what is computed; others are refused
+        unless they say nothing.
+    """
+    for name in sorted(set(values.given) - {*known, *values.defaults}):
+        if values.given[name] not in (None, False, {}, [], ""):
+            values.lack(
+                f"{name} = {str(values.given[name])[:60]!r}",
+                "is unknown and may change what is computed (take it out if it does not)",
+            )
+    try:
+        values.check()
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{folder.path / CONFIG}: quantization_config: {error}") from error
+
+
+def weight_dtype(folder: TensorFolder) -> np.dtype:
+    """Return the type of weights that a model's config names; bfloat16 where it names none."""
+    named = folder.config.get("dtype", folder.config.get("torch_dtype"))
+    known = {np.dtype(kind).name: np.dtype(kind) for kind in SCALES}
+    return known.get(named if isinstance(named, str) else "", np.dtype(jnp.bfloat16))
+
+
+def raw(folder: TensorFolder, name: str) -> np.ndarray:
+    """Return a tensor whose header was checked before."""
+    entry = folder.entries[name]
+    return folder.read(name, [entry.dtype], [entry.shape])
+
+
+def group_order(
+    folder: TensorFolder, name: str, group: int, *, reordered: bool, remedy: str
+) -> np.ndarray | None:
+    """Return the group of each input from a tensor of groups; None where they are in order.
+
+    Args:
+      folder: where it is.
+      name: of the tensor.
+      group: inputs of a group.
+      reordered: whether the config says that inputs have an order of their own.
+      remedy: what to write into the config where it does not.
+
+    Raises:
+      ValueError: an order that the config does not know of, or groups that do not exist.
+    """
+    found = raw(folder, name)
+    in_order = np.arange(len(found)) // group
+    if (found == in_order).all():
+        return None
+    if not reordered:
+        raise ValueError(
+            f"{folder.path}: {name!r} has an order of its own, of which {CONFIG} says nothing; "
+            f"write {remedy} into quantization_config"
+        )
+    if found.min() < 0 or found.max() > in_order[-1]:
+        raise ValueError(
+            f"{folder.path}: {name!r} names groups beyond 0 to {in_order[-1]}; fetch it again"
+        )
+    return found
+
+
+def tensor_faults(folder: TensorFolder, wanted: Headers) -> list[str]:
+    """Return what is wrong with the headers of some tensors."""
+    faults = []
+    for name, (dtypes, shapes) in wanted.items():
+        entry = folder.entries.get(name)
+        kinds = [np.dtype(d) for d in dtypes]
+        if entry is None:
+            faults.append(f"{name!r} is missing")
+        elif entry.dtype not in kinds or entry.shape not in shapes:
+            right = " or ".join(dict.fromkeys(map(str, shapes)))
+            faults.append(
+                f"{name!r} is {entry.dtype.name} {entry.shape}, expected "
+                f"{' or '.join(kind.name for kind in kinds)} {right}"
+            )
+    return faults
+
+
+def encoded_layers(
+    folder: TensorFolder,
+    ending: str,
+    describe: Callable[[str], tuple[Headers, Mapping[str, Any]]],
+) -> dict[str, EncodedWeight]:
+    """Return the encoded weights of a folder, by the names of the plain ones.
+
+    Args:
+      folder: where they are.
+      ending: of a tensor that only encoded layers have.
+      describe: from a layer's name to the headers that its tensors must have, codes first and
+        scales second, and to what `EncodedWeight` is made of beside them.
+
+    Raises:
+      ValueError: no layer, or tensors that are missing or of another dtype or shape: all at once.
+    """
+    names = [n.removesuffix(ending) for n in folder.entries if n.endswith(ending)]
+    found = {}
+    faults = [] if names else [f"{CONFIG} names an encoding, but no tensor ends in {ending!r}"]
+    for name in names:
+        wanted, fields = describe(name)
+        wrong = tensor_faults(folder, wanted)
+        faults += wrong
+        if not wrong:
+            scales = folder.entries[[*wanted][1]]
+            own = {"dtype": scales.dtype, "parts": tuple(wanted)}
+            found[f"{name}.weight"] = EncodedWeight(**{**own, **fields})
+    if faults:
+        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise ValueError(
+            f"{folder.path}: {'; '.join(faults[:8])}{more}: fetch the folder again, or correct "
+            f"quantization_config in {CONFIG} where it is wrong"
+        )
+    return found
