@@ -15,10 +15,11 @@ def bfloat16_parts(codes, scales, fmt) -> tuple:
       codes: packed codes uint8 (..., K/2).
       scales: (..., K/g).
       fmt: a format of 4 bits: E2M1 or integers with scales of at most 4 significant bits are one
-        bfloat16 number, INT4 with bfloat16 scales two. Or E4M3 with powers of two: one.
+        bfloat16 number, INT4 with bfloat16 scales two, with float32 scales three. Or E4M3 with
+        powers of two: one.
 
     Returns:
-      One or two bfloat16 arrays (..., K).
+      One to three bfloat16 arrays (..., K).
 
     Raises:
       NotImplementedError: a format of more bits.
@@ -29,9 +30,13 @@ def bfloat16_parts(codes, scales, fmt) -> tuple:
     values = fmt.decode(fmt.unpack(codes), scales, jnp.float32(1))
     if fmt.element.name in ("e2m1", "e4m3") or fmt.scale_dtype == "e4m3":
         return (values.astype(jnp.bfloat16),)
-    # Rounding by arithmetic: compilers may delete a cast to bfloat16 and back.
-    first = lax.reduce_precision(values, 8, 7)
-    return first.astype(jnp.bfloat16), (values - first).astype(jnp.bfloat16)
+    parts = []
+    for _ in range(3 if fmt.scale_dtype == "float32" else 2):
+        # Rounding by arithmetic: compilers may delete a cast to bfloat16 and back.
+        part = lax.reduce_precision(values, 8, 7)
+        parts.append(part.astype(jnp.bfloat16))
+        values = values - part
+    return tuple(parts)
 
 
 def in_float8(fmt) -> bool:

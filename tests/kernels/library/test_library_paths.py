@@ -62,7 +62,12 @@ def test_bfloat16_operands_are_exact(fmt, layout):
         near(product(left, weight, "xla"), left, w)
 
 
-@pytest.mark.parametrize("fmt", [*FORMATS, wush.NVINT4, wush.MXFP8, wush.FP8], ids=lambda f: f.name)
+# Of other libraries' files.
+WIDE_SCALES = wush.formats.INT4_ABSMAX.replace(name="WIDE", scale_dtype="float32", group_size=16)
+SUMS = [*FORMATS, wush.NVINT4, wush.MXFP8, wush.FP8, WIDE_SCALES]
+
+
+@pytest.mark.parametrize("fmt", SUMS, ids=lambda f: f.name)
 def test_a_quantized_value_is_a_sum_of_bfloat16_numbers(fmt):
     q = quantize(normal(0, (8, 64)) * 1e-3, fmt)
     parts = jax.jit(lambda q: exactly.bfloat16_parts(q.codes, q.scales, fmt))(q)

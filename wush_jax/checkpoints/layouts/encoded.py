@@ -67,7 +67,7 @@ def _read(
     weight = QuantizedArray(
         place(f"{name}.codes", nibbles[:, 0::2] | nibbles[:, 1::2] << 4),
         place(f"{name}.scale_quant", np.ascontiguousarray(found.scales).astype(kind)),
-        place(f"{name}.weight_global_scale", np.float32(1)),
+        place(f"{name}.weight_global_scale", np.ones((), np.float32)),
         record.format,
     )
     return PackedWeight(weight, None, None, None)

@@ -33,8 +33,10 @@ from wush_jax.storage.tensor_folder import TensorFolder
 # Where outputs 0 to 7 of a word are: the inverse of 0 2 4 6 1 3 5 7.
 NIBBLE = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
 # How a model was quantized, or is run, and not what its numbers mean.
-FREE = ("quant_method", "method", "modules_to_not_convert", "lm_head", "meta", "exllama_config")
-FREE += ("do_fuse", "fuse_max_seq_len", "modules_to_fuse")
+FREE = (
+    *("quant_method", "method", "modules_to_not_convert", "lm_head", "meta", "exllama_config"),
+    *("do_fuse", "fuse_max_seq_len", "modules_to_fuse"),
+)
 
 
 def _claims(config: Mapping[str, Any]) -> bool:

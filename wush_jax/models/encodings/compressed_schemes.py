@@ -12,12 +12,16 @@ from wush_jax.storage.tensor_folder import TensorFolder
 
 METHOD = "compressed-tensors"
 # What does not change the values of weights. Caches stay as they are here.
-FREE = ("quant_method", "format", "version", "quantization_status", "ignore", "kv_cache_scheme")
-FREE += ("global_compression_ratio", "config_groups")
+FREE = (
+    *("quant_method", "format", "version", "quantization_status", "ignore", "kv_cache_scheme"),
+    *("global_compression_ratio", "config_groups"),
+)
 STRATEGIES = ("tensor", "channel", "group", "block")
 # Of activations and caches.
-SKIPPED = (".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point")
-SKIPPED += (".k_scale", ".v_scale", ".q_scale")
+SKIPPED = (
+    *(".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point"),
+    *(".k_scale", ".v_scale", ".q_scale"),
+)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from wush_jax.models.encodings.encoded import (
 from wush_jax.models.typed_values import TypedValues
 from wush_jax.storage.tensor_folder import TensorFolder
 
-FREE = ("quant_method", "modules_to_not_convert", "ignored_layers", "modules_to_convert")
-FREE += ("dequantize",)
+FREE = (
+    *("quant_method", "modules_to_not_convert", "ignored_layers", "modules_to_convert"),
+    "dequantize",
+)
 
 
 def _claims(config: Mapping[str, Any]) -> bool:
@@ -37,7 +39,11 @@ def _claims(config: Mapping[str, Any]) -> bool:
 
 def _block(folder: TensorFolder) -> tuple[int, int] | None:
     """Return the rows and columns of a block; None for one scale a tensor."""
-    defaults = {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": None}
+    defaults: dict[str, Any] = {
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": None,
+    }
     defaults |= {"scale_fmt": "float", "expert_dtype": "fp8", "kv_cache_scheme": None}
     values = TypedValues(folder.config["quantization_config"], defaults)
     values.need("fmt", "e4m3", "float8_e4m3fn")
@@ -62,7 +68,7 @@ def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
         n, k = entry.shape if entry is not None and len(entry.shape) == 2 else (0, 0)
         rows, columns = size or (max(n, 1), max(k, 1))
         grid = [(-(-n // rows), -(-k // columns))] + ([] if size else [(), (1,)])
-        wanted = {
+        wanted: dict[str, Any] = {
             f"{name}.weight": ([jnp.float8_e4m3fn], [(n, k)]),
             f"{name}{ending}": ([*SCALES, jnp.float8_e8m0fnu], grid),
         }
