@@ -71,6 +71,17 @@ class Geometry:
             return self.group
         return min(self.tiles.slab, repack.COLUMNS * sharing(self.rows))
 
+    def power(self, slab, beside):
+        """Where a warpgroup of a slab stores its rows' powers, and whether it does.
+
+        The first of those that share powers writes them, or each its own copy. Clusters bring slabs
+        that lie beyond K, and nothing clips these stores: they would end up in other arrays.
+        """
+        each = self.per_scale < self.tiles.slab
+        place = slab * self.tiles.beside + beside if each else slab
+        exists = place < self.outputs[1][0]
+        return place, exists if each else exists & (beside == 0)
+
     @property
     def outputs(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of codes and scales."""

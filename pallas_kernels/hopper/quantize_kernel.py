@@ -268,11 +268,8 @@ def _walk(
         out = codes_s.at[wg * tiles.results + lax.rem(i, tiles.results)]
         groups = 1 if geo.layout in repack.POWERED else tiles.columns // geo.group
         if geo.layout in repack.POWERED:
-            # The first of those that share a power writes it, or each its own copy.
-            each = geo.per_scale < tiles.slab
-            place = slab * tiles.beside + beside if each else slab
+            place, mine = geo.power(slab, beside)
             scales = scales_g.at[pl.ds(place, 1), pl.ds(row(tile), ROWS)]
-            mine = place < scales_g.shape[0] if each else beside == 0
             exist = geo.rows - row(tile), jnp.where(mine, 1, 0)
         else:
             scales = scales_g.at[geo.oriented(*rows_columns(tile, step, groups))]

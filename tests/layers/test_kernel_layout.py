@@ -252,8 +252,11 @@ def test_loading_lays_out_what_is_served(hopper, tmp_path):
     [
         (wush.MXFP4, 1.0, "float8"),
         (wush.MXFP4, 2.0**-40, "bfloat16"),  # more octaves than FP8 has
+        (wush.FP8, 1.0, "float8"),
+        (wush.FP8, 2.0**-40, "bfloat16"),
         (None, 1.0, "bfloat16"),
         (wush.NVFP4, 1.0, "bfloat16"),
+        (wush.MXFP8, 1.0, "bfloat16"),
     ],
 )
 def test_records_expand_to_what_holds_both_operands(inputs, smallest, operand):

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import random_shapes
+from random_shapes import random_call, random_layers
 
 import pallas_kernels
 import wush_jax as wush
-from pallas_kernels import fragments, reference
+from pallas_kernels import folded, fragments, reference
 from pallas_kernels.hopper import matmul, mosaic_gpu
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -33,23 +35,6 @@ FORMATS = {
 SHAPES = ((3, 8, 64, 32, False), (1, 70, 128, 64, True), (5, 64, 96, 32, True))
 CONFIGURATIONS = list(itertools.product(FORMATS, SHAPES))
 BATCH = 50
-
-
-def random_layers(count, shape, seed):
-    """Weights of many magnitudes, well-conditioned moments, and inputs with exact products.
-
-    Inputs are small integers times a power of two, transforms signed Hadamard matrices times one:
-    their products are exact in float32 in any order, so that all codes have to agree.
-    """
-    tokens, outputs, k, d, shared = shape
-    rng = np.random.default_rng(seed)
-    w = rng.standard_t(3, (count, outputs, k)) * 2.0 ** rng.integers(-9, 10, (count, outputs, 1))
-    w[rng.random((count, outputs)) < 0.05] = 0
-    x = rng.integers(-64, 65, (count, tokens, k)) * 2.0 ** rng.integers(-12, 7, (count, tokens, 1))
-    blocks = () if shared else (k // d,)
-    signs = rng.choice([-1.0, 1.0], (count, *blocks, 1, d))
-    t = signs * np.sign(oracle.hadamard(d)) / 2.0 ** (d.bit_length() // 2)
-    return np.float32(w), jnp.asarray(x, jnp.bfloat16), jnp.asarray(t, jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -149,21 +134,11 @@ NEEDS_MOSAIC = pytest.mark.skipif(
 KERNEL_FORMATS = (wush.MXFP4, wush.NVFP4, wush.INT4)
 
 
-def random_call(seed):
-    """Sizes that a layer may have: rows, outputs, K, block, shared, format."""
-    rng = np.random.default_rng(seed)
-    fmt = KERNEL_FORMATS[rng.integers(len(KERNEL_FORMATS))]
-    d, shared = int(rng.choice([32, 64, 128])), bool(rng.integers(2))
-    rows, outputs = int(np.exp(rng.uniform(0, np.log(600)))), int(rng.integers(1, 700))
-    wide = max(d, 64)  # what the transform's kernel asks of K
-    return rows, outputs, wide * int(rng.integers(1, 1 + 2048 // wide)), d, shared, fmt
-
-
 @NEEDS_MOSAIC
 @pytest.mark.parametrize("seed", range(4))
 def test_random_shapes_lower_for_cuda(seed):
     """Both kernels, each as one call, for sizes nobody chose."""
-    m, n, k, d, shared, fmt = random_call(seed)
+    m, n, k, d, shared, fmt = random_call(seed, KERNEL_FORMATS)
 
     def both(x, t, weight):
         options = {"global_scale": None, "layout": "interchange", "device": "NVIDIA H200"}
@@ -200,48 +175,39 @@ def test_random_shapes_with_fp8_activations_on_a_gpu(part):
     wrong = {}
     for seed in range(50 * part, 50 * part + 50):
         try:
-            fp8_activations_agree(seed)
+            random_shapes.fp8_activations_agree(seed)
         except AssertionError as error:
             wrong[seed] = str(error)
     assert not wrong
 
 
-WEIGHTS = (wush.MXFP4, wush.NVFP4, wush.NVINT4, wush.INT4)
+@pytest.mark.files
+@pytest.mark.parametrize("road", ["float8", "folded"])
+def test_what_random_shapes_are_compared_with(road, monkeypatch):
+    """The definition passes, a weight off by one column does not."""
+    seed, shifted = {"float8": 120, "folded": 46}[road], 0
+    sizes = random_call(seed, KERNEL_FORMATS)
+    for name, size in zip(("TOKENS", "OUTPUTS", "WIDTH"), sizes, strict=False):
+        monkeypatch.setattr(random_shapes, name, size + -size % 128)
 
+    def definition(x, t, laid, _):
+        values = random_shapes.left_of(x, t)
+        codes = wush.QuantizedArray(*laid.interchange, laid.global_scale, laid.format)
+        weight = np.asarray(dequantize(codes), np.float64)
+        if road == "folded":
+            found = folded.dequantize(*laid.interchange, laid.format, laid.global_scale)
+            weight = np.asarray(found, np.float64)
+        return values @ np.roll(weight, shifted, axis=1).T
 
-def fp8_activations_agree(seed):
-    m, n, k, d, shared, _ = random_call(seed)
-    fmt = WEIGHTS[seed % len(WEIGHTS)]
-    w, x, t = (a[0] for a in random_layers(1, (m, n, k, d, shared), seed))
-    weight, left, outputs = by_fp8(w, x, t, fmt)
-    # The records' own values: NVINT4's hold 14 octaves, and these rows lie further apart.
-    weight, left = np.asarray(weight, np.float64), np.asarray(left, np.float64)
-    sums = np.abs(left) @ np.abs(weight).T
-    for y, bound in zip(outputs, ((k / 16 + 16) * 2.0**-23, 2.0**-8), strict=False):
-        error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
-        assert (error <= bound * sums).all(), (m, n, k, d, shared, fmt.name, (error / sums).max())
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def by_fp8(w, x, t, fmt):
-    """Weights, activations, and outputs in bfloat16, in FP8 where the weights are exact in it."""
-    q = wush.quantize(w, fmt)
-    options = {"out_dtype": jnp.float32, "implementation": "mosaic_gpu"}
-    operands = ("bfloat16", "float8") if fmt == wush.MXFP4 else ("bfloat16",)
-    outputs = [
-        pallas_kernels.transform_quantize_matmul(
-            x, t, fragments.lay_out(q, operand), wush.FP8, **options
-        )
-        for operand in operands
-    ]
-    codes = pallas_kernels.transform_quantize(x, t, wush.FP8, implementation="reference")
-    left = wush.QuantizedArray(*codes, jnp.float32(1), wush.FP8)
-    held = reference.dequantize(fragments.lay_out(q))
-    return held, wush.dequantize(left), outputs
+    monkeypatch.setattr(random_shapes, "layer", definition)
+    random_shapes.fp8_activations_agree(seed, road)
+    shifted = 1
+    with pytest.raises(AssertionError, match=road):
+        random_shapes.fp8_activations_agree(seed, road)
 
 
 def kernels_agree(seed):
-    m, n, k, d, shared, fmt = random_call(seed)
+    m, n, k, d, shared, fmt = random_call(seed, KERNEL_FORMATS)
     w, x, t = (a[0] for a in random_layers(1, (m, n, k, d, shared), seed))
     weight, moved, codes, outputs, in_float8 = on_gpu(w, x, t, jnp.float32(fmt.global_scale), fmt)
     # INT4's scale is a rounded sum of squares, which has an order: one group in 2^15 may move.

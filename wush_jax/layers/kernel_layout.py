@@ -111,13 +111,10 @@ def _partition(path: str, packed: PackedWeight) -> Partition | None:
 
 
 def _operands(packed: PackedWeight) -> tuple[str, ...]:
-    """What records may expand to, best first: FP8 where both operands are exact in it.
-
-    Not by activations in FP8, though kernels multiply them: of random layers with up to 64 tokens
-    some missed their bound, see docs/kernels.md.
-    """
-    both = packed.weight.format, packed.input_format
-    float8 = all(fmt is not None and exactly.in_float8(fmt) for fmt in both)
+    """What records may expand to, best first: FP8 where both operands are exact in it."""
+    weight, inputs = packed.weight.format, packed.input_format
+    float8 = exactly.in_float8(weight) and inputs is not None
+    float8 = float8 and exactly.multiplies_in_float8(inputs)
     return ("float8", "bfloat16") if float8 else ("bfloat16",)
 
 

@@ -1,6 +1,7 @@
 """Activations in FP8: the quantizer's kernel against the definition, and whole layers on a GPU."""
 
 import functools
+import itertools
 
 import comparison
 import jax
@@ -13,12 +14,14 @@ import pallas_kernels
 import wush_jax as wush
 from pallas_kernels import exactly, repack
 from pallas_kernels.benchmarks.cases import Case
-from pallas_kernels.hopper import mosaic_gpu
-from pallas_kernels.hopper.tiles import FEW_TOKENS, Tiles
+from pallas_kernels.hopper import mosaic_gpu, quantize_geometry
+from pallas_kernels.hopper.tiles import FEW_TOKENS, Tiles, choose
 
 NEEDS_MOSAIC = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
 )
+
+VALUES = "float8_values"
 
 
 def launch(x, t, fmt, layout, tiles=None, **options):
@@ -38,6 +41,22 @@ def test_interpreted_fp8_activations_equal_the_definition(layout):
         wanted = exactly.bfloat16_parts(*codes, wush.FP8)[0]
     np.testing.assert_array_equal(np.float32(values), np.float32(wanted))
     np.testing.assert_array_equal(powers[:, :70], same_powers[:, :70])
+
+
+@NEEDS_MOSAIC
+@pytest.mark.parametrize("rows", [1, 11, 39, 64, 65, 300])
+def test_each_power_is_stored_once_and_nothing_beside_them(rows):
+    """No store is clipped: what lies beyond the powers is another array's memory."""
+    for width in (64, 128, 192, 320, 640, 1664, 4096):
+        for fmt, layout in ((wush.MXFP4, "float8"), (wush.FP8, "float8"), (wush.FP8, VALUES)):
+            for block in (32, 64):
+                options = *(block, True, layout), "none"
+                tiles = choose(rows, width, fmt, *options)
+                sizes = rows, width, block, fmt.group_size
+                geo = quantize_geometry.Geometry(*sizes, True, layout, tiles, "wgmma")
+                stores = itertools.product(range(geo.pairs[0]), range(tiles.beside))
+                places = [place for place, mine in itertools.starmap(geo.power, stores) if mine]
+                assert sorted(places) == list(range(geo.outputs[1][0])), (geo, places)
 
 
 FP8_CASES = [Case(1), Case(13, 192), Case(40, 1088, block=64), Case(64, 640, block=128)]

@@ -1,0 +1,173 @@
+"""Random layers with FP8 activations through the kernels: many a minute, for tests on a GPU.
+
+    python tests/support/random_shapes.py --seconds 120 --processes 16 --roads float8 folded
+
+All that is not a kernel runs at one size, so that a shape compiles its kernels alone.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import functools
+import multiprocessing
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+
+import wush_jax as wush
+from pallas_kernels import folded, fragments, reference
+
+TOKENS, OUTPUTS, WIDTH = 640, 704, 2048  # no call is larger
+WEIGHTS = (wush.MXFP4, wush.NVFP4, wush.NVINT4, wush.INT4)
+# What weights are laid out for and how they are multiplied, and which formats are.
+ROADS = {"bfloat16": WEIGHTS, "float8": WEIGHTS[:1], "folded": WEIGHTS[1:3]}
+# Tensor cores cut off where they align: 2^-23 for each sum of 16 products. In FP8 up to 512 columns
+# are summed in some 14 bits: as tests/kernels/hopper/test_fp8_matmul.py.
+BOUNDS = {"float8": 2.0**-8, "folded": 2.0**-8}
+
+
+def random_layers(count, shape, seed):
+    """Weights of many magnitudes, well-conditioned moments, and inputs with exact products.
+
+    Inputs are small integers times a power of two, transforms signed Hadamard matrices times one:
+    their products are exact in float32 in any order, so that all codes have to agree.
+    """
+    tokens, outputs, k, d, shared = shape
+    rng = np.random.default_rng(seed)
+    w = rng.standard_t(3, (count, outputs, k)) * 2.0 ** rng.integers(-9, 10, (count, outputs, 1))
+    w[rng.random((count, outputs)) < 0.05] = 0
+    x = rng.integers(-64, 65, (count, tokens, k)) * 2.0 ** rng.integers(-12, 7, (count, tokens, 1))
+    blocks = () if shared else (k // d,)
+    signs = rng.choice([-1.0, 1.0], (count, *blocks, 1, d))
+    t = signs * np.sign(oracle.hadamard(d)) / 2.0 ** (d.bit_length() // 2)
+    return np.float32(w), jnp.asarray(x, jnp.bfloat16), jnp.asarray(t, jnp.bfloat16)
+
+
+def random_call(seed, formats):
+    """Sizes that a layer may have: rows, outputs, K, block, shared, format."""
+    rng = np.random.default_rng(seed)
+    fmt = formats[rng.integers(len(formats))]
+    d, shared = int(rng.choice([32, 64, 128])), bool(rng.integers(2))
+    rows, outputs = int(np.exp(rng.uniform(0, np.log(600)))), int(rng.integers(1, 700))
+    wide = max(d, 64)  # what the transform's kernel asks of K
+    return rows, outputs, wide * int(rng.integers(1, 1 + 2048 // wide)), d, shared, fmt
+
+
+def fp8_activations_agree(seed, road=None):
+    """Assert the bounds of a layer's outputs, by one road or all that its format has.
+
+    The weight's format is that of the seed's remainder by four.
+    """
+    *shape, _ = random_call(seed, WEIGHTS[:3])
+    fmt = WEIGHTS[seed % len(WEIGHTS)]
+    w, x, t = (a[0] for a in random_layers(1, tuple(shape), seed))
+    left = left_of(x, t)
+    for name in (road,) if road else (name for name, formats in ROADS.items() if fmt in formats):
+        laid, weight = weight_of(w, fmt, name)
+        y = np.asarray(layer(x, t, laid, name), np.float64)
+        sums = np.abs(left) @ np.abs(weight).T
+        error = np.abs(y - left @ weight.T)
+        bound = BOUNDS.get(name, (shape[2] / 16 + 16) * 2.0**-23)
+        with np.errstate(invalid="ignore"):
+            assert (error <= bound * sums).all(), (seed, name, shape, np.nanmax(error / sums))
+
+
+def left_of(x, t):
+    """The definition's activations in float64: their products are exact."""
+    x, t = np.asarray(x, np.float32), np.asarray(t, np.float32)
+    d = t.shape[-1]
+    blocks = x.reshape(len(x), -1, d)
+    y = np.einsum("mbi,bji->mbj", blocks, np.broadcast_to(t, (blocks.shape[1], d, d)))
+    return np.asarray(values_of(jnp.asarray(padded(y.reshape(x.shape), TOKENS))), np.float64)[
+        : len(x), : x.shape[1]
+    ]
+
+
+@jax.jit
+def values_of(y):
+    return wush.dequantize(wush.quantize(y, wush.FP8))
+
+
+def weight_of(w, fmt, road):
+    """Records of a weight, and what they stand for: float64 (N, K)."""
+    (n, k), operand = w.shape, "float8" if road == "float8" else "bfloat16"
+    whole, values = laid_out(padded(w, OUTPUTS), fmt, operand, road == "folded")
+    records = np.asarray(whole.records)[: -(-n // 64), : -(-k // 128)]
+    laid = fragments.Fragments(
+        jnp.asarray(records), whole.unit, whole.global_scale, fmt, (n, k), operand
+    )
+    return laid, np.asarray(values, np.float64)[:n, :k]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def laid_out(w, fmt, operand, rounded):
+    q = wush.quantize(w, fmt)
+    # The records' own values: NVINT4's hold 14 octaves, and these rows lie further apart.
+    laid = fragments.lay_out(q, operand)
+    values = folded.dequantize(*laid.interchange, fmt, laid.global_scale) if rounded else None
+    return laid, reference.dequantize(laid) if values is None else values
+
+
+def padded(a, rows):
+    return np.pad(a, ((0, rows - a.shape[0]), (0, WIDTH - a.shape[1])))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def layer(x, t, laid, road):
+    from pallas_kernels.hopper import matmul
+
+    way = "folded" if road == "folded" else "fused"
+    options = {"out_dtype": jnp.float32, "road": way}
+    return matmul.transform_quantize_matmul(x, t, (laid,), wush.FP8, **options)[0]
+
+
+def failure(seed, road):
+    """What a layer's assertion says, or None."""
+    try:
+        fp8_activations_agree(seed, road)
+    except AssertionError as error:
+        return str(error)
+    finally:
+        jax.clear_caches() if seed % 40 == 0 else None
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--roads", nargs="*", choices=ROADS, default=list(ROADS))
+    options = parser.parse_args()
+    seeds = range(options.first, options.first + len(WEIGHTS) * options.layers)
+    tasks = [
+        [(seed, road) for seed in seeds if WEIGHTS[seed % len(WEIGHTS)] in ROADS[road]]
+        for road in options.roads
+    ]
+    tasks = [task for of_road in tasks for task in of_road[: options.layers]]
+    sweep(tasks, options.processes, time.monotonic() + options.seconds)
+
+
+def sweep(tasks, processes, end):
+    """Run layers until they or the time are used up; prints what was seen by road and format."""
+    seen = collections.defaultdict(list)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+        waiting = {pool.submit(failure, *task): task for task in tasks}
+        try:
+            for one in concurrent.futures.as_completed(waiting, end - time.monotonic()):
+                seed, road = waiting[one]
+                seen[road, WEIGHTS[seed % len(WEIGHTS)].name].append(one.result())
+        except TimeoutError:
+            pool.shutdown(wait=False, cancel_futures=True)
+    for kind, results in seen.items():
+        wrong = [result for result in results if result]
+        print(*kind, f"{len(results)} layers, {len(wrong)} wrong", *wrong[:9], flush=True)
+
+
+if __name__ == "__main__":
+    main()
