@@ -164,6 +164,8 @@ def sweep(tasks, processes, end):
                 seen[road, WEIGHTS[seed % len(WEIGHTS)].name].append(one.result())
         except TimeoutError:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()  # in the middle of a layer
     for kind, results in seen.items():
         wrong = [result for result in results if result]
         print(*kind, f"{len(results)} layers, {len(wrong)} wrong", *wrong[:9], flush=True)
