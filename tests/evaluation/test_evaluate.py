@@ -18,6 +18,7 @@ from wush_jax.evaluation.evaluate import (
     perplexity_of,
     score,
 )
+from wush_jax.models import by_layer
 from wush_jax.models.tokens import in_batches
 
 RANDOM = np.random.default_rng(0)
@@ -170,15 +171,42 @@ def test_logits_take_no_more_memory_than_said(monkeypatch):
     """Two models and their KL: one and a half times `LOGITS_BYTES`, whatever the text's length."""
     config = dataclasses.replace(CONFIG, vocab_size=2**14, num_hidden_layers=1)
     monkeypatch.setattr(positions, "LOGITS_BYTES", 2**22)
-    graphs, states = zip(*(nnx.split(random_model(config, seed)) for seed in (0, 1)), strict=True)
-    measure, call = evaluate._scores, positions._plain_call
+    readers = [positions.Reader(random_model(config, seed)) for seed in (0, 1)]
+    graphs, states = zip(*(reader.head for reader in readers), strict=True)
     tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
-    compiled = jax.jit(positions._evaluate, static_argnums=(0, 1)).lower(
-        measure, call, graphs, states, tokens
-    )
+    read = [jax.eval_shape(reader.run, tokens) for reader in readers]
+    compiled = positions._compiled.lower(evaluate._scores, graphs, states, tuple(read), tokens)
     used = compiled.compile().memory_analysis().temp_size_in_bytes
     # All logits would be 64 MiB; beside 6 MiB stands what the layers make of 512 positions.
     assert used < 1.5 * 2**22 + 3 * 2**20
+
+
+def test_a_reference_is_read_once():
+    """What is remembered gives the same figures, batch by batch, without running the model."""
+    model, other = (random_model(CONFIG, seed) for seed in (0, 1))
+    batches = [RANDOM.integers(CONFIG.vocab_size, size=shape) for shape in ((3, 6), (2, 9))]
+    reader = positions.Reader(model, remember=True)
+    first = score(other, batches, reader)
+    assert first == score(other, batches, model)
+    assert len(reader.memory) == len(batches)
+    reader.run = None  # would be called
+    assert score(other, batches, reader) == first
+    with pytest.raises(TypeError):
+        score(other, [batches[0][:, :5]], reader)
+
+
+def test_layers_that_are_alike_are_compiled_once():
+    config = dataclasses.replace(CONFIG, num_hidden_layers=4)
+    model = random_model(config)
+    tokens = RANDOM.integers(config.vocab_size, size=(2, 9), dtype=np.int32)
+    before = by_layer._run._cache_size()
+    hidden = by_layer.ByLayer.of(model).hidden(tokens)
+    assert by_layer._run._cache_size() - before <= 2  # the embedding, a layer
+    # the same operations in programs of other sizes: a few roundings of float32
+    np.testing.assert_allclose(
+        hidden, jax.jit(lambda m, t: m.hidden(t))(model, tokens), rtol=1e-4, atol=1e-5
+    )
+    assert by_layer.ByLayer.of(nnx.Linear(2, 2, rngs=nnx.Rngs(0))) is None
 
 
 def test_tokens_that_cannot_come_add_nothing(models):

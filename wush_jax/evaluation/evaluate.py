@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wush_jax.calibration.observe import Progress
-from wush_jax.evaluation.positions import Call, Model, position_values
+from wush_jax.evaluation.positions import Call, Model, Reader, position_values
 
 
 def _losses(logits: list[jax.Array], following: jax.Array) -> tuple[jax.Array, ...]:
@@ -44,7 +44,7 @@ def _scores(logits: list[jax.Array], following: jax.Array) -> tuple[jax.Array, .
 
 def _means(
     measure: Any,
-    models: list[Model],
+    models: list[Model | Reader],
     batches: Iterable[Any],
     call: Call | None,
     progress: Progress | None,
@@ -255,7 +255,7 @@ class Score:
 def score(
     model: Model,
     batches: Iterable[Any],
-    reference: Model,
+    reference: Model | Reader,
     *,
     call: Call | None = None,
     progress: Progress | None = None,
@@ -265,7 +265,8 @@ def score(
     Args:
         model: tokens (batch, length) to logits (batch, length, vocab).
         batches: integers (batch, length), or pairs of those and a mask; read once.
-        reference: the same, such as the full-precision model.
+        reference: the same, such as the full-precision model; or a
+            `wush_jax.evaluation.positions.Reader` that remembers what it has read.
         call: how to run a model; None: ``model(tokens)``.
         progress: called with the number of batches done, None and "evaluate".
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.tree_util import Partial
 
 from wush_jax.calibration.observe import Progress
+from wush_jax.models.by_layer import ByLayer
 from wush_jax.models.tokens import check_tokens, model_inputs, vocabulary
 
 Model = Callable[[jax.Array], jax.Array]
@@ -28,9 +28,49 @@ Measure = Callable[[list[jax.Array], jax.Array], tuple[jax.Array, ...]]
 LOGITS_BYTES = 2**29
 
 
+class Reader:
+    """A model in two parts: what it makes of tokens, and its head, which makes logits of that.
+
+    The first gives hidden states of a model that splits so; otherwise logits, without a head.
+
+    Args:
+        model: a module, or a function of tokens.
+        call: how to run it; None: ``model(tokens)``.
+        remember: keep the hidden states of every batch, and give them again to the same tokens:
+            a reference is run once, however many models are compared with it. Logits, which a
+            large vocabulary makes large, are not kept.
+    """
+
+    def __init__(self, model: Model, call: Call | None = None, *, remember: bool = False):
+        self.model, self.head = model, (None, None)
+        splits = call is None and isinstance(model, nnx.Module) and hasattr(model, "hidden")
+        self.memory: dict[Any, jax.Array] | None = {} if remember and splits else None
+        parts = ByLayer.of(model) if splits else None
+        if parts is not None:
+            self.run, self.head = parts.hidden, parts.frame
+        elif isinstance(model, nnx.Module):
+            # Modules are split: as constants of a closure, their weights would be compiled in.
+            graph, state = nnx.split(model)
+            how = _hidden if splits else call or _plain_call
+            self.run = partial(_run, how, graph, state)
+            self.head = (graph, state) if splits else self.head
+        else:
+            # What a plain function closes over may change: never reuse its compilation.
+            self.run = jax.jit(partial(call or _plain_call, model))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Return hidden states, or logits, of (batch, length) tokens."""
+        if self.memory is None:
+            return self.run(tokens)
+        key = tokens.shape, np.asarray(tokens).tobytes()
+        if key not in self.memory:
+            self.memory[key] = self.run(tokens)
+        return self.memory[key]
+
+
 def position_values(
     measure: Measure,
-    models: list[Model],
+    models: list[Model | Reader],
     batches: Iterable[Any],
     call: Call | None = None,
     progress: Progress | None = None,
@@ -40,7 +80,7 @@ def position_values(
     Args:
         measure: (logits of each model, following tokens) to arrays (batch, positions). What
             follows the last position of a row is 0, and its value the caller's to drop.
-        models: modules, or functions of tokens.
+        models: modules, or functions of tokens, or a `Reader` of one.
         batches: integers (batch, length), or pairs of those and a mask of the positions that count.
         call: how to run a model; None: ``model(tokens)``.
         progress: called with the number of batches done, None and "evaluate".
@@ -51,18 +91,11 @@ def position_values(
     Raises:
         ValueError: what is no token of the models, a mask of another shape, two vocabularies.
     """
-    # Modules are split: as constants of a closure, their weights would be compiled in.
-    parts = [nnx.split(m) if isinstance(m, nnx.Module) else (Partial(m), None) for m in models]
-    graphs, states = zip(*parts, strict=True)
-    # What a plain function closes over may change between calls: never reuse its compilation.
-    plain = not all(isinstance(graph, nnx.GraphDef) for graph in graphs)
-    evaluate = (
-        jax.jit(partial(_evaluate, measure, call or _plain_call, graphs))
-        if plain
-        else partial(_compiled, measure, call or _plain_call, graphs)
-    )
-    known = vocabulary(models[0])
-    for index, batch in enumerate(model_inputs(models[0], batches)):
+    readers = [m if isinstance(m, Reader) else Reader(m, call) for m in models]
+    graphs, states = zip(*(reader.head for reader in readers), strict=True)
+    first = readers[0].model
+    known = vocabulary(first)
+    for index, batch in enumerate(model_inputs(first, batches)):
         named = f"batches[{index}]"
         tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
         tokens = check_tokens(tokens, known, name=named)
@@ -71,7 +104,8 @@ def position_values(
             raise ValueError(
                 f"{named}: the mask is {mask.dtype} {mask.shape}, expected bool {tokens.shape}"
             )
-        values, size = evaluate(states, tokens)
+        read = tuple(reader(tokens) for reader in readers)
+        values, size = _compiled(measure, graphs, states, read, tokens)
         check_tokens(tokens, int(size), name=named)
         yield tuple(map(np.asarray, values)), mask
         if progress is not None:
@@ -82,35 +116,41 @@ def _plain_call(model: Model, tokens: jax.Array) -> jax.Array:
     return model(tokens)
 
 
+def _hidden(model: Any, tokens: jax.Array) -> jax.Array:
+    return model.hidden(tokens)
+
+
+# Graphs are no static arguments: those are hashed, and configs in a model need not be hashable.
+@partial(jax.jit, static_argnums=0)
+def _run(call: Call, graph: Any, state: Any, tokens: jax.Array) -> jax.Array:
+    return call(nnx.merge(graph, state), tokens)
+
+
 def _evaluate(
     measure: Measure,
-    call: Call,
     graphs: tuple[Any, ...],
     states: tuple[Any, ...],
+    read: tuple[jax.Array, ...],
     tokens: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], int]:
     """Return a measure's values at all positions, and the size of the vocabulary."""
-    models = [
-        nnx.merge(g, s) if isinstance(g, nnx.GraphDef) else g
-        for g, s in zip(graphs, states, strict=True)
+    heads = [
+        (lambda logits: logits) if graph is None else nnx.merge(graph, state).head
+        for graph, state in zip(graphs, states, strict=True)
     ]
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    if not (call is _plain_call and all(hasattr(m, "hidden") for m in models)):
-        logits = [call(model, tokens) for model in models]
-        return _measured(measure, logits, following), logits[0].shape[-1]
-    hidden = [model.hidden(tokens) for model in models]
-    size = jax.eval_shape(models[0].head, hidden[0][:, :1]).shape[-1]
+    size = jax.eval_shape(heads[0], read[0][:, :1]).shape[-1]
     batch, length = tokens.shape
-    count = min(length, max(1, LOGITS_BYTES // (4 * size * len(models) * batch)))
+    count = min(length, max(1, LOGITS_BYTES // (4 * size * len(heads) * batch)))
 
     def part(inputs: Any) -> tuple[jax.Array, ...]:
         *states, targets = inputs
-        logits = [model.head(x) for model, x in zip(models, states, strict=True)]
+        logits = [head(x) for head, x in zip(heads, states, strict=True)]
         return _measured(measure, logits, targets)
 
     if count == length:
-        return part((*hidden, following)), size
-    values = jax.lax.map(part, tuple(_parts(x, count) for x in (*hidden, following)))
+        return part((*read, following)), size
+    values = jax.lax.map(part, tuple(_parts(x, count) for x in (*read, following)))
     return tuple(jnp.swapaxes(v, 0, 1).reshape(batch, -1)[:, :length] for v in values), size
 
 
@@ -132,5 +172,4 @@ def _parts(x: jax.Array, count: int) -> jax.Array:
     return jnp.swapaxes(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 0, 1)
 
 
-# Graphs are no static arguments: those are hashed, and configs in a model need not be hashable.
-_compiled = jax.jit(_evaluate, static_argnums=(0, 1))
+_compiled = jax.jit(_evaluate, static_argnums=0)

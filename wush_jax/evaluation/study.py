@@ -20,6 +20,7 @@ from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import Report
 from wush_jax.evaluation.bars import grouped_bars
 from wush_jax.evaluation.evaluate import Score, cross_entropy, score
+from wush_jax.evaluation.positions import Reader
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.solvers.recipe import Recipe, Rules
 from wush_jax.storage import write_json
@@ -167,13 +168,15 @@ def compare(
     plans = {name: plan(model, rules, calibration, **options) for name, rules in settings.items()}
     for planned in plans.values():  # before hours of work, not after
         calibration.check(model, dense_layers(model, dense_types)[0], planned.sites)
-    loss = cross_entropy(model, evaluation, call=call)
+    own: Any = None if call is plain_call else call
+    reference = Reader(model, own, remember=True)  # run once, for all settings
+    loss = cross_entropy(reference, evaluation, call=own)
     study = Study(Score(loss, 0.0, loss), [])
     for name, planned in plans.items():
         step(name)
         start = time.perf_counter()
         made, report = quantize_with(model, planned, calibration, evaluation[0], **options)
-        measured = score(made, evaluation, model, call=call)
+        measured = score(made, evaluation, reference, call=own)
         outcome = _outcome(name, report, measured, time.perf_counter() - start)
         study = dataclasses.replace(study, outcomes=[*study.outcomes, outcome])
         if path is not None:
