@@ -3,6 +3,7 @@
 from wush_jax.calibration.auto import choose_recipes
 from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
+from wush_jax.calibration.model_free import round_folder
 from wush_jax.calibration.observe import Masked, Site, collect_moments, find_sites
 from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import LayerReport, Report
@@ -27,4 +28,5 @@ __all__ = [
     "plan",
     "quantize_folder",
     "quantize_model",
+    "round_folder",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ class LayerReport:
       tokens: that calibration has seen.
       few_tokens: the tokens that experts saw which saw too few: those are quantized from the mean
         moment of the others. By number of the expert; None where there are none.
+      weight_error: squared error over power of the weight, where it was rounded without inputs.
     """
 
     path: str
@@ -56,6 +58,7 @@ class LayerReport:
     vanished: float | None = None
     tokens: int | None = None
     few_tokens: Mapping[str, int] | None = None
+    weight_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,14 @@ class Report:
       skipped: reason by path for dense layers that stay as they are.
       unused_rules: patterns that decided no layer.
       details: anything else worth keeping, such as times and memory.
+      notes: sentences on what was written, such as what its readers cannot do.
     """
 
     layers: Sequence[LayerReport]
     skipped: dict[str, str] = field(default_factory=dict)
     unused_rules: Sequence[str] = ()
     details: dict[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -150,7 +155,7 @@ class Report:
 
     def _caption(self) -> str:
         lines = ["* shares the transform of the site's first layer"] if self._has_sharing() else []
-        lines += [f"left alone: {path}: {reason}" for path, reason in self.skipped.items()]
+        lines += [f"left alone: {line}" for line in _together(self.skipped)]
         lines += [
             f"{layer.path}: too few tokens, the others' mean moment: "
             + ", ".join(f"expert {name} ({count})" for name, count in layer.few_tokens.items())
@@ -158,6 +163,7 @@ class Report:
             if layer.few_tokens
         ]
         lines += [f"rule without a layer: {rule}" for rule in self.unused_rules]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines + self._warnings())
 
     def _warnings(self) -> list[str]:
@@ -185,6 +191,21 @@ class Report:
 
     def _has_sharing(self) -> bool:
         return any(layer.site != layer.path for layer in self.layers)
+
+
+def _together(reasons: Mapping[str, str]) -> list[str]:
+    """Return a line for each kind of names, which differ in numbers alone, and reason.
+
+    >>> _together({"0.a": "x", "1.a": "x", "2.b": "x"})
+    ['*.a (2): x', '2.b: x']
+    """
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, reason in reasons.items():
+        kinds.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
+    return [
+        f"{names[0]}: {reason}" if len(names) == 1 else f"{kind} ({len(names)}): {reason}"
+        for (kind, reason), names in kinds.items()
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 
 from wush_jax.storage.folder_lock import sole_writer
 from wush_jax.storage.tensor_file import write_tensors
+from wush_jax.storage.tensor_folder import read_tensors
 
 RUN_FILE = "run.json"
 
@@ -60,6 +62,10 @@ class RunState:
     def close(self) -> None:
         """Let others have the folder."""
         self._lock.close()
+
+    def remove(self) -> None:
+        """Take the folder away: what it was for is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _unwritable(self, error: OSError) -> OSError:
         return OSError(
@@ -105,8 +111,11 @@ class RunState:
         leaves = {f"{i:06d}": _bits(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
         # One entry: the file would have several in any order, and runs would differ in bytes.
         text = {"stage": json.dumps({"crc32": _checksum(leaves), "note": note})}
+        self._save(stage, lambda path: write_tensors(path, leaves, text))
+
+    def _save(self, stage: int, write: Callable[[Path], None]) -> None:
         try:
-            self._write(self._file(stage), lambda path: write_tensors(path, leaves, text))
+            self._write(self._file(stage), write)
         except OSError as error:
             raise OSError(
                 f"stage {stage} could not be written to {self.folder} ({error}); stages before it "
@@ -135,6 +144,25 @@ class RunState:
             raise ValueError(f"{remedy}: it holds {len(stored)} arrays, expected {len(specs)}")
         leaves = [_from_bits(stored[f"{i:06d}"], s, remedy) for i, s in enumerate(specs)]
         return jax.tree.unflatten(structure, leaves), note
+
+    def save_tensors(self, stage: int, tensors: Mapping[str, Any]) -> None:
+        """Write a finished stage of named arrays, of any type that files have.
+
+        Raises:
+          OSError: as `save`.
+        """
+        self._save(stage, lambda path: write_tensors(path, tensors))
+
+    def tensors(self, stage: int) -> dict[str, np.ndarray]:
+        """Return what `save_tensors` wrote; the arrays stay in the file.
+
+        Raises:
+          ValueError: the file is damaged; delete it to redo the stage.
+        """
+        try:
+            return read_tensors(self._file(stage))
+        except ValueError as error:
+            raise ValueError(f"{error}; or delete it to redo that stage") from error
 
     def _file(self, stage: int) -> Path:
         return self.folder / f"stage-{stage:05d}.safetensors"

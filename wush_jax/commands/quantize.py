@@ -23,6 +23,7 @@ from wush_jax.calibration.streaming import EMBEDDING, quantize_folder
 from wush_jax.checkpoints import checkpoint
 from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.checkpoints.targets import TARGETS
+from wush_jax.commands.model_free import ModelFree
 from wush_jax.commands.options import Preset, RecipeFlags, Text, preset_of, rules_of
 from wush_jax.commands.promise import keep_promise, write_certificate
 from wush_jax.commands.terminal import console, progress
@@ -34,6 +35,7 @@ from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 Model = tyro.conf.Positional[Path]
 Recipe = Annotated[RecipeFlags, tyro.conf.arg(name="")]
 Source = Annotated[Text, tyro.conf.arg(name="")]
+Free = Annotated[ModelFree, tyro.conf.arg(name="")]
 TargetLayout = Literal[tuple(TARGETS)]  # type: ignore[valid-type]  # made of the names there
 Target = Annotated[TargetLayout | None, tyro.conf.arg(name="for")]  # type: ignore[valid-type]
 NOTHING: Any = {}
@@ -77,6 +79,7 @@ def quantize(
     data_parallel: bool = False,
     dry_run: bool = False,
     resume: bool = False,
+    free: Free = ModelFree(),  # noqa: B008  # frozen
 ) -> None:
     """Quantize a Hugging Face model folder; write OUT/checkpoint, OUT/report.json, OUT/plot.png.
 
@@ -99,13 +102,29 @@ def quantize(
       data_parallel: spread each batch over all devices.
       dry_run: say what would be done, and do nothing.
       resume: continue a run that was interrupted, layer after layer.
+      free: without a model and a text.
     """
+    if free.model_free:
+        given: dict[str, Any] = {
+            "text": source.text,
+            "tokens": source.tokens,
+            "calibrated": calibrated,
+        }
+        given |= {"max-kl": max_kl, "data-parallel": data_parallel or None}
+        given |= {"calibration one-shot": calibration == "one-shot" or None}
+        free.check_no_calibration(given)
+        if not dry_run:
+            _check_place(out, out / "layers", True, resume)
+        rules = free.rules(preset, recipe, skip, target)
+        _show(free.run(model, out, rules, target, resume=resume, dry_run=dry_run))
+        return
     rules = rules_of(preset, recipe, skip, target)
     if dry_run:
         _show(_planned(model, rules))
         return
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
+    check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
     if sequential and calibrated is not None:
         raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
     if sequential and max_kl is not None:
@@ -186,7 +205,6 @@ def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None
             f"{state} holds a run that is at work or did not end: add --resume (and no "
             "--calibration one-shot) to continue it, or choose another --out"
         )
-    check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
 
 
 def _planned(model: Path, rules: Rules) -> Report:

@@ -17,6 +17,7 @@ def rtn(
     *,
     scales: str = "rule",
     activation_moment: jax.Array | None = None,
+    global_scale: jax.Array | None = None,
 ) -> QuantizedArray:
     """Return ``q(W T_W^T)``: each row's blocks transformed, each group rounded to nearest.
 
@@ -28,6 +29,8 @@ def rtn(
         error weighted by ``T_X M_X T_X^T`` inside the group
         (`wush_jax.solvers.scale_search.sweep`).
       activation_moment: M_X (K/d, d, d) for "sweep"; None weights all values alike.
+      global_scale: scalar of a larger whole that these rows are a part of; None for the format's
+        own, or what these rows derive.
 
     Returns:
       `QuantizedArray` (N, K), in transformed coordinates.
@@ -45,11 +48,13 @@ def rtn(
         raise ValueError(f"scales={scales!r} is unknown; choose 'rule' or 'sweep'")
     moved = apply_transform(weight, transform.weight)
     if scales == "rule":
-        return quantize(moved, fmt)
+        return quantize(moved, fmt, global_scale=global_scale)
     moved = moved.astype(jnp.float32)
     metric = None
     if activation_moment is not None:
         metric = scale_search.group_metric(activation_moment, transform.activation, fmt.group_size)
-    global_scale = jnp.asarray(fmt.derive_global_scale(jnp.max(jnp.abs(moved))), jnp.float32)
+    if global_scale is None:
+        global_scale = fmt.derive_global_scale(jnp.max(jnp.abs(moved)))
+    global_scale = jnp.asarray(global_scale, jnp.float32)
     codes, stored = scale_search.sweep_array(moved, fmt, global_scale, metric)
     return QuantizedArray(fmt.pack(codes), stored, global_scale, fmt)

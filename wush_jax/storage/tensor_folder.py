@@ -51,6 +51,7 @@ COMPANIONS = (
     "tokenizer.model",
     "tokenizer.model.v3",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
     "vocab.json",
 )
 OWN_FILE = re.compile(
@@ -274,6 +275,24 @@ def _read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of one safetensors file, checked; they stay in it, mapped as one.
+
+    Raises:
+      ValueError: the file is missing or damaged.
+    """
+    entries = _read_header(file)
+    if not any(entry.nbytes for entry in entries.values()):
+        return {name: np.zeros(entry.shape, entry.dtype) for name, entry in entries.items()}
+    whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
+    found = {}
+    for name, entry in entries.items():
+        data = whole[entry.start : entry.start + entry.nbytes]
+        _check_sum(name, entry, data)
+        found[name] = data.view(entry.dtype).reshape(entry.shape)
+    return found
+
+
 def _checksums(file: Path, metadata: Any, names: set[str]) -> dict[str, int]:
     """Return CRC-32s by tensor from the file's metadata: of all tensors, or of none."""
     text = metadata.get(CHECKSUMS) if isinstance(metadata, dict) else None
@@ -304,9 +323,13 @@ def _read_values(name: str, entry: Entry, mapped: bool) -> np.ndarray:
             data = np.frombuffer(stream.read(entry.nbytes), np.uint8)
     if len(data) != entry.nbytes:
         raise ValueError(f"{entry.file}: tensor {name!r} is cut off; fetch the file again")
+    _check_sum(name, entry, data)
+    return data.view(np.ndarray).view(entry.dtype).reshape(entry.shape)
+
+
+def _check_sum(name: str, entry: Entry, data: np.ndarray) -> None:
     if entry.crc32 is not None and zlib.crc32(data.data) != entry.crc32:
         raise ValueError(
             f"{entry.file}: tensor {name!r} is not what was saved, its checksum differs; fetch the "
             "file again"
         )
-    return data.view(np.ndarray).view(entry.dtype).reshape(entry.shape)

@@ -57,11 +57,16 @@ class Content:
 
     @property
     def unquantized(self) -> list[str]:
-        """Modules that look like dense layers and are none of the quantized ones."""
+        """Modules that look like dense layers, or experts, and are none of the quantized ones."""
         found = {
             name.removesuffix(".weight")
             for name, value in self.plain.items()
             if name.endswith(".weight") and len(value.shape) == 2 and "embed" not in name
+        }
+        found |= {  # stacks of experts, which have no names of their own there
+            name.rpartition(".")[0]
+            for name, value in self.plain.items()
+            if len(value.shape) == 3 and name.rpartition(".")[0].endswith("experts")
         }
         # A head that is tied to the embedding is a dense layer of readers without a tensor here.
         return sorted(found | {"lm_head"} - set(self.layers))
@@ -223,6 +228,17 @@ def only(what: str, values: Sequence[Any], layout: str) -> Any:
     return different[0]
 
 
+def fused_site(name: str) -> str:
+    """Return what is the same for layers that readers compute as one: q, k and v; gate and up.
+
+    >>> fused_site("mlp.up_proj"), fused_site("mlp.gate_proj"), fused_site("mlp.down_proj")
+    ('mlp.gate_proj', 'mlp.gate_proj', 'mlp.down_proj')
+    """
+    parent, dot, last = name.rpartition(".")
+    first = next((group[0] for group in FUSED if last in group), last)
+    return f"{parent}{dot}{first}"
+
+
 def check_fused(values: Mapping[str, Any], what: str, layout: str) -> None:
     """Refuse layers that readers compute as one (q, k and v; gate and up) and that differ.
 
@@ -231,12 +247,9 @@ def check_fused(values: Mapping[str, Any], what: str, layout: str) -> None:
       what: they are.
       layout: for the message.
     """
-    sites: dict[tuple[str, int], list[str]] = {}
+    sites: dict[str, list[str]] = {}
     for name in values:
-        parent, _, last = name.rpartition(".")
-        for index, group in enumerate(FUSED):
-            if last in group:
-                sites.setdefault((parent, index), []).append(name)
+        sites.setdefault(fused_site(name), []).append(name)
     for members in sites.values():
         if len({values[name] for name in members}) > 1:
             raise ValueError(
