@@ -35,7 +35,7 @@ class ModelFree:
 
     def check_no_calibration(self, given: Mapping[str, Any]) -> None:
         """Refuse flags, by name, that are about a calibration."""
-        flags = [f"--{name}" for name, value in given.items() if value is not None]
+        flags = [f"--{name}" for name, value in given.items() if value not in (None, False)]
         if flags:
             raise ValueError(
                 f"--model-free calibrates nothing: leave out {', '.join(flags)}; or leave out "

@@ -105,14 +105,9 @@ def quantize(
       free: without a model and a text.
     """
     if free.model_free:
-        given: dict[str, Any] = {
-            "text": source.text,
-            "tokens": source.tokens,
-            "calibrated": calibrated,
-        }
-        given |= {"max-kl": max_kl, "data-parallel": data_parallel or None}
-        given |= {"calibration one-shot": calibration == "one-shot" or None}
-        free.check_no_calibration(given)
+        given: dict[str, Any] = {"text": source.text, "tokens": source.tokens}
+        given |= {"calibrated": calibrated, "max-kl": max_kl, "data-parallel": data_parallel}
+        free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
         if not dry_run:
             _check_place(out, out / "layers", True, resume)
         rules = free.rules(preset, recipe, skip, target)
@@ -154,18 +149,26 @@ def quantize(
             whole = load_pretrained(model, param_dtype=jnp.bfloat16, **options)
             if calibrated is not None:
                 inputs = _calibration(calibrated, whole, inputs, update)
-            certificate = None
-            if max_kl is None:
-                quantized, report = quantize_model(whole, inputs, rules, progress=update)
-            else:
-                quantized, report, certificate = keep_promise(whole, inputs, rules, max_kl)
-            checkpoint.save(out / "checkpoint", quantized)
+            report = _in_one_shot(whole, inputs, rules, max_kl, out / "checkpoint", update)
             copy_companions(model, out / "checkpoint")
-            write_certificate(out / "checkpoint", certificate)
     report.to_json(out / "report.json")
     report.plot(out / "plot.png")
     shutil.rmtree(state, ignore_errors=True)
     _show(report)
+
+
+def _in_one_shot(
+    whole: nnx.Module, inputs: Any, rules: Rules, max_kl: float | None, out: Path, update: Progress
+) -> Report:
+    """Quantize a whole model, within a KL where one is given, and write it."""
+    certificate = None
+    if max_kl is None:
+        quantized, report = quantize_model(whole, inputs, rules, progress=update)
+    else:
+        quantized, report, certificate = keep_promise(whole, inputs, rules, max_kl)
+    checkpoint.save(out, quantized)
+    write_certificate(out, certificate)
+    return report
 
 
 def _batches(source: Text, model: Path) -> list[np.ndarray]:
