@@ -120,10 +120,8 @@ def quantize(
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
-    if sequential and calibrated is not None:
-        raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
-    if sequential and max_kl is not None:
-        raise ValueError("--max-kl is for --calibration one-shot: it needs the whole model")
+    if sequential:
+        _check_sequential(calibrated, max_kl)
     reused = calibrated is not None and calibrated.exists()
     batches = [] if reused and source.text is source.tokens is None else _batches(source, model)
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
@@ -195,6 +193,14 @@ def _calibration(folder: Path, model: nnx.Module, batches: list, update: Progres
             "or give another folder"
         )
     return found
+
+
+def _check_sequential(calibrated: Path | None, max_kl: float | None) -> None:
+    """Refuse what only one shot can do."""
+    if calibrated is not None:
+        raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
+    if max_kl is not None:
+        raise ValueError("--max-kl is for --calibration one-shot: it needs the whole model")
 
 
 def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None:
