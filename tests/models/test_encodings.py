@@ -1,10 +1,22 @@
 """Folders of encoded weights: values against a writer of our own, and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
-from encoded_folders import LINEARS, UP, awq, gptq, pack_quantized, plain, write
+from encoded_folders import (
+    LINEARS,
+    UP,
+    awq,
+    float_quantized,
+    fp8,
+    gptq,
+    int_quantized,
+    pack_quantized,
+    plain,
+    write,
+)
 from flax import nnx
 
 import wush_jax as wush
@@ -35,6 +47,16 @@ CASES = {
     "pack no order": (pack_quantized, {"order": "none"}),
     "pack own order": (pack_quantized, {"order": "own"}),
 }
+EIGHT_BITS = {
+    "fp8 blocks": (fp8, {}),
+    "fp8 blocks that do not tile": (fp8, {"block": (40, 48)}),
+    "fp8 tensor": (fp8, {"block": None}),
+    "float rows": (float_quantized, {}),
+    "float tensor": (float_quantized, {"strategy": "tensor"}),
+    "float blocks": (float_quantized, {"strategy": "block"}),
+    "int": (int_quantized, {}),
+    "int symmetric": (int_quantized, {"sym": True}),
+}
 PACKED = {"gptq", "gptq g64", "pack", "pack rows", "pack no order"}
 
 
@@ -52,6 +74,26 @@ def test_weights_are_what_the_writer_meant(case, tmp_path):
     assert set(layers) == (set(LINEARS) if case in PACKED else set())
     for name, packed in layers.items():
         np.testing.assert_array_equal(wush.dequantize(packed.weight), wanted[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("case", EIGHT_BITS)
+def test_eight_bits_are_decoded(case, tmp_path):
+    writer, options = EIGHT_BITS[case]
+    folder, wanted = writer(tmp_path / "model", **options)
+    opened = open_folder(folder)
+    for name, weight in wanted.items():
+        found = opened.read(name, [np.float32], [weight.shape])
+        np.testing.assert_array_equal(found, weight, err_msg=name)
+    assert interchange.read_layers(folder) == {}
+
+
+def test_activations_that_stay_as_they_are_are_said(tmp_path):
+    inputs = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}
+    folder, _ = float_quantized(tmp_path / "model", inputs=inputs)
+    message = r"rounds activations \(float 8 tensor\); here they stay as they are"
+    with pytest.warns(UserWarning, match=message):
+        wush.load(folder)
+    assert re.search(message, interchange.inspect_folder(folder).notes[0])
 
 
 def test_golden_words():
@@ -117,6 +159,13 @@ REFUSED = {
         "version": ("gemv", "version = 'gemv'"),
         "backend": ("llm-awq", "backend = 'llm-awq'"),
     },
+    "fp8 blocks": {
+        "fmt": ("e5m2", "fmt = 'e5m2'"),
+        "weight_block_size": ([32], "weight_block_size = [32]"),
+        "scale_fmt": ("int", "scale_fmt = 'int'"),
+        "expert_dtype": ("fp4", "expert_dtype = 'fp4'"),
+        "activation_scheme": ("odd", "activation_scheme = 'odd'"),
+    },
     "pack": {
         "format": ("marlin-24", "marlin-24"),
         "sparsity_config": ({"format": "sparse-24-bitmask"}, "sparsity_config"),
@@ -135,7 +184,7 @@ def change(folder, **fields):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_fields_that_would_change_what_is_computed(case, tmp_path):
-    folder, _ = CASES[case][0](tmp_path / "model")
+    folder, _ = {**CASES, **EIGHT_BITS}[case][0](tmp_path / "model")
     original = (folder / "config.json").read_text()
     for name, (value, message) in REFUSED[case].items():
         change(folder, **{name: value})

@@ -131,7 +131,8 @@ def scheme(**weights):
     """A config of compressed-tensors of one group."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
     group |= {"output_activations": None}
-    return {"config_groups": {"group_0": group}, "quant_method": "compressed-tensors"}
+    config = {"config_groups": {"group_0": group}, "quant_method": "compressed-tensors"}
+    return config | {"ignore": ["lm_head"], "quantization_status": "compressed"}
 
 
 def pack_quantized(folder, *, bits=4, group=32, sym=True, plain_zeros=False, order=None):
@@ -164,5 +165,67 @@ def pack_quantized(folder, *, bits=4, group=32, sym=True, plain_zeros=False, ord
         group_size=None if group == -1 else group,
         actorder="group" if order == "own" else None,
     )
-    config |= {"format": "pack-quantized", "quantization_status": "compressed"}
-    return write(folder, tensors, config), wanted
+    return write(folder, tensors, config | {"format": "pack-quantized"}), wanted
+
+
+def to_e4m3(values):
+    """The nearest numbers of E4M3 (ties either way), and their bytes: sign, exponent, mantissa."""
+    octets = np.arange(127)
+    exponent, mantissa = octets >> 3, octets & 7
+    grid = np.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa * 2.0**-9)
+    nearest = np.abs(np.abs(values)[..., None] - grid).argmin(-1)
+    sign = (values < 0) & (nearest > 0)
+    return np.where(sign, -grid[nearest], grid[nearest]), (nearest | sign << 7).astype(np.uint8)
+
+
+def float8(folder, config, scale_name, block, *, scale_dtype=np.float32, extra=(), single=False):
+    """8-bit floats with a scale a block (None: of that many rows or columns as there are)."""
+    import jax.numpy as jnp  # the one type that numpy has no name for
+
+    tensors, wanted = plain(np.float32), {}
+    for seed, (name, (n, k)) in enumerate(LINEARS.items()):
+        random = np.random.default_rng(seed)
+        rows, columns = block[0] or n, block[1] or k
+        values, octets = to_e4m3(random.standard_normal((n, k)) * 40)
+        scales = random.uniform(0.001, 0.01, (-(-n // rows), -(-k // columns))).astype(scale_dtype)
+        wide = np.repeat(np.repeat(scales.astype(np.float64), rows, 0), columns, 1)[:n, :k]
+        tensors[f"{name}.weight"] = octets.view(jnp.float8_e4m3fn)
+        tensors[f"{name}.{scale_name}"] = scales.reshape(1) if single else scales
+        tensors |= {f"{name}.{key}": np.ones(1, np.float32) for key in extra}
+        wanted[f"{name}.weight"] = (values * wide).astype(np.float32)
+    return write(folder, tensors, config, torch_dtype="float32"), wanted
+
+
+def fp8(folder, *, block=(32, 32), **fields):
+    """As DeepSeek has it, or with one scale a tensor."""
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    config["weight_block_size"] = None if block is None else list(block)
+    options = {"single": block is None}
+    return float8(folder, config | fields, "weight_scale_inv", block or (None, None), **options)
+
+
+def float_quantized(folder, strategy="channel", inputs=None):
+    """As compressed-tensors has it, activations quantized or not."""
+    block = {"channel": (1, None), "tensor": (None, None), "block": (32, 32)}[strategy]
+    arguments = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+    arguments |= {"block_structure": [32, 32]} if strategy == "block" else {}
+    config = scheme(**arguments) | {"format": "float-quantized"}
+    config["config_groups"]["group_0"]["input_activations"] = inputs
+    extra = ("input_scale",) if inputs else ()
+    single = strategy == "tensor"
+    return float8(folder, config, "weight_scale", block, extra=extra, single=single)
+
+
+def int_quantized(folder, sym=False):
+    """Whole bytes, a scale a row, with zero points."""
+    tensors, wanted = plain(), {}
+    for seed, (name, (n, k)) in enumerate(LINEARS.items()):
+        codes, zeros, scales = random_codes(n, k, 1, 8, seed)
+        tensors[f"{name}.weight"] = (codes - 128).astype(np.int8)
+        tensors[f"{name}.weight_scale"] = scales
+        zeros = np.full_like(zeros, 128) if sym else zeros
+        if not sym:
+            tensors[f"{name}.weight_zero_point"] = (zeros - 128).astype(np.int8)
+        wanted[f"{name}.weight"] = meant(codes, zeros, scales, np.zeros(k, int))
+    config = scheme(num_bits=8, type="int", symmetric=sym, strategy="channel")
+    return write(folder, tensors, config | {"format": "int-quantized"}), wanted

@@ -129,7 +129,6 @@ def _scheme(
         values.faults.append(f"block_structure = {list(block)}, expected two positive numbers")
         block = (1, 1)
     inputs = group.get("input_activations")
-    keys = ("type", "num_bits", "strategy")
     return Scheme(
         element="e4m3" if kind == "float" else f"int{bits}",
         bits=bits,
@@ -137,8 +136,14 @@ def _scheme(
         size=(block[0], block[1]),
         symmetric=values.flag("symmetric"),
         reordered=values.given.get("actorder") in ("group", "dynamic", True),
-        inputs=" ".join(str(inputs.get(key, ""))[:20] for key in keys) if inputs else "",
+        inputs=_words(inputs, ("type", "num_bits", "strategy")),
     )
+
+
+def _words(values: Any, keys: tuple[str, ...]) -> str:
+    """Return some entries of an object as words; empty where it is none."""
+    found = values if isinstance(values, Mapping) else {}
+    return " ".join(str(found[key])[:20] for key in keys if key in found)
 
 
 def fitting(

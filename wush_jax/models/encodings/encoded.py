@@ -177,7 +177,9 @@ class DecodedFolder(TensorFolder):
     def notes(self) -> tuple[str, ...]:
         """What the file asks for and is not done."""
         kinds = sorted({w.inputs for w in self.encoded.values() if w.inputs})
-        return tuple(f"activations are not rounded to {kind}, as the file has it" for kind in kinds)
+        return tuple(
+            f"the file rounds activations ({kind}); here they stay as they are" for kind in kinds
+        )
 
 
 def checked(folder: TensorFolder, values: TypedValues, known: Sequence[str]) -> None:

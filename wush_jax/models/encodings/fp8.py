@@ -78,7 +78,7 @@ def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
             "element": "e4m3",
             "block": (rows, columns),
             "read": partial(_read, folder, name, ending, (rows, columns)),
-            "inputs": f"e4m3 ({scheme})",
+            "inputs": f"e4m3 {scheme}",
         }
 
     return encoded_layers(folder, ending, describe)
