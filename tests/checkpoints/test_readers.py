@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoint_tools import decode, llama_of, open_file, random_packed
 from flax import nnx
-from layout_tools import hadamard, model, transform
+from layout_tools import ROUND_175, hadamard, model, transform
 from tiny import CONFIG, tokens
 from weights import random_model
 
@@ -19,7 +19,7 @@ from wush_jax.checkpoints.content import content_of, written
 from wush_jax.checkpoints.layouts import LAYOUTS
 from wush_jax.checkpoints.packed_layout import record_of
 from wush_jax.checkpoints.targets import recipe_for
-from wush_jax.formats import MXFP4, NVFP4
+from wush_jax.formats import INT4, MXFP4, NVFP4
 
 pytestmark = pytest.mark.files
 
@@ -170,3 +170,21 @@ def test_wush_for_a_stock_engine(tmp_path):
     wanted, found = np.asarray(run(quantized, batch)), np.asarray(run(loaded, batch))
     # Matrices of bfloat16 times 4 come back as they were.
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_all_reasons_are_told_at_once(tmp_path):
+    """Of every layer and every kind, each once; nothing is written."""
+    with pytest.raises(ValueError, match="no room") as caught:
+        interchange.export(tmp_path / "out", model(INT4), "mxfp4-pack-quantized")
+    text = str(caught.value)
+    parts = ["holds weight formats", "holds activation formats", "no room for", "rotated=True"]
+    assert [text.count(part) for part in parts] == [1, 1, 1, 1]
+    assert text.count("(1 more alike: ") == 3
+    assert text.count("layout='mxfp4-pack-quantized' ") == 1
+    with pytest.raises(
+        ValueError, match=r"activation .*; and it holds .* bfloat16, that of .*float32"
+    ):
+        interchange.export(
+            tmp_path / "out", model(MXFP4, dtype="float32", inputs=ROUND_175), "fp_quant"
+        )
+    assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.matrices import Matrix, check_orientation, elements, find_matrices
 from wush_jax.checkpoints.packed_layout import record_of
 from wush_jax.checkpoints.quantization_config import LayerRecord
-from wush_jax.checkpoints.readers import check_rotated, notes
+from wush_jax.checkpoints.readers import notes
 from wush_jax.formats import QuantizedArray
 from wush_jax.formats.format import SCALE_DTYPES
 from wush_jax.solvers.recipe import DATA_FREE, Recipe, RuleBook, Rules
@@ -109,8 +109,7 @@ def round_folder(
     """
     run = _Rounding(TensorFolder(source, mapped=True), rules, layout, turned)
     content = run.content(run.planned())
-    tensors, config = written(content, LAYOUTS[layout])
-    check_rotated(content, layout, rotated)
+    config = written(content, LAYOUTS[layout], rotated=rotated)[1]
     said = (*run.notes(), *notes(content, layout))
     check_replaceable(Path(out), config)
     if plan_only:

@@ -13,10 +13,12 @@ from flax import nnx
 
 from pallas_kernels.fragments import Fragments
 from wush_jax.checkpoints import model_names
+from wush_jax.checkpoints.layouts.faults import Faults
 from wush_jax.checkpoints.layouts.layout import Content, Layout
 from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import record_of
 from wush_jax.checkpoints.quantization_config import LayerRecord
+from wush_jax.checkpoints.readers import check_rotated
 from wush_jax.layers.nnx import QuantizedDense, dotted
 from wush_jax.models import Llama, LlamaConfig
 from wush_jax.solvers.site import PackedWeight
@@ -99,21 +101,38 @@ def native_extra(model: Any, metadata: Mapping[str, Any] | None = None) -> dict[
     return extra
 
 
-def written(content: Content, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
+def written(
+    content: Content, layout: Layout, *, rotated: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return all tensors and the config of a content in a layout.
 
+    Args:
+      content: what there is.
+      layout: how to write it.
+      rotated: whether the reader applies the transforms in the files.
+
     Raises:
-      ValueError: a layout that is only read, or cannot hold the content.
+      ValueError: a layout that is only read, or cannot hold the content: all reasons at once.
     """
     if layout.write is None:
         raise ValueError(f"layout={layout.name!r} is only read; write 'wush' or another one")
+    faults = Faults(layout.name)
     stacks = [name for name, record in content.records.items() if len(record.shape) != 2]
-    if layout is not NATIVE and stacks:
-        raise ValueError(
-            f"layout={layout.name!r} holds one matrix a layer, {stacks[0]} has several kernels "
-            f"{content.records[stacks[0]].shape}; keep layout='wush'"
+    for name in stacks if layout is not NATIVE else ():
+        faults.add(
+            "holds one matrix a layer, {layer} has several kernels "
+            f"{content.records[name].shape}; keep layout='wush'",
+            name,
         )
-    tensors, quantization = layout.write(content)
+    single = {name: layer for name, layer in content.layers.items() if name not in stacks}
+    if faults and not single:
+        faults.check()
+    tensors, quantization = layout.write(
+        dataclasses.replace(content, layers=single) if faults else content, faults
+    )
+    with faults.noting():
+        check_rotated(content, layout.name, rotated)
+    faults.check()
     model_names.add(tensors, content.plain)
     config = {**content.config}
     if layout is not NATIVE and "activation_dtype" in content.extra:

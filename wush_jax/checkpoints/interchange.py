@@ -18,7 +18,7 @@ from wush_jax.checkpoints.content import ACTIVATIONS, content_of, written
 from wush_jax.checkpoints.layouts import LAYOUTS, layout_of, read_all
 from wush_jax.checkpoints.layouts.layout import Content, quantization_config
 from wush_jax.checkpoints.quantization_config import LayerRecord
-from wush_jax.checkpoints.readers import check_rotated, notes
+from wush_jax.checkpoints.readers import notes
 from wush_jax.formats import Format
 from wush_jax.models.encodings import DecodedFolder, open_folder
 from wush_jax.solvers.site import PackedWeight
@@ -78,8 +78,7 @@ def export(
         content = dataclasses.replace(content, layers=jax.device_get(dict(content.layers)))
     else:
         content = _content_of_folder(open_folder(source, mapped=True))
-    tensors, config = written(content, chosen)
-    check_rotated(content, layout, rotated)
+    tensors, config = written(content, chosen, rotated=rotated)
     framework = None if layout == "wush" else "pt"
     write_folder(out_folder, tensors, config, shard_bytes=shard_bytes, framework=framework)
     if not isinstance(source, nnx.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax.checkpoints.layouts.layout import fused_site
+from wush_jax.checkpoints.layouts.faults import fused_site
 from wush_jax.solvers.recipe import Recipe, RuleBook, Rules
 from wush_jax.storage.tensor_folder import Entry, some
 

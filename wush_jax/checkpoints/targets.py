@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wush_jax.checkpoints.layouts import compressed_tensors, fp_quant
-from wush_jax.checkpoints.layouts.layout import check_format
+from wush_jax.checkpoints.layouts.faults import format_fault
 from wush_jax.formats import MXFP4, NVFP4
 from wush_jax.solvers.recipe import DATA_FREE, Recipe
 
@@ -90,10 +90,9 @@ def _format_faults(layout: str, recipe: Recipe) -> list[str]:
         (recipe.format, weights, "weight"),
         (recipe.input_format, inputs, "activation"),
     ):
-        try:
-            check_format("the recipe", fmt, known, what, layout)
-        except ValueError as error:
-            faults.append(str(error))
+        reason = format_fault(fmt, known, what)
+        if reason is not None:
+            faults.append("it " + reason.replace("{layer}", "the recipe"))
     if recipe.shared_blocks and not recipe.share_transform:
         faults.append("q, k and v go through one matrix there: --share-transform")
     if recipe.format.global_scale is None and not recipe.share_transform:

@@ -23,6 +23,14 @@ import numpy as np
 
 from wush_jax.checkpoints.layouts import layout as shared
 from wush_jax.checkpoints.layouts import transform_config as transforms
+from wush_jax.checkpoints.layouts.faults import (
+    Faults,
+    check_format,
+    check_fused,
+    input_scale,
+    only,
+    scalar_scale,
+)
 from wush_jax.checkpoints.layouts.layout import Content, Layout
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
@@ -171,7 +179,7 @@ def _read(
     return PackedWeight(weight, transform, inputs, record.input_format)
 
 
-def _write(content: Content, layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _write(content: Content, faults: Faults, layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
     fmt = FORMATS[layout]
     tensors: dict[str, Any] = {}
     scales: dict[str, tuple] = {}
@@ -179,29 +187,29 @@ def _write(content: Content, layout: str) -> tuple[dict[str, Any], dict[str, Any
     formats = []
     for name, packed in content.layers.items():
         record = content.records[name]
-        shared.check_format(name, record.format, [fmt], "weight", layout)
-        shared.check_format(name, record.input_format, INPUTS[layout], "activation", layout)
-        matrices[name] = transforms.one_matrix(name, packed.transform, layout)
+        check_format(name, record.format, [fmt], "weight", faults)
+        check_format(name, record.input_format, INPUTS[layout], "activation", faults)
+        matrices[name] = transforms.one_matrix(name, packed.transform, faults)
         ratio = _ratio(matrices[name])
         formats.append(record.input_format)
         weight = packed.interchange
         tensors[f"{name}.weight_packed"] = weight.codes
         if layout == MX:
-            _check_no_scale(name, record, ratio)
+            _check_no_scale(name, record, ratio, faults)
             tensors[f"{name}.weight_scale"] = shared.bits_of(weight.scales)
             continue
         tensors[f"{name}.weight_scale"] = weight.scales
-        scales[name] = _global_scales(name, record, ratio)
+        scales[name] = _global_scales(name, record, ratio, faults)
         for key, value in zip(("weight", "input"), scales[name], strict=True):
             if value is not None:
                 tensors[f"{name}.{key}_global_scale"] = np.reshape(np.float32(value), 1)
-    shared.check_fused(scales, "global scale", layout)
-    shared.check_fused(
+    check_fused(scales, "global scale", faults)
+    check_fused(
         {name: None if m is None else shared.digest(m) for name, m in matrices.items()},
         "transform",
-        layout,
+        faults,
     )
-    inputs = shared.only("kind of activations", formats, layout)
+    inputs = only("kind of activations", formats, faults)
     more, transform = transforms.written(matrices, content.unquantized)
     return tensors | more, _config(layout, inputs, content.unquantized, transform)
 
@@ -211,33 +219,35 @@ def _ratio(values: np.ndarray | None) -> float:
     return 1.0 if values is None else transforms.ratio_to_hadamard(values) or 1.0
 
 
-def _global_scales(name: str, record: LayerRecord, ratio: float) -> tuple[Any, Any]:
+def _global_scales(name: str, record: LayerRecord, ratio: float, faults: Faults) -> tuple[Any, Any]:
     """Return the two scales that undo the rounding of the transform by ``ratio``.
 
     Files mean the exact matrix H, we may have used c H (H in bfloat16): scales of the weight / c
     and of the inputs * c give the same products.
     """
-    weight = shared.scalar_scale(name, record.global_scale, NV) / np.float64(ratio)
+    weight = scalar_scale(name, record.global_scale, faults) / np.float64(ratio)
     if record.input_format is None:
         return weight, None
-    return weight, shared.input_scale(name, record, NV) * np.float64(ratio)
+    return weight, input_scale(name, record, faults) * np.float64(ratio)
 
 
-def _check_no_scale(name: str, record: LayerRecord, ratio: float) -> None:
-    """Refuse what MXFP4 without a global scale cannot hold."""
+def _check_no_scale(name: str, record: LayerRecord, ratio: float, faults: Faults) -> None:
+    """Note what MXFP4 without a global scale cannot hold."""
     inputs = record.input_format
     scale = record.input_global_scale
     scale = inputs.global_scale if scale is None and inputs is not None else scale
     fixed = [record.global_scale] + ([scale] if inputs is not None else [])
     if any(np.ndim(g) or g != 1 for g in fixed):
-        raise ValueError(
-            f"layout={MX!r} has no global scale, {name} divides by {fixed}: quantize with "
-            "MXFP4.replace(rule='round_175', global_scale=1.0)"
+        faults.add(
+            f"has no global scale, {{layer}} divides by {fixed}: quantize with "
+            "MXFP4.replace(rule='round_175', global_scale=1.0)",
+            name,
         )
     if ratio != 1:
-        raise ValueError(
-            f"layout={MX!r} means the exact Hadamard matrix, that of {name} is rounded by "
-            f"{ratio:.6f}: quantize with transform_dtype='float32', or blocks of 16 or 64"
+        faults.add(
+            f"means the exact Hadamard matrix, that of {{layer}} is rounded by {ratio:.6f}: "
+            "quantize with transform_dtype='float32', or blocks of 16 or 64",
+            name,
         )
 
 
@@ -287,7 +297,7 @@ def _layout(name: str) -> Layout:
         lambda folder: _claims(folder, name),
         lambda folder: _records(folder, name),
         lambda *args, **options: _read(*args, layout=name, **options),
-        lambda content: _write(content, name),
+        lambda content, faults: _write(content, faults, name),
         skipped=(".k_scale", ".v_scale"),
     )
 

@@ -21,6 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from wush_jax.checkpoints.layouts import layout as shared
+from wush_jax.checkpoints.layouts.faults import (
+    Faults,
+    as_bfloat16,
+    check_format,
+    check_fused,
+    input_scale,
+    only,
+    scalar_scale,
+)
 from wush_jax.checkpoints.layouts.layout import Content, Layout
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
@@ -126,27 +135,32 @@ def matrix_of(transform: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(transform.transpose(2, 0, 1).reshape(d, -1))
 
 
-def _write(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
+def _write(content: Content, faults: Faults) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors: dict[str, Any] = {}
     dtypes, blocks, kinds = [], [], []
     fused: dict[str, Any] = {}
     for name, packed in content.layers.items():
         record = content.records[name]
-        shared.check_format(name, record.format, [MXFP4, NVFP4], "weight", NAME)
+        check_format(name, record.format, [MXFP4, NVFP4], "weight", faults)
         dtype = "mxfp4" if record.format.scale_dtype == "e8m0" else "nvfp4"
-        shared.check_format(name, record.input_format, [DTYPES[dtype]], "activation", NAME)
-        inputs = shared.input_scale(name, record, NAME)
-        if dtype == "mxfp4" and inputs != MXFP4.global_scale:
-            raise ValueError(f"layout={NAME!r} rounds MXFP4 inputs at 3, {name} at {inputs}")
+        check_format(name, record.input_format, [DTYPES[dtype]], "activation", faults)
+        inputs = input_scale(name, record, faults)
+        known = record.input_format is not None and record.input_format.rule == MXFP4.rule
+        if dtype == "mxfp4" and known and inputs != MXFP4.global_scale:
+            faults.add(
+                f"rounds MXFP4 inputs at 3, {{layer}} at {inputs}: quantize with "
+                "activation_format='same'",
+                name,
+            )
         if packed.transform is None:
             matrix = np.eye(record.format.group_size, dtype=jnp.bfloat16)
         else:
-            matrix = matrix_of(shared.as_bfloat16(name, np.asarray(packed.transform), NAME))
+            matrix = matrix_of(as_bfloat16(name, np.asarray(packed.transform), faults))
         dtypes.append(dtype)
         blocks.append(len(matrix))
         kinds.append(_kind(matrix))
         weight = packed.interchange
-        weight_scale = shared.scalar_scale(name, record.global_scale, NAME)
+        weight_scale = scalar_scale(name, record.global_scale, faults)
         tensors |= {
             f"{name}.qweight": weight.codes,
             f"{name}.scales": shared.bits_of(weight.scales),
@@ -158,13 +172,13 @@ def _write(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
             tensors[f"{name}.backward_hadamard_matrix"] = matrix
         fused[name] = matrix.shape, shared.digest(matrix), float(weight_scale), float(inputs)
     if all(shape[0] == shape[1] for shape, *_ in fused.values()):
-        shared.check_fused(fused, "matrix and pair of global scales", NAME)
+        check_fused(fused, "matrix and pair of global scales", faults)
     config = {
         "quant_method": NAME,
-        "forward_dtype": shared.only("format", dtypes, NAME),
+        "forward_dtype": only("format", dtypes, faults),
         "forward_method": "abs_max",
         "backward_dtype": "bf16",
-        "hadamard_group_size": shared.only("block size", blocks, NAME),
+        "hadamard_group_size": only("block size", blocks, faults),
         "modules_to_not_convert": content.unquantized,
         "pseudoquantization": False,
         "store_master_weights": False,

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from wush_jax.checkpoints.layouts.faults import Faults
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord, is_scale
-from wush_jax.formats import Format, QuantizedArray
+from wush_jax.formats import QuantizedArray
 from wush_jax.formats.format import SCALE_DTYPES
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.tensor_folder import TensorFolder
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Read(Protocol):
@@ -72,7 +70,7 @@ class Content:
         return sorted(found | {"lm_head"} - set(self.layers))
 
 
-Write = Callable[[Content], tuple[dict[str, Any], dict[str, Any]]]
+Write = Callable[[Content, Faults], tuple[dict[str, Any], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ class Layout:
       claims: whether a folder is in this layout, from its config alone.
       records: what a folder holds, by layer, checked as far as headers and small tensors go.
       read: one layer.
-      write: from a content to tensors of the quantized layers and ``quantization_config``;
-        ValueError where the layout cannot hold it. None where nothing is written.
+      write: from a content to tensors of the quantized layers and ``quantization_config``; what the
+        layout cannot hold is added to the faults. None where nothing is written.
       skipped: endings of tensors that are of no use here.
     """
 
@@ -217,120 +215,6 @@ def digest(values: np.ndarray) -> bytes:
     return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest()
 
 
-def only(what: str, values: Sequence[Any], layout: str) -> Any:
-    """Return what all layers have in common; ValueError where they differ."""
-    different = list(dict.fromkeys(values))
-    if len(different) > 1:
-        raise ValueError(
-            f"layout={layout!r} holds one {what} for all layers, the model has {different[:3]}; "
-            "keep layout='wush', or quantize with one recipe"
-        )
-    return different[0]
-
-
-def fused_site(name: str) -> str:
-    """Return what is the same for layers that readers compute as one: q, k and v; gate and up.
-
-    >>> fused_site("mlp.up_proj"), fused_site("mlp.gate_proj"), fused_site("mlp.down_proj")
-    ('mlp.gate_proj', 'mlp.gate_proj', 'mlp.down_proj')
-    """
-    parent, dot, last = name.rpartition(".")
-    first = next((group[0] for group in FUSED if last in group), last)
-    return f"{parent}{dot}{first}"
-
-
-def check_fused(values: Mapping[str, Any], what: str, layout: str) -> None:
-    """Refuse layers that readers compute as one (q, k and v; gate and up) and that differ.
-
-    Args:
-      values: by layer.
-      what: they are.
-      layout: for the message.
-    """
-    sites: dict[str, list[str]] = {}
-    for name in values:
-        sites.setdefault(fused_site(name), []).append(name)
-    for members in sites.values():
-        if len({values[name] for name in members}) > 1:
-            raise ValueError(
-                f"layout={layout!r} needs one {what} for {', '.join(members)}: use "
-                "share_transform=True, or a format with a fixed global_scale"
-            )
-
-
-def scalar_scale(name: str, value: Any, layout: str) -> np.float32:
-    """Return a dividing global scale; ValueError where it is not one number."""
-    if np.ndim(value) != 0:
-        raise ValueError(
-            f"layout={layout!r} holds one global scale a layer, {name} has {np.shape(value)}; keep "
-            "layout='wush'"
-        )
-    return np.float32(value)
-
-
-def input_scale(name: str, record: LayerRecord, layout: str) -> np.float32:
-    """Return the static global scale of a layer's quantized activations.
-
-    Raises:
-      ValueError: it is found anew for each batch.
-    """
-    fmt = record.input_format
-    value = record.input_global_scale
-    value = fmt.global_scale if value is None and fmt is not None else value
-    if value is None:
-        raise ValueError(
-            f"layout={layout!r} needs a static global scale of the activations, {name} finds its "
-            "own in each batch; give the format a global_scale, such as NVFP4's 10, or calibrate"
-        )
-    return scalar_scale(name, value, layout)
-
-
-def check_format(
-    name: str, fmt: Format | None, wanted: Sequence[Format | None], what: str, layout: str
-) -> None:
-    """Raise ValueError unless a format decodes (weights) or rounds (activations) as a wanted one.
-
-    Args:
-      name: of the layer.
-      fmt: its format; None leaves activations unquantized.
-      wanted: what the layout knows. For weights the rule does not matter: any file can hold the
-        scales that it chose.
-      what: "weight" or "activation".
-      layout: for the message.
-    """
-
-    def key(f: Format | None) -> Any:
-        if f is None:
-            return None
-        rule = f.rule if what == "activation" else None
-        return f.element, f.group_size, f.scale_dtype, rule
-
-    if key(fmt) not in [key(w) for w in wanted]:
-        known = " or ".join(
-            "none"
-            if w is None
-            else f"{w.element.name}, groups of {w.group_size}, {w.scale_dtype} "
-            f"scales" + (f" by rule {w.rule!r}" if what == "activation" else "")
-            for w in wanted
-        )
-        found = "none" if fmt is None else f"{fmt.name} (rule {fmt.rule!r})"
-        raise ValueError(
-            f"layout={layout!r} holds {what} formats {known}; {name} has {found}: keep "
-            "layout='wush', or quantize with such a format"
-        )
-
-
 def bits_of(scales: Any) -> np.ndarray:
     """Return stored scales as bytes."""
     return np.asarray(scales).view(np.uint8)
-
-
-def as_bfloat16(name: str, transform: np.ndarray, layout: str) -> np.ndarray:
-    """Return a transform as bfloat16; ValueError where that would round it."""
-    rounded = transform.astype(jnp.bfloat16)
-    if (rounded.astype(np.float32) != transform.astype(np.float32)).any():
-        raise ValueError(
-            f"layout={layout!r} holds transforms in bfloat16, that of {name} is "
-            f"{transform.dtype}; quantize with transform_dtype='bfloat16'"
-        )
-    return rounded

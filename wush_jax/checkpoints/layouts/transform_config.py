@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wush_jax.checkpoints.layouts import layout as shared
+from wush_jax.checkpoints.layouts.faults import Faults
 from wush_jax.storage.tensor_folder import TensorFolder
 from wush_jax.transforms.linalg import hadamard_numpy
 
@@ -101,20 +102,20 @@ def ratio_to_hadamard(values: np.ndarray) -> float | None:
     return ratio if same and abs(ratio - 1) < 2**-8 else None
 
 
-def one_matrix(name: str, transform: Any, layout: str) -> np.ndarray | None:
+def one_matrix(name: str, transform: Any, faults: Faults) -> np.ndarray | None:
     """Return the one matrix T_X (d, d) of all of a layer's blocks, float32; None without any.
 
-    Raises:
-      ValueError: blocks with matrices of their own.
+    Blocks with matrices of their own are noted; the first of them is returned.
     """
     if transform is None:
         return None
     values = np.asarray(transform).astype(np.float32)
     if values.ndim == 3 and (values != values[0]).any():
-        raise ValueError(
-            f"layout={layout!r} has no room for the transform of {name}, a matrix of its own for "
-            f"each block: it knows the identity and {NAMES}; keep layout='wush' or 'fp_quant', or "
-            "quantize with transform='hadamard', or with shared_blocks=True"
+        faults.add(
+            "has no room for the transform of {layer}, a matrix of its own for each block: it "
+            f"knows the identity and {NAMES}; keep layout='wush' or 'fp_quant', or quantize with "
+            "transform='hadamard', or with shared_blocks=True",
+            name,
         )
     return values if values.ndim == 2 else values[0]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wush_jax.checkpoints.layouts import layout as shared
+from wush_jax.checkpoints.layouts.faults import Faults
 from wush_jax.checkpoints.layouts.layout import Content, Layout
 from wush_jax.checkpoints.packed_layout import Place, layer_tensors, read_packed
 from wush_jax.checkpoints.quantization_config import (
@@ -132,7 +133,7 @@ def _read(
     return PackedWeight(weight, transform, inputs, record.input_format)
 
 
-def _write(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
+def _write(content: Content, faults: Faults) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors: dict[str, Any] = {}
     for name, packed in content.layers.items():
         tensors |= layer_tensors(name, packed)
