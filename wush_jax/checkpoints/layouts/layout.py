@@ -217,4 +217,7 @@ def digest(values: np.ndarray) -> bytes:
 
 def bits_of(scales: Any) -> np.ndarray:
     """Return stored scales as bytes."""
-    return np.asarray(scales).view(np.uint8)
+    values = np.asarray(scales)
+    if values.dtype.itemsize > 1:  # of a format that will be refused, and possibly broadcast
+        values = np.ascontiguousarray(values)
+    return values.view(np.uint8)
