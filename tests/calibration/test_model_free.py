@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 
+import encoded_folders
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -261,6 +262,22 @@ def test_folders_that_are_not_to_be_rounded(source, tmp_path):
     write(tmp_path / "nan", tensors | {"a.c_proj.weight": np.ones((64, 32), "f4")})
     with pytest.raises(ValueError, match=r"'a\.c_attn\.weight' has values that are not finite"):
         round_folder(tmp_path / "nan", tmp_path / "no", HADAMARD)
+
+
+def test_encoded_weights_are_decoded_one_by_one(tmp_path):
+    """GPTQ in, NVFP4 out: as if the folder had held what its codes mean."""
+    source, wanted = encoded_folders.gptq(tmp_path / "gptq")
+    recipe = wush.Recipe(NVFP4, transform="identity")
+    run = {"layout": "nvfp4-pack-quantized", "rules": [("lm_head", None), (".*", recipe)]}
+    round_folder(source, tmp_path / "out", **run)
+    found = interchange.read_layers(tmp_path / "out")
+    assert {f"{name}.weight" for name in found} == set(wanted)
+    name = "model.layers.0.mlp.up_proj"
+    weight = wanted[f"{name}.weight"].astype(np.float16)
+    same(found[name].weight, wush.quantize_weight(weight.astype("f4"), None, recipe).weight)
+    config = contents(tmp_path / "out")[0]
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert (config["torch_dtype"], config["rms_norm_eps"]) == ("float16", 1e-5)
 
 
 def test_from_the_command(source, tmp_path, capsys):

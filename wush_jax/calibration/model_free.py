@@ -31,6 +31,7 @@ from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.checkpoints.readers import notes
 from wush_jax.formats import QuantizedArray
 from wush_jax.formats.format import SCALE_DTYPES
+from wush_jax.models.encodings import ENCODINGS, DecodedFolder, open_folder
 from wush_jax.solvers.recipe import DATA_FREE, Recipe, RuleBook, Rules
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import (
@@ -73,7 +74,8 @@ def round_folder(
     are the config, the tokenizer and the like. Nothing of the folder is executed.
 
     Args:
-      source: folder with ``config.json`` and safetensors files, one or several with their index.
+      source: folder with ``config.json`` and safetensors files, one or several with their index;
+        weights of `wush_jax.models.encodings` (FP8, GPTQ, AWQ, ...) are decoded one by one.
       out: folder to write; as for `wush_jax.save`.
       rules: as for `wush_jax.plan`, over names in the files without ``.weight``; recipes that round
         to nearest and look at no data.
@@ -107,7 +109,7 @@ def round_folder(
     >>> [layer.path for layer in report.layers], report.skipped
     (['up'], {'norm.weight': 'no matrix: one axis, or none'})
     """
-    run = _Rounding(TensorFolder(source, mapped=True), rules, layout, turned)
+    run = _Rounding(open_folder(source, mapped=True), rules, layout, turned)
     content = run.content(run.planned())
     config = written(content, LAYOUTS[layout], rotated=rotated)[1]
     said = (*run.notes(), *notes(content, layout))
@@ -152,7 +154,11 @@ class _Rounding:
 
     def fingerprint(self) -> dict[str, str]:
         """Return what the finished matrices depend on."""
-        values = (self._read(name) for name in self.folder.entries)
+        stored = self.folder.stored if isinstance(self.folder, DecodedFolder) else self.folder
+        values = (
+            stored.read(name, [entry.dtype], [entry.shape])
+            for name, entry in stored.entries.items()
+        )
         return {
             "model": digest(values),
             "matrices": f"{[(m.name, m.turned) for m in self.matrices]}",
@@ -236,12 +242,15 @@ class _Rounding:
             "naming": "hugging_face",
             "metadata": {"calibration": "none, rounded to nearest"},
         }
-        return Content(packed, records, plain, self.folder.config, extra)
+        config = {k: v for k, v in self.folder.config.items() if k != "quantization_config"}
+        return Content(packed, records, plain, config, extra)
 
     def notes(self) -> Iterator[str]:
         """Yield what the result lacks beside a calibrated one, and what was not copied."""
         inputs = {m.recipe.input_format for m in self.matrices}
         constant = {f.name for f in inputs if f is not None and f.scale_dtype == "e4m3"}
+        if isinstance(self.folder, DecodedFolder):
+            yield from self.folder.notes
         if constant:
             yield SCALE_OF_INPUTS.format(", ".join(sorted(constant)))
         read = {CONFIG, INDEX, *companions(self.folder.path)}
@@ -267,10 +276,10 @@ def _check(folder: TensorFolder, rules: Rules, layout: str) -> None:
     faults = []
     if layout not in WRITABLE:
         faults.append(f"layout={layout!r} cannot be written; choose from {', '.join(WRITABLE)}")
-    if "quantization_config" in folder.config:
+    if "quantization_config" in folder.config and not isinstance(folder, DecodedFolder):
         faults.append(
             f"{folder.path / CONFIG} has a quantization_config: it is quantized already; give the "
-            "folder of the original model"
+            f"folder of the original model, or one of {', '.join(ENCODINGS)}"
         )
     RuleBook(rules)  # their form
     pairs = [(".*", rules)] if isinstance(rules, Recipe) else rules
