@@ -1,5 +1,7 @@
 """Layers of many kernels: experts of a mixture, layers stacked for a scan."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import wush_jax as wush
 from wush_jax.calibration.observe import collect_moments, find_sites
 from wush_jax.layers.contraction import Contraction
 from wush_jax.layers.nnx import QuantizedDense, dense_layers
+from wush_jax.solvers.batched import quantize_alike
 from wush_jax.solvers.site import quantize_site
 from wush_jax.transforms import linalg
 
@@ -173,6 +176,48 @@ def test_the_bias_of_experts_goes_with_them():
     bias = jnp.arange(12.0).reshape(4, 3)  # in the order of the output: f, e
     assert reading.bias(bias, 3).shape == (3, 1, 4)
     np.testing.assert_array_equal(reading.outputs(reading.bias(bias, 3))[0], bias)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RTN.replace(format=wush.NVFP4),
+        # Feedback spreads what another last place of a transform changes: one without moments.
+        GPTQ.replace(transform="hadamard", share_transform=False),
+        pytest.param(
+            wush.BEST.replace(transform="hadamard", refit=0, block_gain=False),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["rtn", "gptq", "best"],
+)
+def test_sites_in_one_program_are_those_alone(recipe):
+    """But where float32 sums in another order move a value across a middle: one place, rarely."""
+    sites = [[normal(3 * i, (24, 64)), normal(3 * i + 1, (16, 64))] for i in range(2)]
+    moments = [wush.calibrate_layer(normal(3 * i + 2, (200, 64))) for i in range(2)]
+    names = [(f"{i}.q", f"{i}.k") for i in range(2)]
+    together = quantize_alike(sites, moments, recipe, names=names)
+    for weights, known, found in zip(sites, moments, together, strict=True):
+        alone = quantize_site(weights, known, recipe)
+        for one, other in zip(alone, found, strict=True):
+            assert jax.tree.structure(one) == jax.tree.structure(other)
+            for a, b in ((one.weight.codes, other.weight.codes), (one.transform, other.transform)):
+                assert np.mean(np.asarray(a != b)) < 0.01
+            transforms = (np.asarray(p.transform, np.float32) for p in (one, other))
+            np.testing.assert_allclose(*transforms, rtol=2.0**-7)  # a place of bfloat16
+        assert (found[0].transform is found[1].transform) == recipe.share_transform
+
+
+def test_a_site_of_several_is_refused_by_its_name():
+    weights = [[normal(i, (8, 32))] for i in range(2)]
+    good, names = wush.calibrate_layer(normal(2, (64, 32))), [("a",), ("b",)]
+    rotated = GPTQ.replace(transform="hadamard")
+    bad = replace(good, mean=10 - 9 * jnp.eye(32))  # eigenvalues down to -9
+    with pytest.raises(ValueError, match="hessian of b is not positive definite"):
+        quantize_alike(weights, [good, bad], rotated, names=names)
+    weights[1][0] = weights[1][0].at[0, 0].set(jnp.inf)
+    with pytest.raises(ValueError, match=r"weight of b .* 1 non-finite"):
+        quantize_alike(weights, [good, good], rotated, names=names)
 
 
 def test_inputs_read_in_two_ways_are_two_sites():

@@ -14,10 +14,9 @@ from wush_jax.calibration.observe import Call, Progress, plain_call, stacked
 from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential, quantize_sequentially
-from wush_jax.calibration.steps import finish, measured_rows, quantize_planned
+from wush_jax.calibration.steps import finish, measured_rows, quantize_all
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.solvers.recipe import Rules
-from wush_jax.solvers.site import PackedWeight
 
 
 def quantize_model(
@@ -120,9 +119,7 @@ def quantize_with(
     """
     layers, _ = dense_layers(model, dense_types)
     calibration.check(model, layers, planned.sites)
-    packed: dict[str, PackedWeight] = {}
-    for item in planned.sites:
-        packed |= quantize_planned(item, layers, calibration.of(item.site))
+    packed = quantize_all(planned.sites, layers, calibration.of)
     sites = [item.site for item in planned.sites]
     batch = calibration.first if batch is None else batch
     losses = layer_losses(model, batch, sites, packed, call=call, dense_types=dense_types)

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wush_jax.calibration.host_memory import device_memory
 from wush_jax.calibration.losses import LayerLoss
+from wush_jax.calibration.observe import Site
 from wush_jax.calibration.planning import dry_rows, site_gain
 from wush_jax.calibration.ranges import refitted
 from wush_jax.calibration.replicas import on_one_device
 from wush_jax.calibration.report import LayerReport, Report
-from wush_jax.calibration.site_plan import SitePlan
+from wush_jax.calibration.site_plan import SitePlan, site_cost
 from wush_jax.formats import elements
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import (
     Dense,
 )
 from wush_jax.layers.swap import swap
-from wush_jax.solvers.batched import few_tokens, filled, quantize_batched
+from wush_jax.solvers.batched import few_tokens, filled, quantize_alike, quantize_batched
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms.moments import Moments
 
 # A constant that saturates shrinks by 2^-4 at a time: eight times span all of float32's magnitudes
 # that a layer may have.
 REFITS = 8
+# More sites at once bring no more speed.
+TOGETHER = 32
 
 
 def quantize_planned(
@@ -63,6 +70,77 @@ def quantize_planned(
         raise ValueError(f"layers {', '.join(names)}: {error}") from error
     # One site at a time: temporaries of several would not fit a device.
     return jax.block_until_ready(dict(zip(item.site.layers, packed, strict=True)))
+
+
+def quantize_all(
+    items: Sequence[SitePlan],
+    layers: Mapping[str, Dense],
+    moments: Callable[[Site], Moments],
+    at_once: Callable[[SitePlan], int] | None = None,
+) -> dict[str, PackedWeight]:
+    """Quantize all planned sites; those of one recipe and shape in one program where that pays.
+
+    Args:
+      items: sites and their recipes.
+      layers: dense layers by path.
+      moments: of a site's input.
+      at_once: how many sites like this one are solved together; None: what fits an accelerator's
+        memory.
+
+    Returns:
+      Packed weights by path.
+
+    Raises:
+      ValueError: as `quantize_planned`.
+    """
+    at_once = partial(most_at_once, layers) if at_once is None else at_once
+    alike: dict[Any, list[SitePlan]] = {}
+    for item in items:
+        weights = [jax.eval_shape(lambda p=p: layers[p].weight) for p in item.site.layers]
+        key = item.recipe, tuple((w.shape, str(w.dtype)) for w in weights)
+        alike.setdefault(key, []).append(item)
+    packed: dict[str, PackedWeight] = {}
+    for some in alike.values():
+        count = at_once(some[0])
+        for i in range(0, len(some), count):
+            packed |= _quantize_together(some[i : i + count], layers, moments)
+    return packed
+
+
+def most_at_once(layers: Mapping[str, Dense], item: SitePlan) -> int:
+    """Return how many sites like this one an accelerator solves at once: in half of what is free.
+
+    One on a CPU, whose cores are busy with one already (and whose LAPACK, before jaxlib 0.11, may
+    hang in a batch), where layers are batches of kernels, and where weights lie on a mesh.
+    """
+    free = device_memory()
+    batch = layers[item.site.name].contraction.batch
+    spread = any(len(jnp.asarray(layers[p].kernel).devices()) > 1 for p in item.site.layers)
+    if jax.default_backend() == "cpu" or batch or spread or free is None:
+        return 1
+    return max(1, min(TOGETHER, free // (2 * site_cost(item, layers).solver_bytes)))
+
+
+def _quantize_together(
+    items: Sequence[SitePlan], layers: Mapping[str, Dense], moments: Callable[[Site], Moments]
+) -> dict[str, PackedWeight]:
+    """Quantize sites alike in one program; alone what needs other constants than its recipe's."""
+    recipe, names = items[0].recipe, [item.site.layers for item in items]
+    known = [moments(item.site) for item in items]
+    kept = {tuple(map(jnp.shape, jax.tree.leaves(moment))) for moment in known}
+    if len(items) == 1 or len(kept) > 1:
+        alone = partial(quantize_planned, layers=layers)
+        each = (alone(item, moments=moment) for item, moment in zip(items, known, strict=True))
+        return {path: packed for found in each for path, packed in found.items()}
+    weights = [[layers[path].weight for path in some] for some in names]
+    found = quantize_alike(weights, known, recipe, names=names)
+    packed: dict[str, PackedWeight] = {}
+    for item, own, solved, moment in zip(items, weights, found, known, strict=True):
+        if refitted(recipe, own, solved, moment) is None:
+            packed |= dict(zip(item.site.layers, solved, strict=True))
+        else:
+            packed |= quantize_planned(item, layers, moment)
+    return jax.block_until_ready(packed)
 
 
 def finish(

@@ -42,7 +42,8 @@ class Reader:
     """
 
     def __init__(self, model: Model, call: Call | None = None, *, remember: bool = False):
-        self.model, self.head = model, (None, None)
+        self.model = model
+        self.head: tuple[Any, Any] = None, None
         splits = call is None and isinstance(model, nnx.Module) and hasattr(model, "hidden")
         self.memory: dict[Any, jax.Array] | None = {} if remember and splits else None
         parts = ByLayer.of(model) if splits else None

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wush_jax.solvers import hessian as hessians
 from wush_jax.solvers.recipe import Recipe
-from wush_jax.solvers.site import PackedWeight, quantize_site
+from wush_jax.solvers.site import Notes, PackedWeight, quantize_site
+from wush_jax.transforms.checks import check_finite
 from wush_jax.transforms.moments import Moments
 
 
@@ -79,6 +81,66 @@ def quantize_batched(
         return stacked[key]
 
     return [jax.tree.map(stack, *packed) for packed in zip(*each, strict=True)]
+
+
+def quantize_alike(
+    sites: Sequence[Sequence[jax.Array]],
+    moments: Sequence[Moments],
+    recipe: Recipe,
+    *,
+    names: Sequence[Sequence[str]],
+) -> list[list[PackedWeight]]:
+    """Quantize sites of one shape in one program, as `quantize_site` does one after the other.
+
+    An accelerator waits for the next small kernel most of the time that GPTQ takes: many sites
+    take it hardly longer than one. A batch of products may be summed in another order than one:
+    where that moves a value across the middle between two, a transform has another last place of
+    its dtype, or a weight the neighbouring code. Everything else is bit for bit the same.
+
+    Args:
+      sites: the weights (N_i, K) of each.
+      moments: of the input of each; all alike.
+      recipe: for all of them.
+      names: of the layers of each, for messages.
+
+    Returns:
+      One list of `PackedWeight` a site.
+
+    Raises:
+      ValueError: as `quantize_site`, naming the layer.
+    """
+    for weights, moment, labels in zip(sites, moments, names, strict=True):
+        moment.finalize()
+        for weight, name in zip(weights, labels, strict=True):
+            check_finite(f"weight of {name}", weight)
+    pairs = [(list(weights), moment) for weights, moment in zip(sites, moments, strict=True)]
+    solved, notes = _alike(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs), recipe)
+    dampings = hessians.dampings(recipe.damping)
+    found = []
+    for i, labels in enumerate(names):
+        packed, taken = jax.tree.map(itemgetter(i), (solved, notes))
+        runs = [", ".join(labels)] if len(taken) < len(labels) else labels
+        for (attempts, finite), name in zip(taken, runs, strict=bool(taken)):
+            hessians.report(int(attempts), bool(finite), dampings, name)
+        for p, name in zip(packed, labels, strict=True):
+            check_finite(f"transformed {name}", p.weight.scales.astype(jnp.float32))
+        if recipe.share_transform:  # one array, as a site has it
+            packed = [replace(p, transform=packed[0].transform) for p in packed]
+        found.append(packed)
+    return found
+
+
+@partial(jax.jit, static_argnames="recipe")
+def _alike(weights, moments, recipe: Recipe):
+    """Packed weights and notes of stacked sites; traced whole, since checks cannot speak here."""
+
+    def one(weights, moments):
+        notes: Notes = []
+        sample = moments.sample if recipe.needs_sample else None
+        packed = quantize_site(weights, moments.mean, recipe, sample=sample, notes=notes)
+        return packed, notes
+
+    return jax.vmap(one)(weights, moments)
 
 
 def few_tokens(moments: Moments, batch: Sequence[int], block: int) -> dict[tuple[int, ...], int]:

@@ -66,6 +66,7 @@ def gptq(
     activation_order: bool = False,
     dtype: str = "float32",
     name: str = "weight",
+    notes: list[tuple[jax.Array, jax.Array]] | None = None,
 ) -> tuple[QuantizedArray, BlockTransform]:
     """Quantize a weight with error feedback; each block in the coordinates of its own transform.
 
@@ -104,6 +105,8 @@ def gptq(
         ever; nothing is permuted at run time.
       dtype: "float32" or "float64" of weights and feedback. Factors are always built in float64.
       name: of the layer, for messages.
+      notes: takes, for `wush_jax.solvers.hessian.report`, how many dampings were tried and whether
+        all is finite: under jit nothing can be said. None: it is said here, outside jit.
 
     Returns:
       `QuantizedArray` (N, K) in transformed coordinates, and the transforms used. Finite for
@@ -146,7 +149,9 @@ def gptq(
         quantized, used, attempts, finite = solve(
             weight, hessian, cross_moment, pairs, given, jnp.asarray(dampings, dtype), options
         )
-    if not traced:
+    if notes is not None:
+        notes.append((attempts, finite))
+    elif not traced:
         hessians.report(int(attempts), bool(finite), dampings, name)
     return quantized, used
 

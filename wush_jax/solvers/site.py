@@ -27,6 +27,9 @@ from wush_jax.solvers.site_transform import TransformRule, build_transform
 from wush_jax.transforms import BlockTransform, Moments
 from wush_jax.transforms.sample import Sample
 
+# Of GPTQ under jit: how many dampings were tried, and whether all is finite.
+Notes = list[tuple[jax.Array, jax.Array]]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -113,15 +116,31 @@ def quantize_weight(
     >>> quantize_weight(w, jnp.eye(64), Recipe()).shape
     (8, 64)
     """
+    return _quantize_alone(
+        weight, activation_moment, recipe, transform=transform, sample=sample, name=name
+    )
+
+
+def _quantize_alone(
+    weight: jax.Array,
+    moments: Moments | jax.Array | None,
+    recipe: Recipe,
+    *,
+    transform: BlockTransform | None = None,
+    sample: Sample | None = None,
+    name: str = "weight",
+    notes: Notes | None = None,
+) -> PackedWeight:
+    """As `quantize_weight`, for `quantize_site`, which may take notes."""
     recipe = recipe.fitted(weight.shape[-1])
-    known = known_input([weight], activation_moment, sample, recipe, built=transform is not None)
+    known = known_input([weight], moments, sample, recipe, built=transform is not None)
     blocks, sample = known.blocks, known.sample
     solver_transform: BlockTransform | TransformRule | None = transform
     if transform is None:
         own = TransformRule.of(recipe)
         built = None if recipe.interleaved else build_transform([weight], blocks, recipe, sample)
         solver_transform = own if built is None else built
-    quantized, used = _solve(weight, known, solver_transform, recipe, name)
+    quantized, used = _solve(weight, known, solver_transform, recipe, name, notes)
     return _packed(quantized, used, blocks, recipe)
 
 
@@ -132,6 +151,7 @@ def quantize_site(
     *,
     sample: Sample | None = None,
     names: Sequence[str] | None = None,
+    notes: Notes | None = None,
 ) -> list[PackedWeight]:
     """Quantize all weights that share one input, with one transform.
 
@@ -145,6 +165,7 @@ def quantize_site(
       recipe: for all of them; ``share_transform=False`` gives each its own transform.
       sample: as for `quantize_weight`.
       names: of the layers, for messages.
+      notes: as for `wush_jax.solvers.gptq.gptq`; one for each run of GPTQ.
 
     Returns:
       One `PackedWeight` per weight. With a shared transform they hold the same array.
@@ -155,7 +176,7 @@ def quantize_site(
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
     if not recipe.share_transform or len(weights) == 1:
         return [
-            quantize_weight(w, activation_moment, recipe, sample=sample, name=name)
+            _quantize_alone(w, activation_moment, recipe, sample=sample, name=name, notes=notes)
             for w, name in zip(weights, names, strict=True)
         ]
     recipe = recipe.fitted(weights[0].shape[-1])
@@ -169,7 +190,8 @@ def quantize_site(
         ]
         whole = _packed(alone[0], transform, blocks, recipe)
         return [replace(whole, weight=quantized) for quantized in alone]
-    quantized, used = _solve(jnp.concatenate(weights), known, transform, recipe, ", ".join(names))
+    together = jnp.concatenate(weights)
+    quantized, used = _solve(together, known, transform, recipe, ", ".join(names), notes)
     stops = np.cumsum([w.shape[0] for w in weights])
     rows = [slice(stop - w.shape[0], stop) for w, stop in zip(weights, stops, strict=True)]
     whole = _packed(quantized, used, blocks, recipe)
@@ -181,7 +203,7 @@ def quantize_site(
     ]
 
 
-def _solve(weight, known: Known, transform, recipe: Recipe, name: str):
+def _solve(weight, known: Known, transform, recipe: Recipe, name: str, notes=None):
     """Run the recipe's solver: the quantized weight and the transform that was used."""
     if recipe.solver == "rtn":
         quantized = _rtn(
@@ -208,6 +230,7 @@ def _solve(weight, known: Known, transform, recipe: Recipe, name: str):
         activation_order=recipe.activation_order,
         dtype=recipe.solver_dtype,
         name=name,
+        notes=notes,
     )
     if not recipe.refit:
         return quantized, used
