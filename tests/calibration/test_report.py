@@ -43,6 +43,31 @@ def test_table_shows_every_layer(report):
     assert ("0.00625" in text) == (report.layers[0].loss is not None)
 
 
+def test_layers_alike_are_one_row():
+    rows = [
+        dataclasses.replace(row, path=f"layers.{i}.{row.path}", site=f"layers.{i}.q")
+        for i in range(12)
+        for row in PLANNED
+    ]
+    rows[-1] = dataclasses.replace(rows[-1], block=64)
+    rows[0] = dataclasses.replace(rows[0], relative_loss=0.5)
+    rows[2] = dataclasses.replace(rows[2], relative_loss=0.25)
+    found = Report(rows, {f"layers.{i}.gate": "a rule" for i in (0, 2, 3)})
+    names, sizes = (list(found.table().columns[i].cells) for i in (0, 6))
+    assert names == ["layers.0-11.q", "layers.0-10.k *", "layers.11.k *"]
+    assert sizes[:2] == ["393,216 -> 96,000", "180,224 -> 16,500"]
+    assert next(iter(found.table().columns[8].cells)) == "0.25 to 0.5"
+    assert len(found.table(all_layers=True).rows) == 24
+    lines = found.table().caption.splitlines()
+    assert lines[1] == "left alone: layers.0,2-3.gate: a rule"
+    assert lines[-1].startswith("24 layers, weights")
+
+
+def test_a_transform_of_its_own_is_not_shared():
+    row = dataclasses.replace(PLANNED[1], shared_transform=False)
+    assert list(Report([row]).table().columns[0].cells) == ["k"]
+
+
 def test_json_holds_everything(report, tmp_path):
     report.to_json(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())

@@ -135,6 +135,12 @@ def test_plan_reads_no_weights(source, tmp_path, capsys):
     assert cli.main(["quantize", str(source), "--out", str(tmp_path / "x"), *text, *RECIPE]) == 0
     assert capsys.readouterr().out == planned
     assert "layers.0.mlp.up_proj" in planned
+    assert "lm_head" not in planned  # a rule that nobody gave, and no such layer
+    assert "weights" in planned.strip().splitlines()[-1]  # the sum, last
+    assert cli.main(["plan", str(source), *RECIPE, "--all-layers", "--skip", "lost"]) == 0
+    planned = capsys.readouterr().out
+    assert "layers.0.mlp.up_proj" in planned
+    assert "rule without a layer: lost" in planned
     assert "NVFP4/NVFP4" in planned
     assert "largest_site_bytes" in planned
     assert not (tmp_path / "x").exists()
@@ -274,6 +280,18 @@ def test_export_and_inspect(quantized, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "wush" in text
     assert "NVFP4" in text
+    assert "layers.0.mlp.up_proj" in text  # as plans have it
+    assert cli.main(["inspect", str(out), "--all-layers"]) == 0
+    assert "layers.0.mlp.up_proj" in capsys.readouterr().out
+
+
+def test_blocks_that_divide_no_layer_are_told_at_once(source, capsys):
+    assert cli.main(["plan", str(source), "--block-size", "256"]) == 2
+    said = capsys.readouterr().err
+    assert "layer layers.0.self_attn.q_proj: K=64 is not a multiple of block_size=256" in said
+    assert "layer layers.0.mlp.down_proj: K=64" in said
+    assert "block_size=256, but of 64, 32;" in said
+    assert "--block-size widest" in said
 
 
 def test_bench_without_a_gpu_is_refused(capsys):

@@ -82,38 +82,91 @@ def plan(
     >>> plan(layer, Recipe()).report.layers[0].bytes_after
     5188
     """
-    book = RuleBook(rules)
-    layers, skipped = dense_layers(model, dense_types)
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
-    calibration = batch if isinstance(batch, Calibration) else None
-    if batch is None:
-        sites, lost = _sites_apart(layers)
-        skipped |= lost
+    look = _Look.at(model, batch, options)
+    planned = look.plan(rules, options)
+    if not measure:
+        return planned
+    calibration, details, rows = look.calibration, dict(planned.report.details), []
+    if calibration is None:
+        calibration, details["seconds_per_batch"] = _timed(look.model, batch, rules, options)
     else:
+        calibration.check(look.model, look.layers, planned.sites)
+    gains = {
+        path: site_gain(item, look.layers, calibration.of(item.site))
+        for item in planned.sites
+        for path in item.site.layers
+    }
+    rows = [replace(row, predicted_gain=gains[row.path]) for row in planned.report.layers]
+    return replace(planned, report=replace(planned.report, layers=rows, details=details))
+
+
+def plans(
+    model: nnx.Module,
+    settings: Mapping[str, Rules],
+    batch: Any = None,
+    *,
+    call: Call = plain_call,
+    dense_types: DenseTypes = DENSE_TYPES,
+) -> dict[str, ModelPlan]:
+    """Return the `plan` of several rules, by name, from one look at the model."""
+    options: dict[str, Any] = {"call": call, "dense_types": dense_types}
+    look = _Look.at(model, batch, options)
+    return {name: look.plan(rules, options) for name, rules in settings.items()}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is the same for all rules.
+
+    Attributes:
+      model: whose layers know their stacks.
+      layers: dense layers by path.
+      skipped: why others cannot be quantized, by path.
+      sites: layers that share an input.
+      calibration: which knows them, or None.
+      shown: the batch, or None.
+      running: the choices of layers with which the swapped model was seen to run.
+    """
+
+    model: nnx.Module
+    layers: Mapping[str, Dense]
+    skipped: Mapping[str, str]
+    sites: Sequence[Site]
+    calibration: Calibration | None
+    shown: Any
+    running: set[frozenset[str]]
+
+    @classmethod
+    def at(cls, model: nnx.Module, batch: Any, options: dict[str, Any]) -> _Look:
+        layers, skipped = dense_layers(model, options["dense_types"])
+        if batch is None:
+            sites, lost = _sites_apart(layers)
+            return cls(model, layers, {**skipped, **lost}, sites, None, None, set())
+        calibration = batch if isinstance(batch, Calibration) else None
         shown = batch if calibration is None else calibration.first
         warn_of_training(model)
         observed = observe_calls(model, shown, **options)
-        model = observed.marked(model, dense_types)
-        layers, _ = dense_layers(model, dense_types)
-        skipped |= observed.faults
+        model = observed.marked(model, options["dense_types"])
+        layers, _ = dense_layers(model, options["dense_types"])
         sites = observed.sites if calibration is None else calibration.sites
-    planned, skipped = planned_sites(sites, book, layers, skipped)
-    if calibration is not None:
-        calibration.check(model, layers, planned if measure else ())
-    if batch is not None:
-        check_runs(model, packed_like(planned, layers), shown, **options)
-    rows = [row for item in planned for row in dry_rows(item, layers)]
-    details: dict[str, Any] = dict(total_costs([site_cost(i, layers) for i in planned]))
-    if measure:
-        if calibration is None:
-            calibration, details["seconds_per_batch"] = _timed(model, batch, rules, options)
-        gains = {
-            path: site_gain(item, layers, calibration.of(item.site))
-            for item in planned
-            for path in item.site.layers
-        }
-        rows = [replace(row, predicted_gain=gains[row.path]) for row in rows]
-    return ModelPlan(planned, Report(rows, skipped, book.unused(layers), details))
+        if calibration is not None:
+            calibration.check(model, layers)
+        skipped = {**skipped, **observed.faults}
+        return cls(model, layers, skipped, sites, calibration, shown, set())
+
+    def plan(self, rules: Rules, options: dict[str, Any]) -> ModelPlan:
+        """Return the plan of some rules, without measuring."""
+        book, layers = RuleBook(rules), self.layers
+        planned, skipped = planned_sites(self.sites, book, layers, self.skipped)
+        chosen = frozenset(path for item in planned for path in item.site.layers)
+        # Whether the swapped model runs depends on which layers are, not on their recipe.
+        if self.shown is not None and chosen not in self.running:
+            check_runs(self.model, packed_like(planned, layers), self.shown, **options)
+            self.running.add(chosen)
+        rows = [row for item in planned for row in dry_rows(item, layers)]
+        details = dict(total_costs([site_cost(item, layers) for item in planned]))
+        return ModelPlan(planned, Report(rows, skipped, book.unused(layers), details))
 
 
 def _sites_apart(layers: Mapping[str, Dense]) -> tuple[tuple[Site, ...], dict[str, str]]:
@@ -176,6 +229,7 @@ def dry_rows(item: SitePlan, layers: Mapping[str, Dense]) -> list[LayerReport]:
             LayerReport(
                 path=path,
                 site=item.site.name,
+                shared_transform=recipe.share_transform,
                 shape=layers[path].weight_shape,
                 format=f"{recipe.format.name}/{getattr(recipe.input_format, 'name', '-')}",
                 transform=recipe.transform,

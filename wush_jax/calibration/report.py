@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from wush_jax.layers.names import grouped_paths, joint_name, pattern_of
 from wush_jax.storage import write_json
 
 
@@ -36,6 +36,7 @@ class LayerReport:
       saturated: share of the inputs' groups, on the first batch, that their scale cannot reach.
       vanished: share that lies below the smallest scale.
       tokens: that calibration has seen.
+      shared_transform: whether the layers of its site share one transform.
       few_tokens: the tokens that experts saw which saw too few: those are quantized from the mean
         moment of the others. By number of the expert; None where there are none.
       weight_error: squared error over power of the weight, where it was rounded without inputs.
@@ -59,6 +60,12 @@ class LayerReport:
     tokens: int | None = None
     few_tokens: Mapping[str, int] | None = None
     weight_error: float | None = None
+    shared_transform: bool = True
+
+    @property
+    def name(self) -> str:
+        """The path, marked where the transform is that of the site's first layer."""
+        return self.path + (" *" if self.shared_transform and self.site != self.path else "")
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,14 @@ class Report:
         """Bits of codes, scales, transforms and padding for each quantized weight."""
         return 8 * self.bytes_after / max(sum(math.prod(m.shape) for m in self.layers), 1)
 
-    def table(self) -> Table:
-        """Return a `rich` table, one row a layer."""
-        table = Table(title=self._title())
+    def table(self, all_layers: bool = False) -> Table:
+        """Return a `rich` table, what is left alone and why, warnings, and last the sum of it all.
+
+        Args:
+          all_layers: a row for every layer; else one for those that differ in nothing but the
+            numbers in their paths, such as the depths of a decoder, with the range of their losses.
+        """
+        table = Table()
         for name in (
             "layer",
             "N x K",
@@ -109,18 +121,19 @@ class Report:
             "loss",
         ):
             table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+        groups: dict[Any, list[LayerReport]] = {}
         for layer in self.layers:
-            shared = "" if layer.site == layer.path else " *"
+            what = layer.format, layer.transform, layer.solver, str(layer.block)
+            kind = pattern_of(layer.name), layer.shape, what, layer.bytes_before, layer.bytes_after
+            groups.setdefault((*kind, layer.path if all_layers else ""), []).append(layer)
+        for (_, shape, what, before, after, _), some in groups.items():
             table.add_row(
-                layer.path + shared,
-                " x ".join(map(str, layer.shape)),
-                layer.format,
-                layer.transform,
-                layer.solver,
-                str(layer.block),
-                f"{layer.bytes_before:,} -> {layer.bytes_after:,}",
-                _number(layer.predicted_gain),
-                _number(layer.relative_loss),
+                joint_name(layer.name for layer in some),
+                " x ".join(map(str, shape)),
+                *what,
+                f"{len(some) * before:,} -> {len(some) * after:,}",
+                _range([layer.predicted_gain for layer in some]),
+                _range([layer.relative_loss for layer in some]),
             )
         table.caption = self._caption()
         return table
@@ -154,8 +167,13 @@ class Report:
         return f"{len(self.layers)} layers, weights {ratio:.1f}x smaller: {bits:.2f} bits each"
 
     def _caption(self) -> str:
-        lines = ["* shares the transform of the site's first layer"] if self._has_sharing() else []
-        lines += [f"left alone: {line}" for line in _together(self.skipped)]
+        shares = any(layer.name != layer.path for layer in self.layers)
+        lines = ["* shares the transform of the site's first layer"] if shares else []
+        alone: dict[str, list[str]] = {}
+        for path, reason in self.skipped.items():
+            alone.setdefault(reason, []).append(path)
+        for reason, paths in alone.items():
+            lines += [f"left alone: {name}: {reason}" for name in grouped_paths(paths)]
         lines += [
             f"{layer.path}: too few tokens, the others' mean moment: "
             + ", ".join(f"expert {name} ({count})" for name, count in layer.few_tokens.items())
@@ -164,7 +182,7 @@ class Report:
         ]
         lines += [f"rule without a layer: {rule}" for rule in self.unused_rules]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines + self._warnings())
+        return "\n".join([*lines, *self._warnings(), self._title()])
 
     def _warnings(self) -> list[str]:
         """Return what is likely to be worse than it has to be."""
@@ -189,24 +207,8 @@ class Report:
             )
         return lines
 
-    def _has_sharing(self) -> bool:
-        return any(layer.site != layer.path for layer in self.layers)
 
-
-def _together(reasons: Mapping[str, str]) -> list[str]:
-    """Return a line for each kind of names, which differ in numbers alone, and reason.
-
-    >>> _together({"0.a": "x", "1.a": "x", "2.b": "x"})
-    ['*.a (2): x', '2.b: x']
-    """
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for name, reason in reasons.items():
-        kinds.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
-    return [
-        f"{names[0]}: {reason}" if len(names) == 1 else f"{kind} ({len(names)}): {reason}"
-        for (kind, reason), names in kinds.items()
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    ends = dict.fromkeys(f"{end:.3g}" for end in (min(known), max(known))) if known else ()
+    return " to ".join(ends)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from wush_jax.calibration.observe import Site
+from wush_jax.layers.names import grouped_paths
 from wush_jax.layers.nnx import Dense
 from wush_jax.solvers.costs import SiteCost
-from wush_jax.solvers.recipe import Recipe, RuleBook
+from wush_jax.solvers.recipe import WIDTHS, Recipe, RuleBook
 from wush_jax.transforms.sample import SAMPLE_ROWS
 
 
@@ -76,17 +77,32 @@ def planned_sites(
     planned = [replace(part, recipe=part.recipe.fitted(part.site.size)) for part in parts]
     if not planned:
         raise ValueError(f"rules quantize none of the {len(layers)} dense layers: {skipped}")
-    unfit = [
-        f"layer {path}: K={item.site.size} is not a multiple of block_size={item.recipe.block}"
-        for item in planned
-        if item.site.size % item.recipe.block
-        for path in item.site.layers
-    ]
-    if unfit:
-        raise ValueError(
-            f"{'; '.join(unfit)}; choose another block_size or exclude the layers by a rule"
-        )
+    _check_blocks(planned)
     return planned, skipped
+
+
+def _check_blocks(planned: Sequence[SitePlan]) -> None:
+    """Refuse layers that their blocks do not divide: all at once, with what would."""
+    unfit: dict[tuple[int, Recipe], list[str]] = {}
+    for item in planned:
+        if item.site.size % item.recipe.block:
+            unfit.setdefault((item.site.size, item.recipe), []).extend(item.site.layers)
+    faults = [
+        f"layer {name}: K={k} is not a multiple of block_size={recipe.block}, {_divides(k, recipe)}"
+        for (k, recipe), paths in unfit.items()
+        for name in grouped_paths(paths)
+    ]
+    if faults:
+        raise ValueError(
+            f"{'; '.join(faults)}. Choose another block_size, such as --block-size widest, for "
+            "each layer the largest of 128, 64, 32 and 16 that divides, or exclude layers by a rule"
+        )
+
+
+def _divides(k: int, recipe: Recipe) -> str:
+    formats = [fmt for fmt in (recipe.format, recipe.input_format) if fmt is not None]
+    found = [str(w) for w in WIDTHS if k % w == 0 and all(fmt.holds(w) for fmt in formats)]
+    return f"but of {', '.join(found)}" if found else f"nor of any block of {recipe.format.name}"
 
 
 def site_cost(item: SitePlan, layers: Mapping[str, Dense]) -> SiteCost:

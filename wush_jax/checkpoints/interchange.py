@@ -20,6 +20,7 @@ from wush_jax.checkpoints.layouts.layout import Content, quantization_config
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.checkpoints.readers import notes
 from wush_jax.formats import Format
+from wush_jax.layers.names import depth, joint_name, pattern_of
 from wush_jax.models.encodings import DecodedFolder, open_folder
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, copy_companions, write_folder
@@ -191,21 +192,29 @@ class FolderSummary:
     layers: tuple[LayerSummary, ...]
     notes: tuple[str, ...] = ()
 
-    def table(self) -> Table:
-        """Return a `rich` table, one row a layer."""
-        title = f"{self.path}: {self.layout}, {self.tensors} tensors, {self.bytes:,} bytes"
-        table = Table(title=title, caption="; ".join(self.notes) or None)
+    def table(self, all_layers: bool = False) -> Table:
+        """Return a `rich` table in the order of the model, with the sum of it all at its end.
+
+        Args:
+          all_layers: a row for every layer; else one for those alike.
+        """
+        last = f"{self.path}: {self.layout}, {self.tensors} tensors, {self.bytes:,} bytes"
+        table = Table(caption="\n".join([*self.notes, last]))
         for name in ("layer", "N x K", "weight/input", "transform", "g", "bits"):
             table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
-        for layer in self.layers:
-            table.add_row(
-                layer.name,
+        groups: dict[Any, list[str]] = {}
+        for layer in sorted(self.layers, key=lambda layer: depth(layer.name)):
+            name = layer.name.removeprefix("model.")  # as plans and reports have it
+            row = (
                 " x ".join(map(str, layer.shape)),
                 f"{layer.format}/{layer.input_format}",
                 layer.transform,
                 "" if layer.global_scale is None else f"{layer.global_scale:.6g}",
                 f"{8 * layer.bytes / np.prod(layer.shape):.2f}",
             )
+            groups.setdefault((pattern_of(name), row, name if all_layers else ""), []).append(name)
+        for (_, row, _), names in groups.items():
+            table.add_row(joint_name(names), *row)
         return table
 
     def __rich__(self) -> Table:

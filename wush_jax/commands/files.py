@@ -31,14 +31,15 @@ def export(
     console().print(f"{out}: {layout}")
 
 
-def inspect(folder: tyro.conf.Positional[Path]) -> None:
+def inspect(folder: tyro.conf.Positional[Path], *, all_layers: bool = False) -> None:
     """Say what is in a model folder: layout, formats, transforms, sizes; no weight is read.
 
     Args:
       folder: with config.json and safetensors files.
+      all_layers: a row for every layer, not one for those alike.
     """
     summary = interchange.inspect_folder(folder)
-    console().print(summary.table())
+    console().print(summary.table(all_layers))
 
 
 def bench(arguments: Arguments = ()) -> None:

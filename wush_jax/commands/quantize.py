@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ Free = Annotated[ModelFree, tyro.conf.arg(name="")]
 TargetLayout = Literal[tuple(TARGETS)]  # type: ignore[valid-type]  # made of the names there
 Target = Annotated[TargetLayout | None, tyro.conf.arg(name="for")]  # type: ignore[valid-type]
 NOTHING: Any = {}
+SKIP = ("lm_head",)
 
 
 def plan(
@@ -46,8 +48,9 @@ def plan(
     *,
     preset: Preset | None = None,
     recipe: Recipe = NOTHING,
-    skip: tuple[str, ...] = ("lm_head",),
+    skip: tuple[str, ...] = SKIP,
     target: Target = None,
+    all_layers: bool = False,
 ) -> None:
     """Say what would be quantized and how, and what it takes; no weight is read.
 
@@ -58,8 +61,9 @@ def plan(
       recipe: fields of a recipe.
       skip: regular expressions of module paths that stay as they are.
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
+      all_layers: a row for every layer, not one for those alike.
     """
-    _show(_planned(model, rules_of(preset, recipe, skip, target)))
+    _show(_planned(model, rules_of(preset, recipe, skip, target)), skip, all_layers)
 
 
 def quantize(
@@ -69,7 +73,7 @@ def quantize(
     source: Source = Text(),  # noqa: B008  # frozen
     preset: Preset | None = None,
     recipe: Recipe = NOTHING,
-    skip: tuple[str, ...] = ("lm_head",),
+    skip: tuple[str, ...] = SKIP,
     target: Target = None,
     calibration: Literal["sequential", "one-shot"] = "sequential",
     granularity: Literal["site", "layer"] = "site",
@@ -79,6 +83,7 @@ def quantize(
     data_parallel: bool = False,
     dry_run: bool = False,
     resume: bool = False,
+    all_layers: bool = False,
     free: Free = ModelFree(),  # noqa: B008  # frozen
 ) -> None:
     """Quantize a Hugging Face model folder; write OUT/checkpoint, OUT/report.json, OUT/plot.png.
@@ -102,6 +107,7 @@ def quantize(
       data_parallel: spread each batch over all devices.
       dry_run: say what would be done, and do nothing.
       resume: continue a run that was interrupted, layer after layer.
+      all_layers: show a row for every layer, not one for those alike.
       free: without a model and a text.
     """
     if free.model_free:
@@ -111,11 +117,12 @@ def quantize(
         if not dry_run:
             _check_place(out, out / "layers", True, resume)
         rules = free.rules(preset, recipe, skip, target)
-        _show(free.run(model, out, rules, target, resume=resume, dry_run=dry_run))
+        found = free.run(model, out, rules, target, resume=resume, dry_run=dry_run)
+        _show(found, skip, all_layers)
         return
     rules = rules_of(preset, recipe, skip, target)
     if dry_run:
-        _show(_planned(model, rules))
+        _show(_planned(model, rules), skip, all_layers)
         return
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
@@ -152,7 +159,7 @@ def quantize(
     report.to_json(out / "report.json")
     report.plot(out / "plot.png")
     shutil.rmtree(state, ignore_errors=True)
-    _show(report)
+    _show(report, skip, all_layers)
 
 
 def _in_one_shot(
@@ -236,10 +243,13 @@ def _say_cost(model: Path, preset: str, rules: Rules, skip: tuple[str, ...]) -> 
     )
 
 
-def _show(report: Report) -> None:
-    console().print(report.table())
+def _show(report: Report, skip: tuple[str, ...], all_layers: bool) -> None:
+    """Print a report; the rules that nobody has given are not said to be without a layer."""
+    own = (*(SKIP if skip == SKIP else ()), ".*")
+    report = replace(report, unused_rules=[r for r in report.unused_rules if r not in own])
     for name, value in report.details.items():
         console().print(f"{name}: {value:,}")
+    console().print(report.table(all_layers))
 
 
 def _spread(batches: list[np.ndarray]) -> tuple[NamedSharding, NamedSharding]:

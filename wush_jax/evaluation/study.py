@@ -16,7 +16,7 @@ from rich.table import Table
 from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_with
 from wush_jax.calibration.observe import Call, plain_call
-from wush_jax.calibration.planning import plan
+from wush_jax.calibration.planning import plans
 from wush_jax.calibration.report import Report
 from wush_jax.evaluation.bars import grouped_bars
 from wush_jax.evaluation.evaluate import Score, cross_entropy, score
@@ -165,14 +165,14 @@ def compare(
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     if not isinstance(calibration, Calibration):
         calibration = calibrate(model, calibration, *settings.values(), **options)
-    plans = {name: plan(model, rules, calibration, **options) for name, rules in settings.items()}
-    for planned in plans.values():  # before hours of work, not after
+    planning = plans(model, settings, calibration, **options)
+    for planned in planning.values():  # before hours of work, not after
         calibration.check(model, dense_layers(model, dense_types)[0], planned.sites)
     own: Any = None if call is plain_call else call
     reference = Reader(model, own, remember=True)  # run once, for all settings
     loss = cross_entropy(reference, evaluation, call=own)
     study = Study(Score(loss, 0.0, loss), [])
-    for name, planned in plans.items():
+    for name, planned in planning.items():
         step(name)
         start = time.perf_counter()
         made, report = quantize_with(model, planned, calibration, evaluation[0], **options)
