@@ -143,15 +143,15 @@ class Attention(nnx.Module):
             seen = (distance >= 0) & (distance < (self.window or x.shape[1]))
             mixed = attend(query, cache, seen[None], scale=self._scale, **self._options)
         else:
+            # Of float16, jax's attention has a product that no CPU and no TPU compiles.
+            kind = jnp.float32 if query.dtype == jnp.float16 else query.dtype
             mixed = jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
+                *(heads.astype(kind) for heads in (query, key, value)),
                 scale=self._scale,
                 is_causal=True,
                 local_window_size=None if self.window is None else (self.window - 1, 0),
                 implementation=self.implementation,
-            )
+            ).astype(query.dtype)
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
 
     def cache_size(self, positions: int) -> int:
