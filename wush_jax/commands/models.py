@@ -23,10 +23,10 @@ from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
 from wush_jax.evaluation.generation import greedy_text, score_generation
 from wush_jax.models import generate as generate_tokens
+from wush_jax.models.encodings import open_config
 from wush_jax.models.hugging_face import load_pretrained
 from wush_jax.models.text import Tokenizer
 from wush_jax.models.tokens import in_batches, vocabulary_of
-from wush_jax.storage.json_file import read_config
 
 Model = tyro.conf.Positional[Path]
 DType = Literal["bfloat16", "float32"]
@@ -41,7 +41,7 @@ def open_model(folder: Path, dtype: str, mesh: str | None = None) -> nnx.Module:
     A quantized model keeps the type of activations that it was saved with.
     """
     sharding = placement_of(mesh, folder)
-    if "quantization_config" in read_config(folder):
+    if "quantization_config" in open_config(folder):
         loaded = checkpoint.load(folder, sharding=sharding)
         if not isinstance(loaded, nnx.Module):
             raise ValueError(f"{folder} holds packed weights, no model; read them with wush.load")
@@ -143,7 +143,7 @@ def generation_figures(
 
 def check_same_vocabulary(model: Path, reference: Path) -> None:
     """Refuse a reference of another vocabulary before any weight is read."""
-    sizes = [vocabulary_of(read_config(folder), folder) for folder in (model, reference)]
+    sizes = [vocabulary_of(open_config(folder), folder) for folder in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"--reference {reference} has a vocabulary of {sizes[1]} tokens and {model} one of "

@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 
 from wush_jax import formats
 from wush_jax.checkpoints.targets import recipe_for
+from wush_jax.models.encodings import open_config, open_folder
 from wush_jax.models.hugging_face import folder_config
 from wush_jax.models.placement import Placement, check_divides, tensor_parallel
 from wush_jax.models.text import GENERATION, Tokenizer
@@ -30,8 +31,7 @@ from wush_jax.models.tokens import (
 )
 from wush_jax.solvers import presets, recipe
 from wush_jax.solvers.recipe import Recipe, Rules
-from wush_jax.storage.json_file import read_json
-from wush_jax.storage.tensor_folder import TensorFolder
+from wush_jax.storage.json_file import home, read_json
 
 FORMATS = {
     name: value for name, value in vars(formats).items() if isinstance(value, formats.Format)
@@ -82,7 +82,7 @@ def placement_of(mesh: str | None, folder: Path) -> Placement:
             f"--mesh {mesh}: write model=N, with N from 1 to this machine's {jax.device_count()} "
             "devices"
         )
-    check_divides(folder_config(TensorFolder(folder)), int(count))
+    check_divides(folder_config(open_folder(folder)), int(count))
     axes: Any = {"axis_types": (AxisType.Auto,), "devices": jax.devices()[: int(count)]}
     return tensor_parallel(jax.make_mesh((int(count),), ("model",), **axes))
 
@@ -166,7 +166,7 @@ class Text:
         for name, file in (("text", self.text), ("tokens", self.tokens)):
             if file is not None and not file.is_file():
                 raise ValueError(f"--{name} {file} is no file")
-        config = TensorFolder(folder).config
+        config = open_config(folder)
         length = min(self.length, config.get("max_position_embeddings") or self.length)
         size = vocabulary_of(config, folder)
         if self.text is not None:
@@ -192,9 +192,9 @@ class Text:
     def _read_tokens(
         self, file: Path, folder: Path, size: int
     ) -> tuple[list[np.ndarray], list[int]]:
-        config = TensorFolder(folder).config
-        if (folder / GENERATION).is_file():
-            config = {**config, **read_json(folder / GENERATION)}
+        config = open_config(folder)
+        if (home(folder) / GENERATION).is_file():
+            config = {**config, **read_json(home(folder) / GENERATION)}
         pad, found = self.pad_id, config.get("pad_token_id")
         pad = found if pad is None and type(found) is int else pad
         tokenizer = Tokenizer.of_config(folder, config).with_bos(self.bos)

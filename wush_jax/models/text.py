@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from wush_jax.models.chat import ChatTemplate
-from wush_jax.storage.json_file import check_inside, read_config, read_json
+from wush_jax.models.encodings import open_config
+from wush_jax.storage.json_file import check_inside, home, read_json
 
 TOKENIZER, SETTINGS, GENERATION = (
     "tokenizer.json",
@@ -47,6 +48,8 @@ class Tokenizer:
     def read(cls, folder: str | Path) -> Tokenizer:
         """Read ``tokenizer.json`` of a model's folder; without one, bytes are tokens.
 
+        That of a GGUF file is the one beside it: the tokenizer inside of it is not read.
+
         As in transformers, the truncation and padding that the file may hold are not applied, and
         what goes around a text is the file's rule alone, whatever ``tokenizer_config.json`` says.
 
@@ -54,8 +57,8 @@ class Tokenizer:
           ValueError: no tokenizer and a vocabulary that is not of 256 bytes; a file that is none;
             the package that reads it is missing.
         """
-        folder = Path(folder)
-        config = read_config(folder)
+        config = open_config(folder)
+        folder = home(folder)
         if (folder / GENERATION).is_file():
             config = {**config, **read_json(folder / GENERATION)}
         settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}

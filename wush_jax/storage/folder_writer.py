@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from wush_jax.storage.folder_lock import sole_writer
-from wush_jax.storage.json_file import CONFIG, check_inside, read_config, read_json
+from wush_jax.storage.json_file import CONFIG, check_inside, home, read_config, read_json
 from wush_jax.storage.tensor_file import write_tensors
 from wush_jax.storage.tensor_folder import (
     COMPANIONS,
@@ -99,17 +99,23 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
     With them the Python files of models that bring their own code (``auto_map`` in the config);
     nothing of them is run.
 
+    Args:
+      source: a model's folder, or its only file, whose companions are beside it.
+      target: the other folder.
+
     Raises:
       ValueError: one is a link to somewhere outside of its folder.
     """
-    for name in companions(source):
-        check_inside(Path(source) / name)
-        shutil.copyfile(Path(source) / name, Path(target) / name)
+    folder = home(source)
+    for name in companions(folder):
+        check_inside(folder / name)
+        shutil.copyfile(folder / name, Path(target) / name)
 
 
 def companions(source: str | Path) -> list[str]:
     """Return the names of the files that `copy_companions` copies."""
-    code = [file.name for file in Path(source).glob("*.py")]
+    named = (Path(source) / CONFIG).is_file()
+    code = [file.name for file in Path(source).glob("*.py")] if named else []
     own = code if code and "auto_map" in read_config(Path(source)) else []
     return [name for name in (*COMPANIONS, *sorted(own)) if (Path(source) / name).is_file()]
 

@@ -28,6 +28,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def home(path: str | Path) -> Path:
+    """Return the folder of a model: the path itself, or where its only file lies."""
+    path = Path(path)
+    return path.parent if path.is_file() else path
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file; ValueError with the file's name if there is none."""
     try:

@@ -25,9 +25,11 @@ INT4_FULL = elements.IntElement("int4_full", 4, full=True)
 
 def packed_format(weight: EncodedWeight) -> Format | None:
     """Return the format that holds an encoded weight exactly, or None where none does."""
-    (rows, group), k = weight.block, weight.shape[1]
     exact = weight.element == "int4" and not weight.zero_points and not weight.reordered
-    if not exact or rows != 1 or k % group or k % 2:
+    if not exact or weight.block is None:
+        return None
+    (rows, group), k = weight.block, weight.shape[1]
+    if rows != 1 or k % group or k % 2:
         return None
     scales = "bfloat16" if weight.dtype == jnp.bfloat16 else "float32"
     return Format(f"INT4_G{group}", INT4_FULL, group, scales, "absmax", 1.0)

@@ -61,23 +61,23 @@ class EncodedWeight:
     """What a folder's config and headers say of one encoded weight.
 
     Attributes:
-      shape: (N, K).
+      shape: (N, K), or of a vector in files that encode all tensors.
       dtype: of the weight where a reader asks for none: that in which its own library decodes it.
       parts: names of the tensors that it is made of.
       element: "int4", "int8", "e4m3", ...
-      block: rows and columns that share a scale.
-      read: returns the codes.
+      block: rows and columns that share a scale; None where the element says it.
+      read: returns the codes, or what else has ``values``.
       zero_points: whether codes have zero points of their own.
       reordered: whether columns are in groups of their own order.
       inputs: what the file wants activations rounded to, which is not done; empty for nothing.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype
     parts: tuple[str, ...]
     element: str
-    block: tuple[int, int]
-    read: Callable[[], Codes]
+    block: tuple[int, int] | None
+    read: Callable[[], Any]
     zero_points: bool = False
     reordered: bool = False
     inputs: str = ""
@@ -85,6 +85,8 @@ class EncodedWeight:
     @property
     def said(self) -> str:
         """How it is stored, for people."""
+        if self.block is None:
+            return self.element
         (rows, columns), (n, k) = self.block, self.shape
         groups = f"groups of {columns}" if columns < k else "a scale a row"
         if rows > 1:
