@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG
+from folders import write
+from tiny import BYTES, CONFIG
 from weights import random_model
 
 import wush_jax as wush
+from wush_jax.commands.options import Text
 from wush_jax.models import generate
 from wush_jax.models.tokens import (
     check_batches,
@@ -16,7 +18,6 @@ from wush_jax.models.tokens import (
     in_batches,
     read_text,
     read_tokens,
-    vocabulary_of,
 )
 
 pytestmark = pytest.mark.files
@@ -219,9 +220,12 @@ def test_texts_are_read_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("size", [None, "256", 0, True, 2.5])
-def test_a_config_without_a_vocabulary_is_refused(size):
-    with pytest.raises(ValueError, match=f"here: config.json has vocab_size={size!r}"):
-        vocabulary_of({"vocab_size": size}, "here")
+def test_a_config_without_a_vocabulary_is_refused(size, tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"")
+    write(tmp_path, BYTES, {"x": np.zeros(1, np.float32)}, vocab_size=size)
+    fault = f"config.json: vocab_size = {size!r}, expected a positive whole number"
+    with pytest.raises(ValueError, match=fault):
+        Text(tokens=tmp_path / "x.npy").windows(tmp_path)
 
 
 def test_sharded_batches_stay_where_they_are(eight_devices):

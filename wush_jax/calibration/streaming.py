@@ -42,15 +42,21 @@ from wush_jax.checkpoints.quantization_config import LayerRecord, records_to_jso
 from wush_jax.layers.nnx import DENSE_TYPES, dense_layers
 from wush_jax.layers.swap import swap
 from wush_jax.models import Llama
-from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, fill, tensor_name
+from wush_jax.models.hugging_face import (
+    EMBEDDING,
+    FolderTensors,
+    abstract,
+    abstract_of,
+    fill,
+    tensor_name,
+    typed,
+)
 from wush_jax.models.llama import scaled
 from wush_jax.models.placement import Placement
 from wush_jax.models.tokens import check_batches
 from wush_jax.solvers.recipe import Rules
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import check_replaceable, copy_companions, write_folder
-
-EMBEDDING = tensor_name(("embed_tokens", "embedding"))
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def quantize_folder(
     param_dtype: Any = None,
     sharding: Placement = None,
     metadata: Mapping[str, Any] | None = None,
+    planned: ModelPlan | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a Hugging Face model folder of the Llama family into a native checkpoint.
@@ -106,9 +113,10 @@ def quantize_folder(
       settings: the stack is that of `Llama`. Without a ``state_dir`` finished layers are kept
         beside ``out`` until the end.
       dtype: type of activations and products.
-      param_dtype: type of what stays unquantized; None is that of the embedding in the files.
+      param_dtype: type of what stays unquantized; None keeps each tensor's own.
       sharding: where weights go, by their names in the files.
       metadata: as for `wush_jax.save`.
+      planned: what `wush_jax.plan` has said of this folder and these rules; None traces anew.
       progress: called as ``progress(done, total, what)``, in passes over a chunk.
 
     Returns:
@@ -125,11 +133,9 @@ def quantize_folder(
     texts = list(check_batches(checked, tensors.config.vocab_size))
     if not texts:
         raise ValueError("batches is empty; pass at least one calibration batch")
-    stored = tensors[EMBEDDING].dtype
-    model = abstract(tensors.config, dtype=dtype, param_dtype=param_dtype or stored)
-    check_names(model, tensors)
+    model = abstract_of(tensors, dtype=dtype, param_dtype=param_dtype)
     check_replaceable(Path(out), {"quantization_config": records_to_json({})})
-    planned = plan(model, rules, texts[0])
+    planned = planned or plan(model, rules, texts[0])
     check_host_memory(model, texts, settings.stack.embed, settings.hidden_dtype)
     check_device_memory(planned.report.details, sequential=True)
     fingerprint = {
@@ -140,7 +146,7 @@ def quantize_folder(
     }
     with _state(settings, out, fingerprint) as state:
         run = LayerRun(settings, DENSE_TYPES, None, Counter(progress))
-        stream = _Stream(model, tensors, sharding, state, run)
+        stream = _Stream(model, tensors, sharding, state, run, param_dtype)
         rows = stream.quantize(planned, texts)
         config = stream.config(metadata)
         write_folder(out, stream.written, config, shard_bytes=stream.largest)
@@ -186,8 +192,9 @@ class _Stage:
 class _Stream:
     """The layers of a model on their way from one folder to the other."""
 
-    def __init__(self, model, tensors: FolderTensors, sharding, state: RunState, run: LayerRun):
+    def __init__(self, model, tensors: FolderTensors, sharding, state, run: LayerRun, param_dtype):
         self.model, self.tensors, self.sharding = model, tensors, sharding
+        self.param_dtype = param_dtype
         self.state, self.run = state, run
         self.records: dict[str, LayerRecord] = {}
         self.written: dict[str, Any] = {}  # of `Later`
@@ -219,7 +226,9 @@ class _Stream:
         if rest:
             ends = dataclasses.replace(self.tensors.config, num_hidden_layers=0, layer_types=None)
             kinds = {"dtype": self.model.dtype, "param_dtype": self.model.embed_tokens.param_dtype}
-            stages.append(_Stage(len(stages), "", rest, abstract(ends, **kinds)))
+            module = abstract(ends, **kinds)
+            module = typed(module, self.tensors) if self.param_dtype is None else module
+            stages.append(_Stage(len(stages), "", rest, module))
         return stages
 
     def _embed(self, tokens: np.ndarray) -> np.ndarray:
@@ -286,8 +295,9 @@ class _Stream:
         return {key: np.asarray(value) for key, value in found.items()}
 
     def _plain(self, name: str) -> Later:
-        """Return a tensor that stays as it is, but for its type."""
-        dtype = np.dtype(self.model.embed_tokens.param_dtype)
+        """Return a tensor that stays as it is, but for its type where one was asked for."""
+        own = self.tensors.dtype(name)
+        dtype = own if self.param_dtype is None else np.dtype(self.param_dtype)
         return Later(self.tensors[name].shape, dtype, lambda: self.tensors[name])
 
     @property

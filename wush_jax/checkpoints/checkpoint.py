@@ -41,7 +41,7 @@ from wush_jax.layers.nnx import (
 )
 from wush_jax.models import Llama
 from wush_jax.models.encodings import DecodedFolder, open_folder
-from wush_jax.models.hugging_face import folder_config
+from wush_jax.models.hugging_face import FLOATS, folder_config
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
@@ -308,15 +308,18 @@ def _fill(model: nnx.Module, folder: TensorFolder, place: Place) -> None:
     """Read everything that is not quantized into a model."""
     filled = []
     elsewhere = stored_experts(model.config) if isinstance(model, Llama) else {}
+    any_float = isinstance(model, Llama)
     for name, (path, variable, turned) in model_names.plain_variables(model).items():
         shape = variable.shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
         stored = elsewhere.get(name)
+        # Each tensor of a folder keeps its own type; of other models it is part of the structure.
+        kinds = FLOATS if any_float else [variable.dtype]
         if stored is None or name in folder.entries:
-            value = folder.read(name, [variable.dtype], [shape])
+            value = folder.read(name, kinds, [shape])
         else:  # as the family has it, and not as we do
             parts = stored.shapes(shape)
-            value = stored.gather([folder.read(n, [variable.dtype], [parts]) for n in stored.names])
+            value = stored.gather([folder.read(n, kinds, [parts]) for n in stored.names])
         new = place(name, value.mT if turned else value)
         bare = not isinstance(variable, nnx.Variable)
         filled.append((path, new if bare else variable.replace(new)))

@@ -24,9 +24,9 @@ from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
 from wush_jax.evaluation.generation import greedy_text, score_generation
 from wush_jax.models import generate as generate_tokens
 from wush_jax.models.encodings import open_config
-from wush_jax.models.hugging_face import load_pretrained
+from wush_jax.models.hugging_face import load_pretrained, read_model_config
 from wush_jax.models.text import Tokenizer
-from wush_jax.models.tokens import in_batches, vocabulary_of
+from wush_jax.models.tokens import in_batches
 
 Model = tyro.conf.Positional[Path]
 DType = Literal["bfloat16", "float32"]
@@ -74,6 +74,10 @@ def evaluate(
     """
     windows = source.windows(model)
     batches = in_batches(windows.rows, source.batch)
+    if all(len(row) < 2 for row in windows.rows):
+        raise ValueError(
+            f"--length {source.length}: windows of one token predict nothing; give 2 or more"
+        )
     if generation and reference is None:
         raise ValueError(f"--generation {generation} needs the model to compare with: --reference")
     if reference is not None:
@@ -143,7 +147,7 @@ def generation_figures(
 
 def check_same_vocabulary(model: Path, reference: Path) -> None:
     """Refuse a reference of another vocabulary before any weight is read."""
-    sizes = [vocabulary_of(open_config(folder), folder) for folder in (model, reference)]
+    sizes = [read_model_config(folder).vocab_size for folder in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"--reference {reference} has a vocabulary of {sizes[1]} tokens and {model} one of "
@@ -185,7 +189,7 @@ def generate(
     """
     tokenizer = Tokenizer.read(model).with_bos(bos)
     if system is not None and not chat:
-        raise ValueError("--system belongs to --chat")
+        raise ValueError("--system belongs to --chat: add --chat, or leave --system out")
     if chat:
         tokens = tokenizer.encode(_as_chat(tokenizer, model, prompt, system), special=False)
     else:

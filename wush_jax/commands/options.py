@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 from wush_jax import formats
 from wush_jax.checkpoints.targets import recipe_for
 from wush_jax.models.encodings import open_config, open_folder
-from wush_jax.models.hugging_face import folder_config
+from wush_jax.models.hugging_face import folder_config, read_model_config
 from wush_jax.models.placement import Placement, check_divides, tensor_parallel
 from wush_jax.models.text import GENERATION, Tokenizer
 from wush_jax.models.tokens import (
@@ -27,7 +27,6 @@ from wush_jax.models.tokens import (
     in_batches,
     read_text,
     read_tokens,
-    vocabulary_of,
 )
 from wush_jax.solvers import presets, recipe
 from wush_jax.solvers.recipe import Recipe, Rules
@@ -116,7 +115,19 @@ def recipe_of(preset: str | None, flags: Mapping[str, Any], target: str | None =
 def rules_of(
     preset: str | None, flags: Mapping[str, Any], skip: tuple[str, ...], target: str | None = None
 ) -> Rules:
-    """Return rules: what matches ``skip`` stays as it is, the rest gets one recipe."""
+    """Return rules: what matches ``skip`` stays as it is, the rest gets one recipe.
+
+    Raises:
+      ValueError: what is no regular expression; fields that contradict each other.
+    """
+    for pattern in skip:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"--skip {pattern!r} is no regular expression ({error}); give one of paths, such "
+                "as 'lm_head'"
+            ) from error
     return [*((pattern, None) for pattern in skip), (".*", recipe_of(preset, flags, target))]
 
 
@@ -166,9 +177,8 @@ class Text:
         for name, file in (("text", self.text), ("tokens", self.tokens)):
             if file is not None and not file.is_file():
                 raise ValueError(f"--{name} {file} is no file")
-        config = open_config(folder)
-        length = min(self.length, config.get("max_position_embeddings") or self.length)
-        size = vocabulary_of(config, folder)
+        config = read_model_config(folder)
+        length, size = min(self.length, config.max_position_embeddings), config.vocab_size
         if self.text is not None:
             name = f"--text {self.text}"
             documents, prefix = self._read_text(self.text, folder, size)

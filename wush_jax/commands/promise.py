@@ -83,10 +83,7 @@ def verify(
       source: the text.
       dtype: of the reference's weights and activations.
     """
-    file = model / CERTIFICATE
-    if not file.is_file():
-        raise ValueError(f"{model} has no {CERTIFICATE}: nothing was promised")
-    promised = float(read_json(file)["max_kl"])
+    promised = _promised(model)
     check_same_vocabulary(model, reference)
     batches = in_batches(source.windows(model).rows, source.batch)
     with progress(len(batches)) as update:
@@ -96,6 +93,20 @@ def verify(
     if kl > promised:
         raise ValueError(f"the promise is broken: {said}")
     console().print(f"the promise is kept: {said}")
+
+
+def _promised(folder: Path) -> float:
+    """Return the KL that a folder's certificate promises."""
+    file = folder / CERTIFICATE
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {CERTIFICATE}: nothing was promised; give what `wush quantize "
+            "--max-kl` has written"
+        )
+    promised = read_json(file).get("max_kl")
+    if type(promised) not in (int, float) or not 0 <= promised < float("inf"):
+        raise ValueError(f"{file}: max_kl={promised!r}, expected nats, 0 or more; fetch it again")
+    return float(promised)
 
 
 def write_certificate(folder: Path, certificate: dict[str, float] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +18,21 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
 from wush_jax.calibration.observe import Progress
+from wush_jax.calibration.planning import ModelPlan
 from wush_jax.calibration.planning import plan as plan_model
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential
-from wush_jax.calibration.streaming import EMBEDDING, quantize_folder
+from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.checkpoints import checkpoint
 from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.checkpoints.targets import TARGETS
 from wush_jax.commands.model_free import ModelFree
-from wush_jax.commands.options import Preset, RecipeFlags, Text, preset_of, rules_of
+from wush_jax.commands.options import PRESETS, Preset, RecipeFlags, Text, preset_of, rules_of
 from wush_jax.commands.promise import keep_promise, write_certificate
 from wush_jax.commands.terminal import console, progress
-from wush_jax.models.hugging_face import FolderTensors, abstract, check_names, load_pretrained
+from wush_jax.models.hugging_face import FolderTensors, abstract_of, load_pretrained
 from wush_jax.models.tokens import in_batches
+from wush_jax.solvers.costs import SiteCost
 from wush_jax.solvers.recipe import Rules
 from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 
@@ -63,7 +66,7 @@ def plan(
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
       all_layers: a row for every layer, not one for those alike.
     """
-    _show(_planned(model, rules_of(preset, recipe, skip, target)), skip, all_layers)
+    _show(_planned(model, rules_of(preset, recipe, skip, target)).report, skip, all_layers)
 
 
 def quantize(
@@ -103,7 +106,7 @@ def quantize(
         same; else made, for every recipe, and kept.
       max_kl: stay within this KL from the model, in nats, with the fewest bytes, in one shot; the
         recipe's flags then do not matter. OUT/checkpoint/promise.json has it: `wush verify`.
-      dtype: of activations and products.
+      dtype: of activations and products; weights keep the types that their files have.
       data_parallel: spread each batch over all devices.
       dry_run: say what would be done, and do nothing.
       resume: continue a run that was interrupted, layer after layer.
@@ -122,7 +125,7 @@ def quantize(
         return
     rules = rules_of(preset, recipe, skip, target)
     if dry_run:
-        _show(_planned(model, rules), skip, all_layers)
+        _show(_planned(model, rules).report, skip, all_layers)
         return
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
@@ -132,7 +135,8 @@ def quantize(
     reused = calibrated is not None and calibrated.exists()
     batches = [] if reused and source.text is source.tokens is None else _batches(source, model)
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
-    _say_cost(model, preset_of(preset, recipe, target), rules, skip)
+    planned = _planned(model, rules)
+    _say_cost(planned.report, preset_of(preset, recipe, target))
     out.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
     with progress() as update:
@@ -146,12 +150,13 @@ def quantize(
                 batches,
                 rules,
                 settings=settings,
+                planned=planned,
                 progress=update,
                 **options,
             )
         else:
             inputs: Any = [jax.device_put(batch, rows) for batch in batches]
-            whole = load_pretrained(model, param_dtype=jnp.bfloat16, **options)
+            whole = load_pretrained(model, param_dtype=None, **options)
             if calibrated is not None:
                 inputs = _calibration(calibrated, whole, inputs, update)
             report = _in_one_shot(whole, inputs, rules, max_kl, out / "checkpoint", update)
@@ -223,20 +228,19 @@ def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None
         )
 
 
-def _planned(model: Path, rules: Rules) -> Report:
+def _planned(model: Path, rules: Rules) -> ModelPlan:
     """Trace a model of shapes alone."""
-    tensors = FolderTensors(model)
-    whole = abstract(tensors.config, param_dtype=tensors[EMBEDDING].dtype)
-    check_names(whole, tensors)
-    return plan_model(whole, rules, jax.ShapeDtypeStruct((1, 8), jnp.int32)).report
+    whole = abstract_of(FolderTensors(model), dtype=jnp.float32)
+    return plan_model(whole, rules, jax.ShapeDtypeStruct((1, 8), jnp.int32))
 
 
-def _say_cost(model: Path, preset: str, rules: Rules, skip: tuple[str, ...]) -> None:
+def _say_cost(report: Report, preset: str) -> None:
     """Print, before a run, what its solver takes beside the quickest preset."""
     if preset == "rtn":
         return
-    quick = rules_of("rtn", NOTHING, skip)
-    cost, least = (_planned(model, r).details["solver_flops"] for r in (rules, quick))
+    rtn, shapes = PRESETS["rtn"], [row.shape for row in report.layers]
+    least = sum(SiteCost(rtn, shape[-1], (math.prod(shape),)).solver_flops for shape in shapes)
+    cost = report.details["solver_flops"]
     console().print(
         f"preset {preset}: {cost:.1e} operations in the solver, {cost / least:.0f} times those of "
         "--preset rtn, which rounds and loses more; --preset paper is between them"

@@ -59,7 +59,10 @@ class ChatTemplate:
         if source is None:
             return None
         if not isinstance(source, str):
-            raise ValueError(f"{folder}: chat_template is a {type(source).__name__}, no template")
+            raise ValueError(
+                f"{folder}: chat_template is a {type(source).__name__}, no template; fetch its "
+                "tokenizer_config.json again"
+            )
         texts = {
             name: value.get("content") if isinstance(value, Mapping) else value
             for name, value in settings.items()

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wush_jax.models.families import FAMILIES, SIZES, read_fields
+from wush_jax.models.families import FAMILIES, SIZES, contradictions, read_fields
 from wush_jax.models.family import FULL, SLIDING
 from wush_jax.models.rope import RopeScaling
 
@@ -20,7 +20,6 @@ OWNED = (
     *("num_experts", "num_local_experts", "layer_types", "use_sliding_window"),
     *("rope_local_base_freq", "sliding_window_pattern"),
 )
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,32 +93,14 @@ class LlamaConfig:
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        heads, faults = self.num_attention_heads, []
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", heads)
-        if heads % self.num_key_value_heads:
-            faults.append(
-                f"num_key_value_heads = {self.num_key_value_heads} does not divide "
-                f"num_attention_heads = {heads}; choose a divisor"
-            )
-        if self.head_dim is None:
-            if self.hidden_size % heads:
-                faults.append(
-                    f"hidden_size = {self.hidden_size} is no multiple of num_attention_heads = "
-                    f"{heads}; give head_dim"
-                )
-            object.__setattr__(self, "head_dim", max(self.hidden_size // heads, 1))
-        if self.head_dim % 2 and not faults:
-            faults.append(f"head_dim = {self.head_dim} is odd; rotary embedding needs pairs")
-        if self.hidden_act not in ACTIVATIONS:
-            faults.append(f"hidden_act = {self.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
-        if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
-            faults.append(
-                f"num_experts_per_tok = {self.num_experts_per_tok} must be from 1 to num_experts "
-                f"= {self.num_experts}"
-            )
+        heads = self.num_attention_heads
+        faults = contradictions(dataclasses.asdict(self))
         if faults:
             raise ValueError(". ".join(faults) + ".")
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
 
     def window(self, layer: int) -> int | None:
         """Return how many positions a layer sees; None for all."""
@@ -185,7 +166,14 @@ class LlamaConfig:
         if self.rope_scaling is not None:
             rope["rope_scaling"] = self.rope_scaling.to_dict()
         kept = {key: value for key, value in source.items() if key not in OWNED}
-        names = (*SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+        names = (
+            *SIZES,
+            "num_hidden_layers",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+        )
         words = kind.removesuffix("_text").split("_")
         architecture = {"architectures": ["".join(map(str.capitalize, words)) + "ForCausalLM"]}
         return {

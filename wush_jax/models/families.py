@@ -7,13 +7,22 @@ in a file and that transformers' class for the family ignores is ignored here, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from wush_jax.models import gemma, mixtures
-from wush_jax.models.family import FULL, SLIDING, Family, Fields, read_layer_types
+from wush_jax.models.family import (
+    FULL,
+    SLIDING,
+    Family,
+    Fields,
+    count_layers,
+    read_layer_types,
+)
 from wush_jax.models.rope import read_rope
 from wush_jax.models.typed_values import TypedValues
+
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 def read_fields(given: Mapping[str, Any]) -> Fields:
@@ -31,6 +40,7 @@ def read_fields(given: Mapping[str, Any]) -> Fields:
     values.need("is_causal", True)
     values.need("per_layer_config", None, {})
     fields = {name: values.size(name) for name in SIZES}
+    fields["num_hidden_layers"] = count_layers(values)
     fields |= {
         "num_key_value_heads": values.size("num_key_value_heads", optional=True),
         "head_dim": values.size("head_dim", optional=family.defaults.get("head_dim") is None),
@@ -38,8 +48,55 @@ def read_fields(given: Mapping[str, Any]) -> Fields:
         "tie_word_embeddings": values.flag("tie_word_embeddings"),
     }
     fields |= family.fields(values) | read_rope(values, family.theta)
+    values.faults += contradictions(fields, values.unknown)
     values.check()
     return fields
+
+
+def contradictions(fields: Mapping[str, Any], unknown: Collection[str] = ()) -> list[str]:
+    """Say which fields of a `LlamaConfig` contradict each other.
+
+    Args:
+        fields: by name; those that are left out have their defaults.
+        unknown: names whose values mean nothing.
+
+    >>> contradictions({"num_attention_heads": 4, "num_key_value_heads": 3, "hidden_size": 8})
+    ['num_key_value_heads = 3 does not divide num_attention_heads = 4; choose a divisor']
+    """
+    heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    pairs, given = fields.get("num_key_value_heads"), fields.get("head_dim")
+    experts, chosen = fields.get("num_experts", 0), fields.get("num_experts_per_tok", 2)
+    act = fields.get("hidden_act", "silu")
+    dim = width // heads if given is None else given
+    found: list[tuple[bool, set[str], str]] = [
+        (
+            pairs is not None and heads % pairs != 0,
+            {"num_attention_heads", "num_key_value_heads"},
+            f"num_key_value_heads = {pairs} does not divide num_attention_heads = {heads}; choose "
+            "a divisor",
+        ),
+        (
+            given is None and width % heads != 0,
+            {"hidden_size", "num_attention_heads", "head_dim"},
+            f"hidden_size = {width} is no multiple of num_attention_heads = {heads}; give head_dim",
+        ),
+        (
+            dim % 2 == 1 and (given is not None or width % heads == 0),
+            {"hidden_size", "num_attention_heads", "head_dim"},
+            f"head_dim = {dim} is odd; rotary embedding needs pairs",
+        ),
+        (
+            act not in ACTIVATIONS,
+            {"hidden_act"},
+            f"hidden_act = {act!r} is none of {', '.join(ACTIVATIONS)}",
+        ),
+        (
+            experts > 0 and not 0 < chosen <= experts,
+            {"num_experts", "num_experts_per_tok"},
+            f"num_experts_per_tok = {chosen} must be from 1 to num_experts = {experts}",
+        ),
+    ]
+    return [text for wrong, names, text in found if wrong and not names & set(unknown)]
 
 
 def _model_type(given: Mapping[str, Any]) -> Any:
@@ -125,7 +182,6 @@ SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "max_position_embeddings",
 )

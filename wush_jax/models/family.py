@@ -29,6 +29,14 @@ class Family:
     written: Callable[[Any], Fields] = field(default=lambda config: {})
 
 
+MOST_LAYERS = 10_000  # each is spelled out, so that no file may ask for a billion
+
+
+def count_layers(values: TypedValues) -> int:
+    """Return how many layers there are."""
+    return values.size("num_hidden_layers", limit=MOST_LAYERS)
+
+
 def read_layer_types(values: TypedValues, *, windowed: bool, pattern: int | None = None) -> Fields:
     """Return which layers see a window: as listed, or by the family's rule.
 
@@ -38,7 +46,7 @@ def read_layer_types(values: TypedValues, *, windowed: bool, pattern: int | None
         pattern: all layers but each so-many-th one; None: those from ``max_window_layers`` on.
     """
     window = values.size("sliding_window", optional=True) if windowed else None
-    count = values.size("num_hidden_layers")
+    count = count_layers(values)
     types = values.names("layer_types")
     if types is None:
         first = 0.0 if pattern else values.number("max_window_layers", zero=True)
@@ -47,7 +55,8 @@ def read_layer_types(values: TypedValues, *, windowed: bool, pattern: int | None
             return (i + 1) % pattern == 0 if pattern else i < first
 
         types = tuple(FULL if window is None or is_full(i) else SLIDING for i in range(count))
-    if len(types) != count or set(types) - {FULL, SLIDING}:
+    counted = not {"num_hidden_layers", "layer_types"} & values.unknown
+    if (counted and len(types) != count) or set(types) - {FULL, SLIDING}:
         values.faults.append(
             f"layer_types = {list(types)!r}"[:80]
             + f", expected {count} of {FULL!r} and {SLIDING!r}"

@@ -1,5 +1,6 @@
 """Weights of a :class:`Llama` under Hugging Face's names, and its safetensors folders."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.models.config import LlamaConfig
-from wush_jax.models.encodings import ENCODINGS, DecodedFolder, open_folder
+from wush_jax.models.encodings import ENCODINGS, DecodedFolder, open_config, open_folder
 from wush_jax.models.llama import Llama
 from wush_jax.models.placement import Placement, place
 from wush_jax.models.stored_names import stored_experts
@@ -19,6 +20,7 @@ from wush_jax.storage.tensor_folder import TensorFolder
 
 Module = TypeVar("Module", bound=nnx.Module)
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def tensor_name(path: tuple[Any, ...]) -> str:
@@ -100,9 +102,15 @@ def check_names(model: Llama, tensors: Mapping[str, Any]) -> None:
     if names != set(tensors):
         missing, extra = sorted(names - set(tensors)), sorted(set(tensors) - names)
         raise ValueError(
-            f"tensors do not fit the config: missing {missing[:4]} ({len(missing)} in all), "
-            f"left over {extra[:4]} ({len(extra)} in all); check layers, biases and tying."
+            f"{_place(tensors)}tensors do not fit the config: missing {missing[:4]} "
+            f"({len(missing)} in all), left over {extra[:4]} ({len(extra)} in all); check layers, "
+            "biases and tying."
         )
+
+
+def _place(tensors: Mapping[str, Any]) -> str:
+    """Return where tensors are from, for messages."""
+    return f"{tensors.path}: " if isinstance(tensors, FolderTensors) else ""
 
 
 def fill(
@@ -133,8 +141,8 @@ def fill(
         value = value.mT if path[-1] == "kernel" else value
         if value.shape != variable.shape:
             raise ValueError(
-                f"tensors[{name!r}] has shape {value.shape} where the config implies "
-                f"{variable.shape} (input first); check the sizes in config."
+                f"{_place(tensors)}tensors[{name!r}] has shape {value.shape} where the config "
+                f"implies {variable.shape} (input first); check the sizes in config."
             )
         # One at a time: what is on its way to a device is on the host as well.
         placed = jax.block_until_ready(place(name, value, variable.dtype, sharding))
@@ -154,6 +162,37 @@ def abstract(config: LlamaConfig, **options: Any) -> Llama:
     return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
 
 
+def abstract_of(
+    tensors: "FolderTensors", *, dtype: Any, param_dtype: Any = None, **options: Any
+) -> Llama:
+    """Return the shapes of a folder's model, each weight in the type that its file has.
+
+    Args:
+        tensors: of the folder.
+        dtype: type of activations and products.
+        param_dtype: one type for all weights instead.
+        options: as for :class:`Llama`.
+
+    Raises:
+        ValueError: if a tensor is missing or left over.
+    """
+    kept = tensors.dtype(EMBEDDING) if param_dtype is None else param_dtype
+    model = abstract(tensors.config, dtype=dtype, param_dtype=kept, **options)
+    check_names(model, tensors)
+    return model if param_dtype is not None else typed(model, tensors)
+
+
+def typed(module: Module, tensors: "FolderTensors") -> Module:
+    """Give the shapes of an abstract model, or of its ends, the types that a folder has."""
+    own = [
+        (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, tensors.dtype(name))))
+        for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
+        for name in [tensor_name(path)]
+    ]
+    nnx.update(module, nnx.from_flat_state(own))
+    return module
+
+
 class FolderTensors(Mapping[str, np.ndarray]):
     """The weights in a Hugging Face model folder, by name; each is a view of its file, or decoded.
 
@@ -165,6 +204,7 @@ class FolderTensors(Mapping[str, np.ndarray]):
         folder: with ``config.json`` and safetensors files.
 
     Attributes:
+        path: the folder.
         config: what ``config.json`` describes.
 
     Raises:
@@ -176,6 +216,7 @@ class FolderTensors(Mapping[str, np.ndarray]):
 
     def __init__(self, folder: str | Path):
         self._folder = open_folder(folder, mapped=True)
+        self.path = self._folder.path
         decoded = isinstance(self._folder, DecodedFolder)
         if "quantization_config" in self._folder.config and not decoded:
             raise ValueError(
@@ -201,6 +242,11 @@ class FolderTensors(Mapping[str, np.ndarray]):
         tied = self.config.tie_word_embeddings and name == "lm_head.weight"
         return tied or name.endswith(".rotary_emb.inv_freq")
 
+    def dtype(self, name: str) -> np.dtype:
+        """Return the type of a tensor; of gathered ones, the type that holds them all."""
+        kinds = [self._folder.entries[stored].dtype for stored in self._names[name]]
+        return np.dtype(functools.reduce(jnp.promote_types, kinds))
+
     def __getitem__(self, name: str) -> np.ndarray:
         tensors = [
             self._folder.read(stored, FLOATS, [self._folder.entries[stored].shape])
@@ -217,10 +263,19 @@ class FolderTensors(Mapping[str, np.ndarray]):
 
 def folder_config(folder: TensorFolder) -> LlamaConfig:
     """Return what a folder's ``config.json`` describes; errors name the file."""
+    return _described(folder.config, folder.path)
+
+
+def read_model_config(folder: str | Path) -> LlamaConfig:
+    """Return the same of a folder, or GGUF file, that is not open: no tensor is looked at."""
+    return _described(open_config(folder), Path(folder))
+
+
+def _described(config: Mapping[str, Any], path: Path) -> LlamaConfig:
     try:
-        return LlamaConfig.from_dict(folder.config)
+        return LlamaConfig.from_dict(config)
     except (ValueError, NotImplementedError) as error:
-        raise type(error)(f"{folder.path / CONFIG}: {error}") from error
+        raise type(error)(f"{path / CONFIG}: {error}") from error
 
 
 def _stored_names(folder: TensorFolder) -> dict[str, str]:
@@ -265,7 +320,7 @@ def load_pretrained(
     Args:
         folder: with one file or several and their index; float32, bfloat16 or float16.
         dtype: type of activations and products.
-        param_dtype: type in which weights are kept.
+        param_dtype: type in which weights are kept; None keeps each tensor's own.
         sharding: where weights go, such as :func:`tensor_parallel` of a mesh.
         attention_implementation: as for :class:`Llama`.
 
@@ -274,11 +329,10 @@ def load_pretrained(
         NotImplementedError: if the config asks for mathematics that the decoder lacks.
     """
     tensors = FolderTensors(folder)
-    return from_tensors(
-        tensors.config,
+    model = abstract_of(
         tensors,
         dtype=dtype,
         param_dtype=param_dtype,
-        sharding=sharding,
         attention_implementation=attention_implementation,
     )
+    return fill(model, tensors, sharding=sharding)

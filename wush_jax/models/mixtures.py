@@ -16,7 +16,7 @@ def _experts(values: TypedValues) -> Fields:
     names = [n for v in (values.given, values.defaults) for n in NAMES if n in v]
     name = names[0]
     count, chosen = values.size(name), values.size("num_experts_per_tok")
-    if chosen > count:
+    if chosen > count and not {name, "num_experts_per_tok"} & values.unknown:
         values.faults.append(f"num_experts_per_tok = {chosen}, expected at most {name} = {count}")
     return {"num_experts": count, "num_experts_per_tok": min(chosen, count)}
 

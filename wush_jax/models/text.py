@@ -107,7 +107,10 @@ class Tokenizer:
         if rule == "auto":
             return self
         if rule == "always" and self.bos is None:
-            raise ValueError("bos='always': neither config.json nor the tokenizer names that token")
+            raise ValueError(
+                "bos='always': neither config.json nor the tokenizer names that token; add it "
+                "there, or leave bos='auto'"
+            )
         front = (self.bos,) if rule == "always" and self.bos is not None else ()
         return dataclasses.replace(self, front=front)
 

@@ -6,7 +6,7 @@ by `cut`, and windows become batches by `in_batches`, in one way for every comma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,6 @@ def vocabulary(model: Any) -> int | None:
     """Return how many tokens a model knows, where its ``config.vocab_size`` says so."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     return int(size) if isinstance(size, int) else None
-
-
-def vocabulary_of(config: Mapping[str, Any], place: Any) -> int:
-    """Return the ``vocab_size`` of a config.json.
-
-    Raises:
-        ValueError: it is missing, or no positive integer.
-    """
-    size = config.get("vocab_size")
-    if type(size) is not int or size < 1:
-        raise ValueError(
-            f"{place}: config.json has vocab_size={size!r}, expected a positive integer"
-        )
-    return size
 
 
 def check_tokens(tokens: Any, vocabulary: int | None, *, name: str = "tokens") -> Any:

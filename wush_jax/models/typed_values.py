@@ -19,6 +19,7 @@ class TypedValues:
     Attributes:
         faults: what no reader could make sense of.
         lacking: what asks for mathematics that we do not have.
+        unknown: keys whose values are no good; what was returned for them means nothing.
 
     >>> values = TypedValues({"heads": 0, "act": "gelu"}, {"bias": False})
     >>> values.size("heads"), values.flag("bias"), values.need("act", "silu")
@@ -32,19 +33,21 @@ class TypedValues:
         self.given, self.defaults = dict(given), dict(defaults)
         self.faults: list[str] = []
         self.lacking: list[str] = []
+        self.unknown: set[str] = set()
 
     @property
     def faulty(self) -> bool:
         """Whether anything was noted."""
         return bool(self.faults or self.lacking)
 
-    def size(self, name: str, *, optional: bool = False) -> Any:
-        """Return a positive whole number below 2**31; 1 where it is none."""
+    def size(self, name: str, *, optional: bool = False, limit: int = LARGEST) -> Any:
+        """Return a positive whole number below a limit; 1 where it is none."""
 
         def good(value: Any) -> bool:
-            return type(value) is int and 0 < value < LARGEST
+            return type(value) is int and 0 < value < limit
 
-        return self._take(name, good, "a positive whole number", 1, optional)
+        wanted = "a positive whole number" + ("" if limit == LARGEST else f" below {limit}")
+        return self._take(name, good, wanted, 1, optional)
 
     def number(self, name: str, *, optional: bool = False, zero: bool = False) -> Any:
         """Return a positive finite number, or zero where that is allowed; 1 where it is none."""
@@ -102,6 +105,7 @@ class TypedValues:
         """Take over what was noted elsewhere."""
         self.faults += other.faults
         self.lacking += other.lacking
+        self.unknown |= other.unknown
 
     def check(self) -> None:
         """Tell everything that was noted.
@@ -110,7 +114,7 @@ class TypedValues:
             ValueError: if there are faults.
             NotImplementedError: if there is nothing but mathematics that we do not have.
         """
-        text = "; ".join(self.faults + self.lacking)
+        text = "; ".join(dict.fromkeys(self.faults + self.lacking))
         if self.faults:
             raise ValueError(text + ": mend the file or fetch it again")
         if self.lacking:
@@ -124,6 +128,7 @@ class TypedValues:
         if missing or not good(value):
             found = "is missing" if missing else f"= {_short(value)}"
             self.faults.append(f"{name} {found}, expected {wanted}")
+            self.unknown.add(name)
             return otherwise
         return value
 

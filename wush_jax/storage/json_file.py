@@ -49,19 +49,23 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_inside(file: Path) -> None:
-    """Refuse links out of a folder, but for those of Hugging Face's cache, whose files are links.
+    """Refuse links that lead out of a model, since what is read may be copied and passed on.
 
-    There ``models--x/snapshots/<revision>/config.json`` leads to ``models--x/blobs/<hash>``.
+    A folder that somebody else has made could name any file of this machine: a key as its LICENSE,
+    a device as its weights. Links are followed within their folder; in Hugging Face's cache, where
+    ``models--x/snapshots/<revision>/config.json`` leads to ``models--x/blobs/<hash>``; and to the
+    file of the same name in another model's folder, which has a config.json and safetensors.
     """
-    folder = Path(os.path.realpath(file.parent))
-    places = [folder]
-    if folder.parent.name == "snapshots":
-        places.append(folder.parent.parent / "blobs")
-    target = Path(os.path.realpath(file))
-    if file.is_symlink() and target.parent not in places:
+    if not file.is_symlink():
+        return
+    folder, target = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
+    cached = [p.parent / "blobs" for p in folder.parents if p.name == "snapshots"]
+    beside = target.name == file.name and (target.parent / CONFIG).is_file()
+    model = beside and any(target.parent.glob("*.safetensors"))
+    if not (target.is_relative_to(folder) or target.parent in cached or model):
         raise ValueError(
-            f"{file} is a link to {str(target)!r}, outside of its folder: give the folder in which "
-            "the files themselves are, or copy them"
+            f"{file} is a link to {str(target)!r}, outside of its folder and no file of that name "
+            "in a model's folder: give the folder in which the files themselves are, or copy them"
         )
 
 

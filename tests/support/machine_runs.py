@@ -1,0 +1,338 @@
+"""Runs of the command that hypothesis draws; each returns what was done and what is wrong."""
+
+import json
+import shutil
+
+import numpy as np
+from hypothesis import strategies as st
+from machine import (
+    WEIGHTS,
+    Torch,
+    cross_entropy,
+    divergence,
+    quantized_twin,
+    refused,
+    run,
+)
+from mutations import EDITS
+
+# Of config.json, what is not of the mathematics: transformers may refuse it, and we need not.
+FREE = (
+    *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"),
+    *("transformers_version", "attention_dropout", "quantization_config", "use_sliding_window"),
+    *("max_window_layers", "is_causal"),
+)
+FLAGS = {
+    "length": [8, 8, 8, 16, 3, 99, 1, 0, -1, "x"],
+    "batch": [4, 4, 1, 0, "2.5"],
+    "samples": [3, 1, 0, -2],
+    "bos": ["auto", "always", "never", "maybe"],
+}
+
+
+class Run:
+    """One run: its folder, what was drawn for it, and what came out."""
+
+    def __init__(self, draw, world, work):
+        self.draw, self.world, self.work, self.log = draw, world, work, []
+        self.names = []
+
+    def run(self, argv):
+        """Run the command; flags may be named in a refusal, as may the fields that they set."""
+        flags = [word for word in map(str, argv) if word.startswith("--")]
+        self.names += flags + [f"{flag[2:].replace('-', '_')}=" for flag in flags]
+        return run(argv)
+
+    def pick(self, values):
+        return self.draw(st.sampled_from(list(values)))
+
+    def copies(self, kind, edits=(0, 1, 1, 1, 2)):
+        """Copy a folder and its twin, and edit both; no edit of values where there is no twin."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        folders = [shutil.copytree(getattr(self.world, kind), self.work / "model")]
+        if (twin := self.world.twin(kind)) is not None:
+            folders.append(shutil.copytree(twin, self.work / "twin"))
+        allowed = list(EDITS) if kind == "source" else ["config", "json", "file", "file"]
+        for _ in range(self.pick(edits)):
+            try:
+                self.log.append(EDITS[self.pick(allowed)](self.draw, folders))
+            except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+                self.log.append("no edit: an earlier one left nothing to change")
+        self.names += [f.name for f in folders[0].iterdir()] + [str(self.work)]
+        return folders
+
+    def flags(self, names):
+        """Draw some flags, most of them good."""
+        found = []
+        for name in names:
+            values = FLAGS[name]
+            if name == "length" or self.pick([True, False, False]):
+                found += [f"--{name}", self.pick(values)]
+        self.log.append(" ".join(map(str, found)))
+        return found
+
+    def tokens(self):
+        """Write a file of tokens; return flags and the documents, None where there are none."""
+        kind = self.pick(["good", "good", "rows", "any", "bytes"])
+        random = np.random.default_rng(self.draw(st.integers(0, 9)))
+        values = random.integers(3, 64, {"rows": (3, 9)}.get(kind, (40,)))
+        if kind == "any":
+            dtype = self.pick(["u1", "u2", "u8", "i1", "i8", ">i4", "f4", "?", "U1"])
+            shape = tuple(self.draw(st.lists(st.sampled_from([0, 1, 9, 20]), max_size=3)))
+            high = self.pick([2, 64, 65, 200])
+            values = random.integers(-1 if dtype == "i8" else 0, high, shape).astype(dtype)
+        file = self.work / "tokens.npy"
+        np.save(file, values)
+        if kind == "bytes":
+            file.write_bytes(self.draw(st.binary(max_size=20)))
+        self.log.append(f"tokens {kind} {values.dtype} {values.shape}")
+        documents = None
+        if kind != "bytes" and values.dtype.kind in "iu" and values.ndim in (1, 2) and values.size:
+            documents = [values] if values.ndim == 1 else list(values)
+        return ["--tokens", file, "--pad-id", -1], documents
+
+    def text(self):
+        """Write a text; return flags and its bytes."""
+        words = st.lists(st.sampled_from(["w1", "w7", "w60", "x", "<s>", "</s>", "", "é"]))
+        content = self.draw(
+            st.one_of(
+                words.map(" ".join).map(str.encode),
+                st.just(b" ".join(b"w%d" % (i % 61) for i in range(40))),
+                st.binary(max_size=30),
+                st.just("\ufeffw1 w2 w3 w4 w5 w6 w7 w8 w9 w10".encode("utf-8")),
+                st.just("w1 w2 w3 w4 w5 w6 w7 w8 w9".encode("utf-16")),
+            )
+        )
+        (self.work / "text.txt").write_bytes(content)
+        self.log.append(f"text {content[:40]!r}")
+        return ["--text", self.work / "text.txt"], content
+
+    def texts(self, folder, flags):
+        """Draw tokens or a text; return flags and a function that cuts windows of them."""
+        settings = dict(zip(flags[::2], flags[1::2], strict=True))
+        if self.pick([True, True, False]):
+            more, documents = self.tokens()
+            return more, lambda: windows(documents, folder, settings, prefix_of(folder, settings))
+        more, content = self.text()
+        return more, lambda: text_windows(content, folder, settings)
+
+
+def prefix_of(folder, settings):
+    """What goes before a file of tokens."""
+    if settings.get("--bos") != "always":
+        return []
+    return [json.loads((folder / "config.json").read_text())["bos_token_id"]]
+
+
+def windows(documents, folder, settings, prefix):
+    """Cut documents as the pages say."""
+    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    length = min(int(settings["--length"]), 2048 if positions is None else positions)
+    room, limit, found = length - len(prefix), settings.get("--samples"), []
+    for document in documents:
+        body = np.asarray(document).astype(np.int64)
+        if prefix and body[: len(prefix)].tolist() == prefix:
+            body = body[len(prefix) :]
+        count = max(1, len(body) // room)
+        rows = (body[i * room :][:room] for i in range(count))
+        found += [np.r_[np.asarray(prefix, np.int64), row] for row in rows]
+    return found[: None if limit is None else int(limit)]
+
+
+def text_windows(content, folder, settings):
+    """Cut a text: by the tokenizer of the package itself."""
+    inner = tokenizer(folder)
+    text = content.decode("utf-8-sig")
+    ids = inner.encode(text, add_special_tokens=False).ids
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    whole = inner.encode(text, add_special_tokens=True).ids
+    rule = settings.get("--bos", "auto")
+    prefix = whole[: len(whole) - len(ids)] if rule == "auto" else []
+    if rule == "always":
+        prefix = [inner.token_to_id(token_name(names["bos_token"]))]
+    return windows([np.asarray(ids)], folder, settings, prefix)
+
+
+def token_name(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def tokenizer(folder):
+    import tokenizers
+
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.no_truncation()
+    inner.no_padding()
+    return inner
+
+
+def reference(folder):
+    """transformers' model; without what is not of the mathematics where that is refused."""
+    try:
+        return Torch(folder)
+    except Exception:
+        tree = json.loads((folder / "config.json").read_text())
+        kept = {k: v for k, v in tree.items() if k not in FREE}
+        (folder / "config.json").write_text(json.dumps(kept))
+        return Torch(folder)
+
+
+def evaluate(r):
+    """``wush evaluate``: the cross-entropy."""
+    kind = r.pick(["source", "source", "packed", "exported"])
+    folders = r.copies(kind)
+    flags = r.flags(["length", "batch", "samples", "bos"])
+    more, cut = r.texts(folders[0], flags)
+    out = r.work / "figures.json"
+    code, said = r.run(["evaluate", folders[0], *flags, *more, "--dtype", "float32", "--out", out])
+    if code != 0:
+        return refused(code, said, r.names)
+    found = json.loads(out.read_text())["cross_entropy"]
+    if len(folders) == 1:  # the same as from the folder that it was exported from
+        argv = ["evaluate", r.world.folder / "both" / "checkpoint", *flags, *more, "--out", out]
+        code, said = r.run(argv)
+        expected = json.loads(out.read_text())["cross_entropy"] if code == 0 else said
+    else:
+        expected = cross_entropy(reference(folders[1]), cut())
+    return differs(found, expected)
+
+
+def differs(found, expected, tolerance=1e-4):
+    if isinstance(expected, float) and abs(found - expected) <= tolerance * max(1, abs(expected)):
+        return None
+    return f"found {found}, expected {expected}"
+
+
+def generate(r):
+    """``wush generate``: greedy text."""
+    folders = r.copies(r.pick(["source", "source", "packed"]))
+    prompt = r.pick(["w1 w2", "w1 w2 w3 w4", "w60", "", "<s> w5", "x", "é\n", "w1 </s>"])
+    count = r.pick([4, 4, 4, 1, 0, -1, 40])
+    flags = ["--prompt", prompt, "--max-new-tokens", count]
+    greedy = r.pick([True, True, False])
+    if not greedy:
+        flags += r.pick([["--temperature", t] for t in ("1.0", "nan", "-1", "inf", "1e-30")])
+        flags += r.pick([[], ["--top-p", "0.5"], ["--top-p", "2"], ["--top-p", "nan"]])
+    flags += r.pick([[], [], ["--bos", "always"], ["--chat"], ["--system", "w3"]])
+    r.log.append(" ".join(map(str, flags)))
+    code, said = r.run(["generate", folders[0], *flags, "--dtype", "float32"])
+    if code != 0:
+        return refused(code, said, r.names)
+    if not greedy or "--chat" in flags:
+        return None
+    inner = tokenizer(folders[1])
+    tree = json.loads((folders[1] / "config.json").read_text())
+    ids = inner.encode(prompt).ids
+    names = json.loads((folders[1] / "tokenizer_config.json").read_text())
+    if "--bos" in flags:
+        first = inner.token_to_id(token_name(names["bos_token"]))
+        ids = ids if ids[:1] == [first] else [first, *ids]
+    stops = tree.get("eos_token_id")
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    if not stops and names.get("eos_token") is not None:
+        stops = [inner.token_to_id(token_name(names["eos_token"]))]
+    new = reference(folders[1]).greedy(ids, count, stops)
+    before, whole = inner.decode(ids), inner.decode([*ids, *new])
+    expected = prompt + whole[len(before) :] + "\n"
+    return None if said.endswith(expected) else f"found {said!r}, expected {expected!r}"
+
+
+def quantize(r):
+    """``wush quantize``, weights alone by rounding: the cross-entropy of the result."""
+    folders = r.copies("source")
+    flags = r.flags(["length", "batch", "samples", "bos"])
+    more, _ = r.texts(folders[0], flags)
+    recipe = [*WEIGHTS, "--preset", "rtn", "--dtype", "float32"]
+    recipe += r.pick([[], [], ["--calibration", "one-shot"], ["--block-size", 48], ["--skip", "("]])
+    r.log.append(" ".join(map(str, recipe)))
+    code, said = r.run(["quantize", folders[0], "--out", r.work / "out", *flags, *more, *recipe])
+    if code != 0:
+        fault = refused(code, said, r.names)
+        left = (r.work / "out" / "checkpoint").exists()
+        return fault or ("left a checkpoint behind" if left else None)
+    if "--skip" in recipe:
+        return "an expression that is none was taken"
+    out, tokens = r.work / "figures.json", r.work / "good.npy"
+    np.save(tokens, np.arange(32) % 61 + 3)
+    argv = ["evaluate", r.work / "out" / "checkpoint", "--tokens", tokens, "--length", 4]
+    code, said = r.run([*argv, "--out", out])
+    if code != 0:
+        return f"the result cannot be evaluated: {said[-300:]}"
+    found = json.loads(out.read_text())["cross_entropy"]
+    twin = reference(quantized_twin(folders[1], r.work / "rounded"))
+    return differs(found, cross_entropy(twin, (np.arange(32) % 61 + 3).reshape(8, 4)), 1e-3)
+
+
+def export(r):
+    """``wush export``: what is written means the same."""
+    folders = r.copies(r.pick(["packed", "exported", "source"]))
+    layout = r.pick(["wush", "fp_quant", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "gguf"])
+    flags = ["--layout", layout, *r.pick([[], ["--rotated"]])]
+    r.log.append(" ".join(flags))
+    code, said = r.run(["export", folders[0], "--out", r.work / "out", *flags])
+    if code != 0:
+        return refused(code, said, r.names)
+    np.save(r.work / "tokens.npy", np.arange(32) % 61 + 3)
+    figures = []
+    for folder in (folders[0], r.work / "out"):
+        out = r.work / "figures.json"
+        argv = ["evaluate", folder, "--tokens", r.work / "tokens.npy", "--length", 4, "--out", out]
+        code, said = r.run(argv)
+        if code != 0:  # no model, as a config says that is not read for an export
+            figures.append(said[:200])
+            continue
+        figures.append(json.loads(out.read_text())["cross_entropy"])
+    if isinstance(figures[0], str):
+        return None if isinstance(figures[1], str) else f"mended itself: {figures}"
+    if isinstance(figures[1], str):
+        return f"the export cannot be read: {figures[1]}"
+    return differs(figures[1], figures[0], 1e-3)
+
+
+def verify(r):
+    """``wush verify``: kept or broken, by the KL of the twins."""
+    folders = r.copies("packed", edits=(0, 0, 1, 1))
+    promised = r.pick([0.05, 1e-9, 1e9, 0, -1, "0.1", None, float("nan"), [1], {}])
+    if (folders[0] / "promise.json").is_file() and r.pick([True, False]):
+        text = json.dumps({"max_kl": promised} if promised != {} else {})
+        (folders[0] / "promise.json").write_text(text)
+        r.log.append(text)
+    flags = r.flags(["length", "batch"])
+    more, cut = r.texts(folders[0], flags)
+    argv = ["verify", folders[0], "--reference", r.world.source, *flags, *more]
+    code, said = r.run(argv)
+    broken = "the promise is broken" in said
+    if code != 0 and not broken:
+        return refused(code, said, r.names)
+    promise = json.loads((folders[0] / "promise.json").read_text())["max_kl"]
+    kl = divergence(reference(folders[1]), reference(r.world.source), cut())
+    close = abs(kl - promise) < 1e-4
+    return None if close or (kl > promise) == broken else f"KL {kl} of {promise}: {said[-200:]}"
+
+
+def look(r):
+    """``wush inspect`` and ``wush plan``: an answer or a refusal."""
+    folders = r.copies(r.pick(["source", "packed", "exported"]), edits=(1, 1, 2))
+    command = r.pick(["inspect", "inspect", "plan"])
+    flags = []
+    if command == "plan":
+        flags = r.pick([["--preset", "rtn"], ["--for", "fp_quant"], ["--block-size", "7"]])
+    r.log.append(f"{command} {' '.join(flags)}")
+    code, said = r.run([command, folders[0], *flags])
+    return None if code == 0 else refused(code, said, r.names)
+
+
+KINDS = {f.__name__: f for f in (evaluate, generate, quantize, export, verify, look)}
+WEIGHTED = (
+    ["evaluate"] * 4 + ["generate"] * 2 + ["quantize"] * 2 + ["export", "verify"] + ["look"] * 2
+)
+
+
+def attempt(draw, world, work, log=None):
+    """Return what was run, and what is wrong with what came out."""
+    r = Run(draw, world, work)
+    r.log = [] if log is None else log
+    r.log.append(draw(st.sampled_from(WEIGHTED)))
+    (work.parent / "elsewhere").unlink(missing_ok=True)
+    return r.log, KINDS[r.log[0]](r)
