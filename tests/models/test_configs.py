@@ -181,3 +181,26 @@ def test_frequencies_are_those_of_transformers(name):
     )
     scaling = ours.rope_scaling
     assert (1.0 if scaling is None else scaling.attention_factor) == pytest.approx(factor)
+
+
+def test_contradictions_come_with_all_other_faults():
+    wrong = {"vocab_size": 0, "num_key_value_heads": 3, "hidden_size": 34, "rope_theta": "x"}
+    with pytest.raises(ValueError, match="mend the file") as error:
+        LlamaConfig.from_dict(SIZES | wrong)
+    said = str(error.value)
+    for part in (
+        "vocab_size = 0",
+        "rope_theta = 'x'",
+        "num_key_value_heads = 3 does not divide num_attention_heads = 4",
+        "hidden_size = 34 is no multiple",
+    ):
+        assert said.count(part) == 1
+    with pytest.raises(ValueError, match="mend the file") as error:
+        LlamaConfig.from_dict(
+            SIZES
+            | {"model_type": "qwen2", "num_hidden_layers": 10**9, "num_attention_heads": "4"}
+            | {"use_sliding_window": True, "layer_types": ["full_attention"]}
+        )
+    # What hangs on a value that means nothing is not called wrong.
+    assert "num_hidden_layers = 1000000000, expected" in str(error.value)
+    assert str(error.value).count("expected") == 2

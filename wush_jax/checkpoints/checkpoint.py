@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,8 @@ def load(
         folder.check_all_read()
         return weights
     records = layout.records(folder)
+    # A model of the config alone takes each tensor in the type that the file has.
+    kinds = FLOATS if model is None else ()
     model = _llama(folder) if model is None else model
     if naming not in (None, model_names.naming(model)):
         raise ValueError(
@@ -171,7 +173,7 @@ def load(
     loaded = replace_modules(_hollow(model), replace)
     if not decoded:  # what is no layer of the model's, such as one expert, is decoded below
         layers.check_all_built()
-    _fill(loaded, folder, place)
+    _fill(loaded, folder, place, kinds)
     pack_for_kernels(loaded)
     for name in folder.entries:
         repeated = layout is not NATIVE and name == _repeated_embedding(loaded)
@@ -304,22 +306,22 @@ def _seeded(leaf: Any) -> Any:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _fill(model: nnx.Module, folder: TensorFolder, place: Place) -> None:
-    """Read everything that is not quantized into a model."""
+def _fill(
+    model: nnx.Module, folder: TensorFolder, place: Place, kinds: Sequence[Any]
+) -> None:
+    """Read everything that is not quantized into a model, of its own types or of some others."""
     filled = []
     elsewhere = stored_experts(model.config) if isinstance(model, Llama) else {}
-    any_float = isinstance(model, Llama)
     for name, (path, variable, turned) in model_names.plain_variables(model).items():
         shape = variable.shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
         stored = elsewhere.get(name)
-        # Each tensor of a folder keeps its own type; of other models it is part of the structure.
-        kinds = FLOATS if any_float else [variable.dtype]
+        right = [variable.dtype, *kinds]
         if stored is None or name in folder.entries:
-            value = folder.read(name, kinds, [shape])
+            value = folder.read(name, right, [shape])
         else:  # as the family has it, and not as we do
             parts = stored.shapes(shape)
-            value = stored.gather([folder.read(n, kinds, [parts]) for n in stored.names])
+            value = stored.gather([folder.read(n, right, [parts]) for n in stored.names])
         new = place(name, value.mT if turned else value)
         bare = not isinstance(variable, nnx.Variable)
         filled.append((path, new if bare else variable.replace(new)))

@@ -103,7 +103,7 @@ def _promised(folder: Path) -> float:
             f"{folder} has no {CERTIFICATE}: nothing was promised; give what `wush quantize "
             "--max-kl` has written"
         )
-    promised = read_json(file).get("max_kl")
+    promised: Any = read_json(file).get("max_kl")
     if type(promised) not in (int, float) or not 0 <= promised < float("inf"):
         raise ValueError(f"{file}: max_kl={promised!r}, expected nats, 0 or more; fetch it again")
     return float(promised)
