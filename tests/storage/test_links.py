@@ -65,15 +65,15 @@ def test_every_command_reads_a_folder_of_links(layout, model, tmp_path, capsys):
     assert cli.main(["inspect", folder]) in (0, 2)  # no quantized model
 
 
-@pytest.mark.parametrize("target", ["/etc/passwd", "../secret", "../home/LICENSE"])
+@pytest.mark.parametrize("target", ["/etc/passwd", "../secret", "../private/LICENSE"])
 def test_links_to_what_is_no_model_are_refused(target, model, tmp_path):
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(model, folder)
     out.mkdir()
     (tmp_path / "secret").write_text("key")
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "LICENSE").write_text("key")
-    (tmp_path / "home" / "config.json").write_text('{"auths": 1}')
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "LICENSE").write_text("key")
+    (tmp_path / "private" / "config.json").write_text('{"auths": 1}')
     for name in ("LICENSE", "config.json"):
         (folder / name).unlink()
         os.symlink(target, folder / name)

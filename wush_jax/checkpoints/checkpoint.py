@@ -306,9 +306,7 @@ def _seeded(leaf: Any) -> Any:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _fill(
-    model: nnx.Module, folder: TensorFolder, place: Place, kinds: Sequence[Any]
-) -> None:
+def _fill(model: nnx.Module, folder: TensorFolder, place: Place, kinds: Sequence[Any]) -> None:
     """Read everything that is not quantized into a model, of its own types or of some others."""
     filled = []
     elsewhere = stored_experts(model.config) if isinstance(model, Llama) else {}

@@ -135,8 +135,7 @@ def quantize(
     reused = calibrated is not None and calibrated.exists()
     batches = [] if reused and source.text is source.tokens is None else _batches(source, model)
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
-    planned = _planned(model, rules)
-    _say_cost(planned.report, preset_of(preset, recipe, target))
+    planned = _with_cost(_planned(model, rules), preset_of(preset, recipe, target))
     out.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
     with progress() as update:
@@ -234,17 +233,18 @@ def _planned(model: Path, rules: Rules) -> ModelPlan:
     return plan_model(whole, rules, jax.ShapeDtypeStruct((1, 8), jnp.int32))
 
 
-def _say_cost(report: Report, preset: str) -> None:
-    """Print, before a run, what its solver takes beside the quickest preset."""
+def _with_cost(planned: ModelPlan, preset: str) -> ModelPlan:
+    """Return a plan, having said what its solver takes beside the quickest preset."""
     if preset == "rtn":
-        return
-    rtn, shapes = PRESETS["rtn"], [row.shape for row in report.layers]
+        return planned
+    rtn, shapes = PRESETS["rtn"], [row.shape for row in planned.report.layers]
     least = sum(SiteCost(rtn, shape[-1], (math.prod(shape),)).solver_flops for shape in shapes)
-    cost = report.details["solver_flops"]
+    cost = planned.report.details["solver_flops"]
     console().print(
         f"preset {preset}: {cost:.1e} operations in the solver, {cost / least:.0f} times those of "
         "--preset rtn, which rounds and loses more; --preset paper is between them"
     )
+    return planned
 
 
 def _show(report: Report, skip: tuple[str, ...], all_layers: bool) -> None:
