@@ -130,8 +130,7 @@ def quantize(
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
-    if sequential:
-        _check_sequential(calibrated, max_kl)
+    _check_one_shot(sequential, calibrated, max_kl)
     reused = calibrated is not None and calibrated.exists()
     batches = [] if reused and source.text is source.tokens is None else _batches(source, model)
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
@@ -206,8 +205,10 @@ def _calibration(folder: Path, model: nnx.Module, batches: list, update: Progres
     return found
 
 
-def _check_sequential(calibrated: Path | None, max_kl: float | None) -> None:
-    """Refuse what only one shot can do."""
+def _check_one_shot(sequential: bool, calibrated: Path | None, max_kl: float | None) -> None:
+    """Refuse layer after layer what only one shot can do."""
+    if not sequential:
+        return
     if calibrated is not None:
         raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
     if max_kl is not None:
