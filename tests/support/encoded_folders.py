@@ -229,3 +229,36 @@ def int_quantized(folder, sym=False):
         wanted[f"{name}.weight"] = meant(codes, zeros, scales, np.zeros(k, int))
     config = scheme(num_bits=8, type="int", symmetric=sym, strategy="channel")
     return write(folder, tensors, config | {"format": "int-quantized"}), wanted
+
+
+# What each writer can: by name.
+CASES = {
+    "gptq": (gptq, {}),
+    "gptq g64": (gptq, {"group": -1}),
+    "gptq 8": (gptq, {"bits": 8}),
+    "gptq 3": (gptq, {"bits": 3, "sym": False, "version": "gptq_v2"}),
+    "gptq 2": (gptq, {"bits": 2, "version": "gptq_v2", "sym": False}),
+    "gptq v2 asymmetric": (gptq, {"sym": False, "version": "gptq_v2"}),
+    "gptq v1 asymmetric": (gptq, {"sym": False}),
+    "gptq act order": (gptq, {"desc_act": True}),
+    "awq": (awq, {}),
+    "awq one group": (awq, {"group": -1}),
+    "pack": (pack_quantized, {}),
+    "pack rows": (pack_quantized, {"group": -1}),
+    "pack 8": (pack_quantized, {"bits": 8}),
+    "pack 2": (pack_quantized, {"bits": 2, "sym": False}),
+    "pack asymmetric": (pack_quantized, {"sym": False}),
+    "pack old zeros": (pack_quantized, {"sym": False, "plain_zeros": True}),
+    "pack no order": (pack_quantized, {"order": "none"}),
+    "pack own order": (pack_quantized, {"order": "own"}),
+}
+EIGHT_BITS = {
+    "fp8 blocks": (fp8, {}),
+    "fp8 blocks that do not tile": (fp8, {"block": (40, 48)}),
+    "fp8 tensor": (fp8, {"block": None}),
+    "float rows": (float_quantized, {}),
+    "float tensor": (float_quantized, {"strategy": "tensor"}),
+    "float blocks": (float_quantized, {"strategy": "block"}),
+    "int": (int_quantized, {}),
+    "int symmetric": (int_quantized, {"sym": True}),
+}

@@ -299,6 +299,7 @@ def _layout(name: str) -> Layout:
         lambda *args, **options: _read(*args, layout=name, **options),
         lambda content, faults: _write(content, faults, name),
         skipped=(".k_scale", ".v_scale"),
+        written_by="compressed-tensors 0.20 (llm-compressor)",
     )
 
 

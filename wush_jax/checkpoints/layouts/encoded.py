@@ -16,7 +16,7 @@ from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import Format, QuantizedArray, elements
 from wush_jax.models.encodings import ENCODINGS, DecodedFolder
-from wush_jax.models.encodings.encoded import EncodedWeight
+from wush_jax.models.encodings.encoded import EncodedWeight, Encoding
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.tensor_folder import TensorFolder
 
@@ -75,11 +75,11 @@ def _read(
     return PackedWeight(weight, None, None, None)
 
 
-def _layout(name: str) -> Layout:
+def _layout(encoding: Encoding) -> Layout:
     def claims(folder: TensorFolder) -> bool:
-        return isinstance(folder, DecodedFolder) and folder.encoding.name == name
+        return isinstance(folder, DecodedFolder) and folder.encoding is encoding
 
-    return Layout(name, claims, _records, _read)
+    return Layout(encoding.name, claims, _records, _read, written_by=encoding.written_by)
 
 
-ENCODED_LAYOUTS = tuple(map(_layout, ENCODINGS))
+ENCODED_LAYOUTS = tuple(map(_layout, ENCODINGS.values()))

@@ -198,4 +198,11 @@ def _kind(matrix: np.ndarray) -> str:
     return "wush"
 
 
-LAYOUT = Layout(NAME, _claims, _records, _read, _write)
+LAYOUT = Layout(
+    NAME,
+    _claims,
+    _records,
+    _read,
+    _write,
+    written_by="FP-Quant, MR-GPTQ; the WUSH authors' code of early 2026",
+)

@@ -85,6 +85,7 @@ class Layout:
       write: from a content to tensors of the quantized layers and ``quantization_config``; what the
         layout cannot hold is added to the faults. None where nothing is written.
       skipped: endings of tensors that are of no use here.
+      written_by: libraries and versions whose files are read.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Layout:
     read: Read
     write: Write | None = None
     skipped: tuple[str, ...] = ()
+    written_by: str = ""
 
 
 def quantization_config(folder: TensorFolder) -> Mapping[str, Any]:

@@ -96,4 +96,11 @@ def _read(
     return PackedWeight(weight, None, inputs, record.input_format)
 
 
-LAYOUT = Layout(NAME, _claims, _records, _read, skipped=(".k_scale", ".v_scale"))
+LAYOUT = Layout(
+    NAME,
+    _claims,
+    _records,
+    _read,
+    skipped=(".k_scale", ".v_scale"),
+    written_by="NVIDIA ModelOpt, NVFP4",
+)

@@ -140,4 +140,11 @@ def _write(content: Content, faults: Faults) -> tuple[dict[str, Any], dict[str, 
     return tensors, sealed({**records_to_json(content.records), **content.extra})
 
 
-LAYOUT = Layout(NAME, _claims, _records, _read, _write)
+LAYOUT = Layout(
+    NAME,
+    _claims,
+    _records,
+    _read,
+    _write,
+    written_by="this library; the WUSH authors' code of mid-2026",
+)

@@ -1,4 +1,4 @@
-"""AWQ folders of version "gemm", as AutoAWQ, llm-awq's converters and GPTQModel write them.
+"""AWQ folders of version "gemm", as AutoAWQ and GPTQModel write them.
 
 Of a layer with N outputs and K inputs, groups of g inputs:
 

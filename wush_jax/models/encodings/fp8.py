@@ -95,5 +95,5 @@ ENCODING = Encoding(
     _claims,
     _weights,
     skipped=(".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale"),
-    written_by="DeepSeek, Qwen; transformers 5 (FineGrainedFP8Config); AutoFP8",
+    written_by="transformers 5.24 (FineGrainedFP8Config), DeepSeek's and Qwen's releases, AutoFP8",
 )

@@ -210,5 +210,5 @@ ENCODING = Encoding(
     _claims,
     _weights,
     skipped=(FACTORS,),
-    written_by="llama.cpp, read with gguf 0.17 to 0.19: llama, qwen2 and qwen3",
+    written_by="llama.cpp, of architectures llama, qwen2 and qwen3; by gguf 0.19",
 )

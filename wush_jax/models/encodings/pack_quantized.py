@@ -4,8 +4,8 @@ Of a layer with N outputs and K inputs, groups of g inputs (all K for "channel")
 
 - ``weight_packed`` I32 (N, K b / 32): codes + 2^(b-1), packed along K; ``weight_shape`` (2,);
 - ``weight_scale`` (N, K / g);
-- ``weight_zero_point`` I32 (N b / 32, K / g), packed along N, or I8 (N, K / g) of versions before
-  0.10; absent where the scheme is symmetric;
+- ``weight_zero_point`` I32 (N b / 32, K / g), packed along N, or I8 (N, K / g) as it is; absent
+  where the scheme is symmetric;
 - ``weight_g_idx`` I32 (K,): each input's group, of versions before 0.20; -1 for the usual order.
 
 ``w = (code - zero) * scale``.
@@ -108,5 +108,5 @@ def _read(folder: TensorFolder, name: str, scheme: Scheme, block: tuple[int, int
 
 
 ENCODING = Encoding(
-    NAME, _claims, _weights, SKIPPED, written_by="compressed-tensors 0.8 to 0.20 (llm-compressor)"
+    NAME, _claims, _weights, SKIPPED, written_by="compressed-tensors 0.9 to 0.20 (llm-compressor)"
 )

@@ -79,7 +79,7 @@ ENCODINGS = tuple(
         partial(_claims, name),
         _weights,
         SKIPPED,
-        written_by="compressed-tensors 0.8 to 0.20 (llm-compressor)",
+        written_by="compressed-tensors 0.15 to 0.20 (llm-compressor)",
     )
     for name in FORMATS
 )
