@@ -87,4 +87,4 @@ def _read(
     return PackedWeight(weight, None, None, None)
 
 
-LAYOUT = Layout("gpt_oss", _claims, _records, _read, written_by="OpenAI: gpt-oss as released")
+LAYOUT = Layout("gpt_oss", _claims, _records, _read, written_by="gpt-oss as released")
