@@ -25,6 +25,7 @@ ABOUT = (
     "--config FILE (.toml or .json): flags by name, which those of the command line override."
 )
 BAD_INPUT, INTERRUPTED = 2, 130
+REPEATED = ("text",)  # flags that are given once for each of their values
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,6 +102,8 @@ def as_flags(table: Mapping[str, Any]) -> list[str]:
 
     >>> as_flags({"block_size": 64, "skip": ["lm_head", "x"], "resume": True, "dry_run": False})
     ['--block-size', '64', '--skip', 'lm_head', 'x', '--resume', '--no-dry-run']
+    >>> as_flags({"text": ["a.txt", "b.jsonl"]})
+    ['--text', 'a.txt', '--text', 'b.jsonl']
     """
     flags = []
     for name, value in table.items():
@@ -109,7 +112,10 @@ def as_flags(table: Mapping[str, Any]) -> list[str]:
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
             values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
+            if name in REPEATED:
+                flags += [part for one in values for part in (f"--{name}", str(one))]
+            else:
+                flags += [f"--{name}", *map(str, values)]
     return flags
 
 

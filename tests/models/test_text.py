@@ -171,7 +171,7 @@ def windows(path, **options):
 
     save_file({"x": np.zeros(1, np.float32)}, path / "model.safetensors")
     (path / "text.txt").write_text("abcdefg" * 5 + "xyz")
-    return Text(text=path / "text.txt", length=8, samples=None, **options).windows(path)
+    return Text(text=(path / "text.txt",), length=8, samples=None, **options).windows(path)
 
 
 def test_every_window_begins_as_texts_do(tmp_path):

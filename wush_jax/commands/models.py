@@ -53,7 +53,7 @@ def open_model(folder: Path, dtype: str, mesh: str | None = None) -> nnx.Module:
 def evaluate(
     model: Model,
     *,
-    source: Annotated[Text, tyro.conf.arg(name="")] = Text(samples=None),  # noqa: B008  # frozen
+    source: Annotated[Text, tyro.conf.arg(name="text")] = Text(samples=None),  # noqa: B008  # frozen
     reference: Path | None = None,
     generation: int = 0,
     dtype: DType = "bfloat16",

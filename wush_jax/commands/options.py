@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 
 from wush_jax import formats
 from wush_jax.checkpoints.targets import recipe_for
+from wush_jax.models.documents import joined, mixed, read_documents
 from wush_jax.models.encodings import open_config, open_folder
 from wush_jax.models.hugging_face import folder_config, read_model_config
 from wush_jax.models.placement import Placement, check_divides, tensor_parallel
@@ -25,7 +26,6 @@ from wush_jax.models.tokens import (
     check_tokens,
     cut,
     in_batches,
-    read_text,
     read_tokens,
 )
 from wush_jax.solvers import presets, recipe
@@ -45,18 +45,24 @@ NAMED: dict[str, Any] = {
 }
 
 
-def _recipe_flags() -> dict[str, Any]:
-    """Return a type with help for every field of `Recipe`: the flags are what Python has."""
+#: Fields that most people set; the others are parts of presets.
+COMMON = ("format", "activation_format", "transform", "solver", "block_size")
+
+
+def _recipe_flags(common: bool) -> dict[str, Any]:
+    """Return types with help for fields of `Recipe`: the flags are what Python has."""
     text = inspect.cleandoc(Recipe.__doc__ or "")
     about = dict(re.findall(r"^  (\w+): (.+(?:\n    .+)*)", text, re.MULTILINE))
     return {
         name: Annotated[NAMED.get(name, kind), tyro.conf.arg(help=" ".join(about[name].split()))]
         for name, kind in get_type_hints(Recipe).items()
+        if (name in COMMON) == common
     }
 
 
 #: Fields of a `Recipe` that were given; the others are the preset's.
-RecipeFlags = TypedDict("RecipeFlags", _recipe_flags(), total=False)  # type: ignore[misc]  # made
+RecipeFlags = TypedDict("RecipeFlags", _recipe_flags(True), total=False)  # type: ignore[misc]
+ResearchFlags = TypedDict("ResearchFlags", _recipe_flags(False), total=False)  # type: ignore[misc]
 PRESETS: Mapping[str, Recipe] = {
     "rtn": Recipe(),
     "fast": presets.FAST,
@@ -137,7 +143,10 @@ class Text:
 
     Attributes:
       text: a text file, read with the tokenizer.json of the model's folder, or as bytes by models
-        with a vocabulary of 256.
+        with a vocabulary of 256; a .jsonl file has a document a line, its "text", or "messages" in
+        the words of the chat template. Several: --text once for each.
+      shares: what part of the windows each text gives, such as 3 1; else in proportion to them.
+      seed: takes windows at random; without it the first ones.
       tokens: a .npy file of integers, in place of a text: (n,) one text, (rows, n) one a row.
       length: tokens in a window; no more than the model's positions.
       samples: the most windows; all for None.
@@ -149,7 +158,9 @@ class Text:
       split_special_tokens: take names of special tokens in the text for text.
     """
 
-    text: Path | None = None
+    text: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    shares: tuple[float, ...] = ()
+    seed: int | None = None
     tokens: Path | None = None
     length: int = 2048
     samples: int | None = 128
@@ -172,32 +183,37 @@ class Text:
         for name in ("length", "samples", "batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
-        if (self.text is None) == (self.tokens is None):
+        if bool(self.text) == (self.tokens is not None):
             raise ValueError("give one of --text FILE and --tokens FILE.npy")
-        for name, file in (("text", self.text), ("tokens", self.tokens)):
+        for name, file in (*(("text", file) for file in self.text), ("tokens", self.tokens)):
             if file is not None and not file.is_file():
                 raise ValueError(f"--{name} {file} is no file")
         config = read_model_config(folder)
         length, size = min(self.length, config.max_position_embeddings), config.vocab_size
-        if self.text is not None:
-            name = f"--text {self.text}"
-            documents, prefix = self._read_text(self.text, folder, size)
-        else:
-            assert self.tokens is not None
-            name = f"--tokens {self.tokens}"
-            documents, prefix = self._read_tokens(self.tokens, folder, size)
-        return cut(documents, length, prefix=prefix, limit=self.samples, name=name)
+        # All windows, where some of them are chosen.
+        limit = None if len(self.text) > 1 or self.seed is not None else self.samples
+        found = []
+        for file in self.text or (self.tokens,):
+            assert file is not None
+            name = f"--{'text' if self.text else 'tokens'} {file}"
+            read = self._read_text if self.text else self._read_tokens
+            documents, prefix = read(file, folder, size)
+            found.append(cut(documents, length, prefix=prefix, limit=limit, name=name))
+        files = [str(file) for file in self.text or (self.tokens,)]
+        rows = mixed([w.rows for w in found], self.samples, self.shares, self.seed, files)
+        left_out = 0 if sum(map(len, rows)) == self.samples else sum(w.left_out for w in found)
+        taken = {file: sum(map(len, some)) for file, some in zip(files, rows, strict=True)}
+        return Windows([row for some in rows for row in some], left_out, taken)
 
     def _read_text(self, file: Path, folder: Path, size: int) -> tuple[list[np.ndarray], list[int]]:
-        text = read_text(file)
         tokenizer = Tokenizer.read(folder).with_bos(self.bos)
-        split = self.split_special_tokens
-        tokens = tokenizer.encode(text, special=False, split_special=split)
+        documents = read_documents(file, tokenizer.chat)
+        tokens = joined(documents, tokenizer, self.split_special_tokens)
         named = f"--text {file}, as the tokenizer of {folder} reads it"
-        if not tokens:
+        if not len(tokens):
             raise ValueError(f"{named}, holds no token; give more text")
-        check_tokens([[*tokenizer.prefix, *tokens]], size, name=named)
-        return [np.asarray(tokens, np.int32)], tokenizer.prefix
+        check_tokens([[*tokenizer.prefix, *tokens.tolist()]], size, name=named)
+        return [tokens], list(tokenizer.prefix)
 
     def _read_tokens(
         self, file: Path, folder: Path, size: int

@@ -70,7 +70,7 @@ def verify(
     model: tyro.conf.Positional[Path],
     *,
     reference: Path,
-    source: Annotated[Text, tyro.conf.arg(name="")] = Text(samples=None),  # noqa: B008  # frozen
+    source: Annotated[Text, tyro.conf.arg(name="text")] = Text(samples=None),  # noqa: B008  # frozen
     dtype: Literal["bfloat16", "float32"] = "float32",
 ) -> None:
     """Measure again whether a folder keeps the promise that it was quantized under.

@@ -27,7 +27,15 @@ from wush_jax.checkpoints import checkpoint
 from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.checkpoints.targets import TARGETS
 from wush_jax.commands.model_free import ModelFree
-from wush_jax.commands.options import PRESETS, Preset, RecipeFlags, Text, preset_of, rules_of
+from wush_jax.commands.options import (
+    PRESETS,
+    Preset,
+    RecipeFlags,
+    ResearchFlags,
+    Text,
+    preset_of,
+    rules_of,
+)
 from wush_jax.commands.promise import keep_promise, write_certificate
 from wush_jax.commands.terminal import console, progress
 from wush_jax.models.hugging_face import FolderTensors, abstract_of, load_pretrained
@@ -37,8 +45,7 @@ from wush_jax.solvers.recipe import Rules
 from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 
 Model = tyro.conf.Positional[Path]
-Recipe = Annotated[RecipeFlags, tyro.conf.arg(name="")]
-Source = Annotated[Text, tyro.conf.arg(name="")]
+Source = Annotated[Text, tyro.conf.arg(name="text")]
 Free = Annotated[ModelFree, tyro.conf.arg(name="")]
 TargetLayout = Literal[tuple(TARGETS)]  # type: ignore[valid-type]  # made of the names there
 Target = Annotated[TargetLayout | None, tyro.conf.arg(name="for")]  # type: ignore[valid-type]
@@ -50,7 +57,8 @@ def plan(
     model: Model,
     *,
     preset: Preset | None = None,
-    recipe: Recipe = NOTHING,
+    recipe: RecipeFlags = NOTHING,
+    research: ResearchFlags = NOTHING,
     skip: tuple[str, ...] = SKIP,
     target: Target = None,
     all_layers: bool = False,
@@ -61,12 +69,14 @@ def plan(
       model: folder with config.json and safetensors files.
       preset: recipe that the flags below change; without one "best", the least loss that is known,
         or, where --transform, --solver or --for says more, "rtn", which takes seconds.
-      recipe: fields of a recipe.
+      recipe: what most people change.
+      research: what researchers change: the parts of the presets.
       skip: regular expressions of module paths that stay as they are.
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
       all_layers: a row for every layer, not one for those alike.
     """
-    _show(_planned(model, rules_of(preset, recipe, skip, target)).report, skip, all_layers)
+    rules = rules_of(preset, {**recipe, **research}, skip, target)
+    _show(_planned(model, rules).report, skip, all_layers)
 
 
 def quantize(
@@ -75,7 +85,8 @@ def quantize(
     out: Path,
     source: Source = Text(),  # noqa: B008  # frozen
     preset: Preset | None = None,
-    recipe: Recipe = NOTHING,
+    recipe: RecipeFlags = NOTHING,
+    research: ResearchFlags = NOTHING,
     skip: tuple[str, ...] = SKIP,
     target: Target = None,
     calibration: Literal["sequential", "one-shot"] = "sequential",
@@ -97,7 +108,8 @@ def quantize(
       source: calibration text.
       preset: recipe that the flags below change; without one "best", the least loss that is known,
         or, where --transform, --solver or --for says more, "rtn", which takes seconds.
-      recipe: fields of a recipe.
+      recipe: what most people change.
+      research: what researchers change: the parts of the presets.
       skip: regular expressions of module paths that stay as they are.
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
       calibration: layer after layer, one of them in memory; or in one shot on the whole model.
@@ -113,8 +125,9 @@ def quantize(
       all_layers: show a row for every layer, not one for those alike.
       free: without a model and a text.
     """
+    recipe = {**recipe, **research}  # type: ignore[typeddict-item]  # all fields of a recipe
     if free.model_free:
-        given: dict[str, Any] = {"text": source.text, "tokens": source.tokens}
+        given: dict[str, Any] = {"text": source.text or None, "tokens": source.tokens}
         given |= {"calibrated": calibrated, "max-kl": max_kl, "data-parallel": data_parallel}
         free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
         if not dry_run:
@@ -132,7 +145,9 @@ def quantize(
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
     _check_one_shot(sequential, calibrated, max_kl)
     reused = calibrated is not None and calibrated.exists()
-    batches = [] if reused and source.text is source.tokens is None else _batches(source, model)
+    batches = (
+        [] if reused and not source.text and source.tokens is None else _batches(source, model)
+    )
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
     planned = _with_cost(_planned(model, rules), preset_of(preset, recipe, target))
     out.mkdir(parents=True, exist_ok=True)
@@ -182,6 +197,7 @@ def _in_one_shot(
 def _batches(source: Text, model: Path) -> list[np.ndarray]:
     """Return the calibration batches of a text, and say what of it is left out."""
     windows = source.windows(model)
+    console().print(f"calibration: {windows.said()}")
     if windows.left_out:
         console().print(f"{windows.left_out} tokens at the end fill no window; they are left out")
     return in_batches(windows.rows, source.batch)

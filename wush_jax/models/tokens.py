@@ -6,8 +6,8 @@ by `cut`, and windows become batches by `in_batches`, in one way for every comma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +158,23 @@ class Windows:
     Attributes:
         rows: int32 (length,) each; shorter ones are whole documents.
         left_out: tokens at the ends of documents that fill no window.
+        taken: tokens by the name of the file that they are from.
     """
 
     rows: list[np.ndarray]
     left_out: int
+    taken: Mapping[str, int] = field(default_factory=dict)
+
+    def said(self) -> str:
+        """Return how many tokens of what there are, in a line.
+
+        >>> Windows([np.arange(4), np.arange(4)], 0, {"a.txt": 8}).said()
+        '8 tokens in 2 windows, of a.txt'
+        """
+        tokens = sum(map(len, self.rows))
+        several = len(self.taken) > 1
+        parts = (f"{name} ({count:,})" if several else name for name, count in self.taken.items())
+        return f"{tokens:,} tokens in {len(self.rows)} windows, of {', '.join(parts)}"
 
 
 def cut(
