@@ -13,8 +13,9 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax import cli
 from wush_jax.checkpoints.content import library_version
-from wush_jax.commands import demo, terminal
+from wush_jax.commands import demo, options, terminal
 from wush_jax.models.demo import save_model, token_batches
+from wush_jax.solvers.recipe import Recipe
 
 pytestmark = pytest.mark.files
 
@@ -106,6 +107,17 @@ def test_help_tells_what_the_command_does(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--calibration-tokens" in text
     assert "folder for the results" in text
+
+
+def test_help_is_grouped_by_who_sets_what(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["quantize", "--help"])
+    text = capsys.readouterr().out
+    for title in ("text options", "recipe options", "research options", "model-free options"):
+        assert text.count(title) == 1
+    flags = {name.replace("_", "-") for name in Recipe.__dataclass_fields__}
+    assert all(f"--{flag} " in text or f"--{flag}," in text for flag in flags)
+    assert options.RecipeFlags.__annotations__.keys() == set(options.COMMON)
 
 
 def test_all_commands_are_told(capsys):

@@ -11,12 +11,12 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax.commands.options import Text
 from wush_jax.models import generate
+from wush_jax.models.documents import read_text
 from wush_jax.models.tokens import (
     check_batches,
     check_tokens,
     cut,
     in_batches,
-    read_text,
     read_tokens,
 )
 

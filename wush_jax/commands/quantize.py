@@ -46,7 +46,7 @@ from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 
 Model = tyro.conf.Positional[Path]
 Source = Annotated[Text, tyro.conf.arg(name="text")]
-Free = Annotated[ModelFree, tyro.conf.arg(name="")]
+Free = Annotated[ModelFree, tyro.conf.arg(name="model-free")]
 TargetLayout = Literal[tuple(TARGETS)]  # type: ignore[valid-type]  # made of the names there
 Target = Annotated[TargetLayout | None, tyro.conf.arg(name="for")]  # type: ignore[valid-type]
 NOTHING: Any = {}
@@ -145,9 +145,8 @@ def quantize(
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
     _check_one_shot(sequential, calibrated, max_kl)
     reused = calibrated is not None and calibrated.exists()
-    batches = (
-        [] if reused and not source.text and source.tokens is None else _batches(source, model)
-    )
+    texts = bool(source.text) or source.tokens is not None
+    batches = _batches(source, model) if texts or not reused else []
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
     planned = _with_cost(_planned(model, rules), preset_of(preset, recipe, target))
     out.mkdir(parents=True, exist_ok=True)
@@ -157,16 +156,8 @@ def quantize(
             settings = Sequential(
                 granularity=granularity, state_dir=state, resume=resume, sharding=rows
             )
-            report = quantize_folder(
-                model,
-                out / "checkpoint",
-                batches,
-                rules,
-                settings=settings,
-                planned=planned,
-                progress=update,
-                **options,
-            )
+            options |= {"settings": settings, "planned": planned, "progress": update}
+            report = quantize_folder(model, out / "checkpoint", batches, rules, **options)
         else:
             inputs: Any = [jax.device_put(batch, rows) for batch in batches]
             whole = load_pretrained(model, param_dtype=None, **options)

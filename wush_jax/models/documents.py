@@ -11,7 +11,7 @@ import numpy as np
 
 from wush_jax.models.chat import ChatTemplate
 from wush_jax.models.text import Tokenizer
-from wush_jax.models.tokens import SHOWN, read_text
+from wush_jax.models.tokens import SHOWN
 
 LINES = ".jsonl"
 
@@ -46,6 +46,26 @@ def read_documents(file: Path, chat: ChatTemplate | None = None) -> list[str]:
     if not any(found):
         raise ValueError(f"--text {file} holds no text; give lines with text or messages")
     return found
+
+
+def read_text(file: Path) -> str:
+    """Return a text file as it is, without a byte order mark.
+
+    Raises:
+        ValueError: it is empty, or no UTF-8.
+    """
+    named = f"--text {file}"
+    try:
+        # Not `read_text`: that would turn line ends of other systems into ours.
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{named} is no UTF-8 text (byte {error.start}: {error.reason}); convert it, as "
+            "iconv -f LATIN1 -t UTF-8 does"
+        ) from error
+    if not text:
+        raise ValueError(f"{named} is empty; give a text")
+    return text
 
 
 def _document(line: str, chat: ChatTemplate | None) -> str:

@@ -320,23 +320,3 @@ def _refuse_runs(tokens: np.ndarray, named: str) -> None:
                 f"{named}: {most} of {rows} rows {side} with {RUN} or more ids {pad}; is "
                 f"that padding? give --pad-id {pad}, or --pad-id -1 if it is text"
             )
-
-
-def read_text(file: Path) -> str:
-    """Return a text file as it is, without a byte order mark.
-
-    Raises:
-        ValueError: it is empty, or no UTF-8.
-    """
-    named = f"--text {file}"
-    try:
-        # Not `read_text`: that would turn line ends of other systems into ours.
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{named} is no UTF-8 text (byte {error.start}: {error.reason}); convert it, as "
-            "iconv -f LATIN1 -t UTF-8 does"
-        ) from error
-    if not text:
-        raise ValueError(f"{named} is empty; give a text")
-    return text
