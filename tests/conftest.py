@@ -23,6 +23,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
 settings.register_profile("long", max_examples=1000, **COMMON)
+settings.register_profile("machine", max_examples=10_000, **COMMON)
 settings.load_profile("ci")
 
 

@@ -4,23 +4,27 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from checkpoint_tools import quantized
 from folders import write
 from layout_tools import effective
+from llama_oracle import oracle
 from oracle import quantize as oracle_quantize
 from safetensors.numpy import load_file, save_file
 from token_tools import word_tokenizer
 from weights import random_model
 
+import wush_jax as wush
 from wush_jax import cli
+from wush_jax.checkpoints import interchange
 from wush_jax.formats import MXFP4
-from wush_jax.models import LlamaConfig, to_tensors
+from wush_jax.models import LlamaConfig, load_pretrained, to_tensors
+from wush_jax.storage import copy_companions
 
 SIZES = LlamaConfig(
     vocab_size=64,
@@ -38,7 +42,6 @@ REMEDIES = (
     *("copy", "save", "docs/", "pip install", "rename", "check", "wait", "must be", "expected"),
     *("keep ", "look at", "quantize with"),
 )
-KEPT = ("lm_head.weight", "model.embed_tokens.weight")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class World:
     Attributes:
       folder: of everything.
       source: a float32 model as Hugging Face writes it.
-      packed: the same in MXFP4, weights alone; its twin holds what these weights mean, in float32.
-      exported: in another library's layout, activations quantized, too; has no twin.
+      packed: random codes of MXFP4, weights alone; its twin holds what they mean, in float32.
+      both: activations quantized, too.
+      exported: the same in another library's layout; has no twin.
     """
 
     folder: Path
@@ -63,6 +67,10 @@ class World:
         return self.folder / "packed"
 
     @property
+    def both(self):
+        return self.folder / "both"
+
+    @property
     def exported(self):
         return self.folder / "exported"
 
@@ -71,7 +79,7 @@ class World:
 
 
 def make(folder):
-    """Write the folders."""
+    """Write the folders; nothing is compiled."""
     world = World(folder)
     world.source.mkdir()
     write(world.source, SIZES, to_tensors(random_model(SIZES)))
@@ -79,30 +87,28 @@ def make(folder):
     tree |= {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     (world.source / "config.json").write_text(json.dumps(tree))
     word_tokenizer(world.source, WORDS, chat_template="{{ messages[-1].content }}")
-    np.save(folder / "some.npy", np.arange(40) % 61 + 3)
-    tokens = ["--tokens", str(folder / "some.npy"), "--length", "8", "--preset", "rtn"]
-    tokens += ["--calibration", "one-shot", "--dtype", "float32"]
-    for name, flags in (("packed", WEIGHTS), ("both", ["--transform", "hadamard"])):
-        flags = ["quantize", str(world.source), "--out", str(folder / name), *tokens, *flags]
-        code, said = run(flags)
-        assert code == 0, said
-    os.rename(folder / "packed", folder / "run")
-    os.rename(folder / "run" / "checkpoint", world.packed)
+    for name, recipe in RECIPES.items():
+        wush.save(folder / name, quantized(load_pretrained(world.source), recipe, SITES))
+        copy_companions(world.source, folder / name)
     (world.packed / "promise.json").write_text('{"max_kl": 0.05}')
-    both = folder / "both" / "checkpoint"
-    code, said = run(["export", str(both), "--out", str(world.exported), "--layout", "fp_quant"])
-    assert code == 0, said
-    twin = folder / "packed-twin"
-    shutil.copytree(world.source, twin)
+    interchange.export(world.exported, world.both, "fp_quant")
+    twin = shutil.copytree(world.source, folder / "packed-twin")
     rounded = dict(load_file(twin / "model.safetensors"))
     for name in rounded:
-        if rounded[name].ndim == 2 and name not in KEPT:
+        if "proj" in name:
             rounded[name] = np.float32(effective(world.packed, name.removesuffix(".weight")))
     save_file(rounded, twin / "model.safetensors", {"format": "pt"})
     return world
 
 
 WEIGHTS = ["--transform", "identity", "--activation-format", "none"]
+RECIPES = {
+    "packed": wush.Recipe(MXFP4, None, transform="identity"),
+    "both": wush.Recipe(MXFP4, transform="hadamard"),
+}
+ATTENTION, MLP = "layers.0.self_attn.", "layers.0.mlp."
+SITES = [[ATTENTION + f"{name}_proj" for name in "qkv"], [ATTENTION + "o_proj"]]
+SITES += [[MLP + "gate_proj", MLP + "up_proj"], [MLP + "down_proj"]]
 
 
 def run(argv):
@@ -146,7 +152,19 @@ def quantized_twin(folder, out):
     return out
 
 
-class Torch:
+class Greedy:
+    """A model whose logits `logits(row)` gives."""
+
+    def greedy(self, prompt, count, stops):
+        row = list(prompt)
+        for _ in range(count):
+            row.append(int(self.logits(np.asarray(row))[-1].argmax()))
+            if row[-1] in stops:
+                break
+        return row[len(prompt) :]
+
+
+class Torch(Greedy):
     """transformers' model of a folder in float32."""
 
     def __init__(self, folder):
@@ -168,13 +186,19 @@ class Torch:
         with self.torch.no_grad():
             return self.model(self.torch.tensor(row[None]).long()).logits[0].double().numpy()
 
-    def greedy(self, prompt, count, stops):
-        row = list(prompt)
-        for _ in range(count):
-            row.append(int(self.logits(np.asarray(row))[-1].argmax()))
-            if row[-1] in stops:
-                break
-        return row[len(prompt) :]
+
+class Numpy(Greedy):
+    """The same in numpy, where transformers is not installed: of what the oracle computes."""
+
+    def __init__(self, folder):
+        self.config = LlamaConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        self.tensors = load_file(folder / "model.safetensors")
+        scaling = self.config.rope_scaling
+        plain = scaling is None or scaling.rope_type == "llama3"
+        self.known = plain and self.config.sliding_window is None
+
+    def logits(self, row):
+        return oracle(self.config, self.tensors, row[None])[0]
 
 
 def log_softmax(logits):

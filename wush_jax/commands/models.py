@@ -196,6 +196,8 @@ def generate(
         tokens = tokenizer.encode(prompt)
         if tokenizer.begins_itself(prompt):
             print("the prompt brings its own BOS along; it is not added again", file=sys.stderr)
+    if not tokens:
+        raise ValueError(f"--prompt {prompt!r} holds no token; give some text, or --bos always")
     found: Any = generate_tokens(
         open_model(model, dtype, mesh),  # type: ignore[arg-type]  # a Llama, as its config says
         [tokens],
