@@ -78,6 +78,32 @@ def test_a_usual_site_keeps_the_constant():
     assert refitted(recipe, [0 * weight], [packed], still) is None
 
 
+@pytest.mark.parametrize("factor", [1e-2, 1.0, 3.0])
+def test_a_scale_is_derived_where_that_is_asked_for(factor):
+    """The largest scales, of weights and inputs, use half of E4M3's range, and a quarter at least.
+
+    Inputs are those of an identity, whose largest magnitude is known exactly.
+    """
+    recipe = wush.Recipe(NVFP4, transform="identity", global_scale="derived")
+    packed, row = relative_loss(X * np.float32(factor), recipe, factor)
+    largest = float(jnp.max(packed.weight.scales.astype(jnp.float32)))
+    inputs = float(np.abs(X * factor).max() * packed.input_format.global_scale / 6)
+    assert largest * 1.07 > 448 / 4
+    assert largest <= 448 / 2
+    assert 448 / 4 < inputs <= 448 / 2
+    assert (row.saturated, row.vanished) == (0, 0)
+    constant, _ = relative_loss(X, wush.Recipe(NVFP4, transform="identity"))
+    assert constant.input_format == NVFP4
+
+
+def test_a_scale_is_derived_only_where_there_are_ranges():
+    with pytest.raises(ValueError, match="E4M3 scales and a constant, not of MXFP4: use NVFP4"):
+        wush.Recipe(wush.MXFP4, global_scale="derived")
+    recipe = wush.Recipe(NVFP4, transform="identity", global_scale="derived")
+    with pytest.raises(ValueError, match="needs the ranges that quantize_model sees"):
+        wush.quantize_weight(net()[0].kernel[...].T, None, recipe)
+
+
 def test_what_is_out_of_range_is_counted():
     """Of 64 groups in 16 tokens one saturates and four vanish."""
     x = X[:16].copy()

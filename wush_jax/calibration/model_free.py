@@ -288,6 +288,7 @@ def _check(folder: TensorFolder, rules: Rules, layout: str) -> None:
             continue
         for name, fits, remedy in (
             ("transform", DATA_FREE, "'hadamard' or 'identity'"),
+            ("global_scale", ("constant",), "'constant'"),
             ("solver", ("rtn",), "'rtn'"),
         ):
             if (value := getattr(recipe, name)) not in fits:

@@ -212,6 +212,7 @@ def _packed_shapes(shapes: tuple[tuple[int, int], ...], recipe: Recipe) -> list[
     recipe = recipe.replace(
         **{"solver": "rtn", "scale_search": "rule", "input_error": "ignore", "interleave": True},
         **{"descent": 0, "refit": 0, "block_gain": False, "activation_order": False},
+        global_scale="constant",
     )
     weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     k = shapes[0][1]

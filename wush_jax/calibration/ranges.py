@@ -16,7 +16,7 @@ import numpy as np
 
 from wush_jax.formats import Format
 from wush_jax.formats.elements import E4M3
-from wush_jax.solvers.recipe import Recipe
+from wush_jax.solvers.recipe import Recipe, has_constant
 from wush_jax.solvers.scale_search import group_metric
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms import linalg
@@ -30,21 +30,13 @@ HEADROOM = 2.0
 SATURATED = 2.0**-4
 
 
-def has_constant(fmt: Format | None) -> bool:
-    """Whether scales have a limited range and the global scale is fixed.
-
-    >>> from wush_jax import MXFP4, NVFP4
-    >>> has_constant(NVFP4), has_constant(NVFP4.replace(global_scale=None)), has_constant(MXFP4)
-    (True, False, False)
-    """
-    return fmt is not None and fmt.scale_dtype == "e4m3" and fmt.global_scale is not None
-
-
 def refitted(
     recipe: Recipe,
     weights: Sequence[jax.Array],
     packed: Sequence[PackedWeight],
     moments: Moments,
+    *,
+    always: bool = False,
 ) -> Recipe | None:
     """Return the recipe with global scales that fit a site; None where they do already.
 
@@ -53,13 +45,14 @@ def refitted(
       weights: of its layers.
       packed: the same, quantized with the recipe.
       moments: of its input.
+      always: take what the ranges ask for even where the constant would do.
     """
     codes = inputs = 1.0
     if has_constant(recipe.format):
-        codes = _weight_factor(weights, [p.interchange.scales for p in packed])
+        codes = _weight_factor(weights, [p.interchange.scales for p in packed], always)
     fmt = recipe.input_format
     if fmt is not None and has_constant(fmt):
-        inputs = max(min(_input_factor(fmt, p, moments) for p in packed), 2.0**-40)
+        inputs = max(min(_input_factor(fmt, p, moments, always) for p in packed), 2.0**-40)
     if codes == 1 and inputs == 1:
         return None
     changes: dict[str, Format] = {"format": _times(recipe.format, codes)}
@@ -74,22 +67,26 @@ def _times(fmt: Format, factor: float) -> Format:
     return fmt.replace(global_scale=fmt.global_scale * factor)
 
 
-def _weight_factor(weights: Sequence[jax.Array], scales: Sequence[jax.Array]) -> float:
+def _weight_factor(
+    weights: Sequence[jax.Array], scales: Sequence[jax.Array], always: bool
+) -> float:
     """Return what the constant has to be multiplied with, from the scales that it gave."""
     largest = max(float(jnp.max(jnp.abs(s.astype(jnp.float32)))) for s in scales)
     if largest >= E4M3.max:
         return SATURATED
-    if largest >= LOWEST or not any(bool((w != 0).any()) for w in weights):
+    fits = largest >= LOWEST and not always
+    if fits or not any(bool((w != 0).any()) for w in weights):
         return 1.0
     return 2.0 ** math.floor(math.log2(E4M3.max / (HEADROOM * largest)))
 
 
-def _input_factor(fmt: Format, packed: PackedWeight, moments: Moments) -> float:
+def _input_factor(fmt: Format, packed: PackedWeight, moments: Moments, always: bool) -> float:
     """The same for inputs, from the largest magnitude and the power that calibration has seen."""
     assert fmt.global_scale is not None
     largest, power = input_range(packed, moments)
     scale = fmt.global_scale / fmt.element.max
-    if largest == 0 or (largest * scale <= E4M3.max and 2 * power * scale >= LOWEST):
+    fits = largest * scale <= E4M3.max and 2 * power * scale >= LOWEST
+    if largest == 0 or (fits and not always):
         return 1.0
     return 2.0 ** math.floor(math.log2(E4M3.max / (HEADROOM * largest * scale)))
 

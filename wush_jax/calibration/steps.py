@@ -60,12 +60,14 @@ def quantize_planned(
     for name, weight in zip(names, weights, strict=True):
         if elements.not_finite(weight):
             raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
-    recipe, tries = item.recipe, 0
+    recipe, always = item.recipe.solved_alone, item.recipe.global_scale == "derived"
     try:
-        packed = on_one_device(quantize_batched, weights, moments, recipe=recipe, names=names)
-        while (better := refitted(recipe, weights, packed, moments)) is not None and tries < REFITS:
-            recipe, tries = better, tries + 1
+        for _ in range(REFITS + 1):
             packed = on_one_device(quantize_batched, weights, moments, recipe=recipe, names=names)
+            better = refitted(recipe, weights, packed, moments, always=always)
+            if better is None:
+                break
+            recipe = better
     except ValueError as error:
         raise ValueError(f"layers {', '.join(names)}: {error}") from error
     # One site at a time: temporaries of several would not fit a device.
@@ -128,7 +130,7 @@ def _quantize_together(
     recipe, names = items[0].recipe, [item.site.layers for item in items]
     known = [moments(item.site) for item in items]
     kept = {tuple(map(jnp.shape, jax.tree.leaves(moment))) for moment in known}
-    if len(items) == 1 or len(kept) > 1:
+    if len(items) == 1 or len(kept) > 1 or recipe.global_scale == "derived":
         alone = partial(quantize_planned, layers=layers)
         each = (alone(item, moments=moment) for item, moment in zip(items, known, strict=True))
         return {path: packed for found in each for path, packed in found.items()}

@@ -41,6 +41,7 @@ NAMED: dict[str, Any] = {
     "transform": Literal[recipe.TRANSFORMS],
     "solver": Literal[recipe.SOLVERS],
     "scale_search": Literal[recipe.SCALE_SEARCHES],
+    "global_scale": Literal[recipe.GLOBAL_SCALES],
     "input_error": Literal[recipe.INPUT_ERRORS],
 }
 

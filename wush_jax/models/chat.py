@@ -55,7 +55,10 @@ class ChatTemplate:
             named = {entry.get("name"): entry.get("template") for entry in entries}
             source = named.get("default")
             if source is None:
-                raise ValueError(f"{folder}: none of the chat templates {list(named)} is 'default'")
+                raise ValueError(
+                    f"{folder}: none of the chat templates {list(named)} is 'default'; give one "
+                    "that name in tokenizer_config.json, or leave chat_template out there"
+                )
         if source is None:
             return None
         if not isinstance(source, str):

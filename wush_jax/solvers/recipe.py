@@ -14,11 +14,22 @@ from wush_jax.transforms.checks import check_balance
 TRANSFORMS = ("identity", "random", "hadamard", "calibrated_hadamard", "whitening", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
 SCALE_SEARCHES = ("rule", "sweep")
+GLOBAL_SCALES = ("constant", "derived")
 INPUT_ERRORS = ("ignore", "model", "sample")
 # Blocks that "widest" chooses from.
 WIDTHS = (128, 64, 32, 16)
 # Transforms that are one matrix for all blocks, whatever the data.
 DATA_FREE = ("identity", "random", "hadamard")
+
+
+def has_constant(fmt: Format | None) -> bool:
+    """Whether scales have a limited range and the global scale is fixed.
+
+    >>> from wush_jax import MXFP4, NVFP4
+    >>> has_constant(NVFP4), has_constant(NVFP4.replace(global_scale=None)), has_constant(MXFP4)
+    (True, False, False)
+    """
+    return fmt is not None and fmt.scale_dtype == "e4m3" and fmt.global_scale is not None
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,9 @@ class Recipe:
         moments: what other libraries' files have room for (`wush_jax.checkpoints.interchange`).
       scale_search: of the weights' scales: "rule" takes the format's rule; "sweep" tries the scales
         next to it and keeps the least error weighted by the activation moment.
+      global_scale: of NVFP4, NVINT4 and the like, for weights and activations: "constant" is the
+        format's own, and only where calibration sees that saturate or lose its digits a power of
+        two times it; "derived" is always the one that the ranges of a site ask for.
       interleave: with GPTQ and a transform of the layer's own, build each block's transform from
         the weights as updated by the blocks before (the paper's algorithm 2); False builds all of
         them from the original weights, in one batch. A shared transform is always built so.
@@ -78,6 +92,7 @@ class Recipe:
     share_transform: bool = True
     shared_blocks: bool = False
     scale_search: str = "rule"
+    global_scale: str = "constant"
     interleave: bool = True
     input_error: str = "ignore"
     descent: int = 0
@@ -91,6 +106,7 @@ class Recipe:
         _check_choice("solver", self.solver, SOLVERS)
         _check_choice("transform_dtype", self.transform_dtype, ("bfloat16", "float32"))
         _check_choice("scale_search", self.scale_search, SCALE_SEARCHES)
+        _check_choice("global_scale", self.global_scale, GLOBAL_SCALES)
         _check_choice("input_error", self.input_error, INPUT_ERRORS)
         _check_choice("solver_dtype", self.solver_dtype, ("float32", "float64"))
         if self.format is None:
@@ -131,6 +147,12 @@ class Recipe:
 
     def _check_combination(self):
         """Refuse fields that contradict each other."""
+        formats = (self.format, self.input_format)
+        if self.global_scale == "derived" and not any(map(has_constant, formats)):
+            raise ValueError(
+                f"global_scale='derived' is of formats with E4M3 scales and a constant, not of "
+                f"{self.format.name}: use NVFP4 or NVINT4, or leave it 'constant'"
+            )
         gptq = self.solver == "gptq"
         if self.balance != 1 and self.transform not in ("wush", "wus"):
             raise ValueError(
@@ -209,6 +231,11 @@ class Recipe:
         formats = [fmt for fmt in (self.format, self.input_format) if fmt is not None]
         fits = [d for d in WIDTHS if not k % d and all(fmt.holds(d) for fmt in formats)]
         return self.replace(block_size=fits[0] if fits else None)
+
+    @property
+    def solved_alone(self) -> Recipe:
+        """The recipe of one solve, whose formats have the global scales that were found for it."""
+        return self.replace(global_scale="constant")
 
     def replace(self, **changes) -> Recipe:
         """Return this recipe with some fields changed."""

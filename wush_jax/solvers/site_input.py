@@ -49,6 +49,11 @@ def known_input(
     Raises:
       ValueError: whatever does not fit, by the name of the argument.
     """
+    if recipe.global_scale == "derived":
+        raise ValueError(
+            "recipe: global_scale='derived' needs the ranges that quantize_model sees; for one "
+            "layer give the format a global_scale of its own, or None for that of its weights"
+        )
     k = _check_weights(weights, recipe)
     refuse_tensors(activation_moment=moments, sample=sample)
     if isinstance(moments, Moments):
