@@ -204,6 +204,32 @@ def transform_quantize_matmul(
     return products if isinstance(packed, tuple) else products[0]
 
 
+def explain(x, packed) -> tuple[str, dict[str, str]]:
+    """Return which implementation a layer runs, and why not those that stand before it.
+
+    Args:
+      x: (..., M, K), or its shape and dtype; nothing is computed.
+      packed: as `transform_quantize_matmul` takes it, or its shapes.
+
+    Returns:
+      A name, and the reasons of faster ones by theirs.
+    """
+    weights, fmt = (packed.weight,), packed.input_format
+    reasons = {}
+    for name in _ordered(x, weights, fmt, None, False):
+
+        def call(x, packed, name=name):
+            return transform_quantize_matmul(x, packed.transform, packed, implementation=name)
+
+        try:
+            jax.eval_shape(call, x, packed)
+        except NotImplementedError as error:
+            reasons[name] = str(error).partition(f"{name}: ")[2]
+        else:
+            return name, reasons
+    raise NotImplementedError(f"no implementation serves this layer: {reasons}")
+
+
 def ragged_transform_quantize_matmul(
     x, packed, group_sizes, *, out_dtype=None, implementation: Implementation = None
 ):

@@ -66,7 +66,10 @@ def test_quantize_equals_python(source, quantized, tmp_path):
     assert [row["loss"] for row in rows] == [row.loss for row in report.layers]
     assert (quantized / "plot.png").stat().st_size > 1000
     assert (quantized / "checkpoint" / "generation_config.json").is_file()
-    assert sorted(p.name for p in quantized.iterdir()) == ["checkpoint", "plot.png", "report.json"]
+    names = ["checkpoint", "plot.png", "report.json", "run.jsonl"]
+    assert sorted(p.name for p in quantized.iterdir()) == names
+    lines = map(json.loads, (quantized / "run.jsonl").read_text().splitlines())
+    assert [la["loss"] for la in lines if la["event"] == "layer"] == [r["loss"] for r in rows]
 
 
 def test_weights_and_activations_of_two_formats(source, tmp_path, capsys):
@@ -281,7 +284,7 @@ def test_export_and_inspect(quantized, tmp_path, capsys):
     assert "wush" in text
     assert "NVFP4" in text
     assert "layers.0.mlp.up_proj" in text  # as plans have it
-    assert cli.main(["inspect", str(out), "--all-layers"]) == 0
+    assert cli.main(["inspect", str(out), "--all-layers", "--kernels"]) == 0
     assert "layers.0.mlp.up_proj" in capsys.readouterr().out
 
 

@@ -203,6 +203,20 @@ def packed_like(sites: Sequence[SitePlan], layers: Mapping[str, Dense]) -> dict[
     return out
 
 
+def packed_of(planned: ModelPlan) -> dict[str, PackedWeight]:
+    """Return the shapes of what a plan leaves of each layer, of one kernel where there are many."""
+    shapes = {row.path: row.shape[-2:] for row in planned.report.layers}
+    return {
+        path: packed
+        for item in planned.sites
+        for path, packed in zip(
+            item.site.layers,
+            _packed_shapes(tuple(shapes[path] for path in item.site.layers), item.recipe),
+            strict=True,
+        )
+    }
+
+
 @cache
 def _packed_shapes(shapes: tuple[tuple[int, int], ...], recipe: Recipe) -> list[PackedWeight]:
     """Trace `quantize_site` for weights of these shapes: once for all sites alike.

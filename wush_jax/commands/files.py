@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from flax import nnx
 
-from wush_jax.checkpoints import interchange
+from wush_jax.checkpoints import checkpoint, interchange
 from wush_jax.commands.terminal import console
+from wush_jax.layers.served import served, served_table
 
 Layout = Literal[interchange.WRITABLE]  # type: ignore[valid-type]  # made of the names there
 Arguments = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -31,15 +33,24 @@ def export(
     console().print(f"{out}: {layout}")
 
 
-def inspect(folder: tyro.conf.Positional[Path], *, all_layers: bool = False) -> None:
-    """Say what is in a model folder: layout, formats, transforms, sizes; no weight is read.
+def inspect(
+    folder: tyro.conf.Positional[Path], *, all_layers: bool = False, kernels: bool = False
+) -> None:
+    """Say what is in a model folder: layout, formats, transforms, sizes; weights stay unread.
 
     Args:
       folder: with config.json and safetensors files.
       all_layers: a row for every layer, not one for those alike.
+      kernels: load the model, and say which implementation each kind of layer runs on this device
+        for 1, 16, 64 and 1024 tokens, and why not a faster one.
     """
     summary = interchange.inspect_folder(folder)
     console().print(summary.table(all_layers))
+    if kernels:
+        loaded = checkpoint.load(folder)
+        if not isinstance(loaded, nnx.Module):
+            raise ValueError(f"--kernels: {folder} holds packed weights, no model that runs them")
+        console().print(served_table(served(loaded)))
 
 
 def bench(arguments: Arguments = ()) -> None:

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
 from wush_jax.calibration.observe import Progress
-from wush_jax.calibration.planning import ModelPlan
+from wush_jax.calibration.planning import ModelPlan, packed_of
 from wush_jax.calibration.planning import plan as plan_model
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential
@@ -37,7 +37,9 @@ from wush_jax.commands.options import (
     rules_of,
 )
 from wush_jax.commands.promise import keep_promise, write_certificate
+from wush_jax.commands.run_log import RunLog
 from wush_jax.commands.terminal import console, progress
+from wush_jax.layers.served import served_line, served_plan
 from wush_jax.models.hugging_face import FolderTensors, abstract_of, load_pretrained
 from wush_jax.models.tokens import in_batches
 from wush_jax.solvers.costs import SiteCost
@@ -102,6 +104,8 @@ def quantize(
 ) -> None:
     """Quantize a Hugging Face model folder; write OUT/checkpoint, OUT/report.json, OUT/plot.png.
 
+    OUT/run.jsonl has what was asked, versions, the device, and what each step took as it goes.
+
     Args:
       model: folder with config.json and safetensors files.
       out: folder for the results.
@@ -130,11 +134,8 @@ def quantize(
         given: dict[str, Any] = {"text": source.text or None, "tokens": source.tokens}
         given |= {"calibrated": calibrated, "max-kl": max_kl, "data-parallel": data_parallel}
         free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
-        if not dry_run:
-            _check_place(out, out / "layers", True, resume)
         rules = free.rules(preset, recipe, skip, target)
-        found = free.run(model, out, rules, target, resume=resume, dry_run=dry_run)
-        _show(found, skip, all_layers)
+        _show(_model_free(free, model, out, rules, target, resume, dry_run), skip, all_layers)
         return
     rules = rules_of(preset, recipe, skip, target)
     if dry_run:
@@ -149,9 +150,11 @@ def quantize(
     batches = _batches(source, model) if texts or not reused else []
     rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
     planned = _with_cost(_planned(model, rules), preset_of(preset, recipe, target))
-    out.mkdir(parents=True, exist_ok=True)
+    asked = {"model": model, "text": source.text, "tokens": source.tokens, "seed": source.seed}
+    log = RunLog(out, rules, **asked, calibration=calibration, dtype=dtype, max_kl=max_kl)
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
-    with progress() as update:
+    with progress() as shown:
+        update = log.following(shown)
         if sequential:
             settings = Sequential(
                 granularity=granularity, state_dir=state, resume=resume, sharding=rows
@@ -165,10 +168,26 @@ def quantize(
                 inputs = _calibration(calibrated, whole, inputs, update)
             report = _in_one_shot(whole, inputs, rules, max_kl, out / "checkpoint", update)
             copy_companions(model, out / "checkpoint")
+    log.end(report)
     report.to_json(out / "report.json")
     report.plot(out / "plot.png")
     shutil.rmtree(state, ignore_errors=True)
     _show(report, skip, all_layers)
+    if max_kl is None:  # which chooses other recipes than were planned
+        console().print(served_line(served_plan(packed_of(planned), jnp.dtype(dtype))))
+
+
+def _model_free(
+    free: ModelFree, model: Path, out: Path, rules: Rules, target: Any, resume: bool, dry_run: bool
+) -> Report:
+    """Round a folder, or say what that would do."""
+    if dry_run:
+        return free.run(model, out, rules, target, resume=resume, dry_run=True)
+    _check_place(out, out / "layers", True, resume)
+    log = RunLog(out, rules, model=model, layout=target)
+    report = free.run(model, out, rules, target, resume=resume, dry_run=False)
+    log.end(report)
+    return report
 
 
 def _in_one_shot(

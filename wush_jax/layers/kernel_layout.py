@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,21 @@ def _is_served(layer: QuantizedDense) -> bool:
     dtype = jnp.dtype(layer.dtype or layer.kernel_dtype)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), layer.packed)
     return _takes(shapes, dtype)
+
+
+def as_held(packed: PackedWeight, dtype: Any) -> PackedWeight:
+    """Return the shapes of a layer's weight as this device would hold it: records, or codes.
+
+    Args:
+      packed: shapes, in the interchange layout, of one matrix.
+      dtype: of the layer's inputs.
+    """
+    try:
+        mosaic_gpu.require_hopper()
+        laid = jax.eval_shape(lambda w: fragments.lay_out(w, _operands(packed)[0]), packed.weight)
+    except NotImplementedError:
+        return packed
+    return replace(packed, weight=laid) if _takes(packed, dtype) else packed
 
 
 @functools.cache
