@@ -99,3 +99,45 @@ def test_axes_of_a_stack_that_no_kernel_has(tmp_path):
     model = Scanned()
     found = wush.load(tmp_path / "model", model)
     assert found.layers.contraction.stack_axes == (1,)
+
+
+class Dotted(nnx.Module):
+    """Names that would be one if they were joined by dots."""
+
+    def __init__(self):
+        self.d = nnx.Dict({"a.b": linear(0), "a": nnx.Dict({"b": linear(1)})})
+
+    def __call__(self, x):
+        return self.d["a"]["b"](jnp.tanh(self.d["a.b"](x)))
+
+
+def test_names_with_dots_are_names_of_their_own(tmp_path):
+    model = Dotted()
+    quantized, report = wush.quantize_model(model, [X], INT8)
+    assert {row.path for row in report.layers} == {"d.'a.b'", "d.a.b"}
+    assert not report.skipped
+    wush.save(tmp_path / "saved", quantized)
+    loaded = wush.load(tmp_path / "saved", Dotted())
+    np.testing.assert_array_equal(loaded(X), quantized(X))
+    only, report = wush.quantize_model(model, [X], [("d.a.b", INT8)])
+    assert [row.path for row in report.layers] == ["d.a.b"]
+    assert type(only.d["a.b"]) is nnx.Linear
+
+
+class Branch(nnx.Module):
+    def __init__(self):
+        self.taken, self.other = linear(0), linear(1)
+
+    def __call__(self, x):
+        return nnx.cond(x.sum() > 0, lambda m, x: m.taken(x), lambda m, x: m.other(x), self, x)
+
+
+def test_a_branch_that_calibration_never_takes_is_named():
+    model, x = Branch(), np.abs(X)
+    remedy = r"layers other: no calibration token .* rule \('other', None\)"
+    with pytest.raises(ValueError, match=remedy):
+        wush.quantize_model(model, [x], INT8)
+    _, report = wush.quantize_model(model, [x, -x], INT8)
+    assert {row.path for row in report.layers} == {"taken", "other"}
+    _, report = wush.quantize_model(model, [x], [("other", None), (".*", INT8)])
+    assert [row.path for row in report.layers] == ["taken"]

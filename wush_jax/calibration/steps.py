@@ -60,6 +60,7 @@ def quantize_planned(
     for name, weight in zip(names, weights, strict=True):
         if elements.not_finite(weight):
             raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
+    _check_seen(item, layers, moments, names)
     recipe, always = item.recipe.solved_alone, item.recipe.global_scale == "derived"
     try:
         for _ in range(REFITS + 1):
@@ -72,6 +73,19 @@ def quantize_planned(
         raise ValueError(f"layers {', '.join(names)}: {error}") from error
     # One site at a time: temporaries of several would not fit a device.
     return jax.block_until_ready(dict(zip(item.site.layers, packed, strict=True)))
+
+
+def _check_seen(
+    item: SitePlan, layers: Mapping[str, Dense], moments: Moments, names: Sequence[str]
+) -> None:
+    """Refuse a site that was traced, but that no token of the calibration has reached."""
+    batch = layers[item.site.name].contraction.batch
+    if not batch and not np.any(np.asarray(moments.count)):
+        raise ValueError(
+            f"layers {', '.join(names)}: no calibration token reached them, as in a branch that is "
+            "never taken, or where a mask leaves nothing; pass batches that reach them, or exclude "
+            f"them by a rule ({item.site.name!r}, None)"
+        )
 
 
 def quantize_all(
@@ -134,6 +148,8 @@ def _quantize_together(
         alone = partial(quantize_planned, layers=layers)
         each = (alone(item, moments=moment) for item, moment in zip(items, known, strict=True))
         return {path: packed for found in each for path, packed in found.items()}
+    for item, moment in zip(items, known, strict=True):
+        _check_seen(item, layers, moment, item.site.layers)
     weights = [[layers[path].weight for path in some] for some in names]
     found = quantize_alike(weights, known, recipe, names=names)
     packed: dict[str, PackedWeight] = {}

@@ -290,8 +290,12 @@ def is_array(value: Any) -> bool:
 
 
 def dotted(path: tuple) -> str:
-    """Return a module path as text: ("layers", 0, "q_proj") -> "layers.0.q_proj"."""
-    return ".".join(str(p) for p in path)
+    """Return a module path as text, unlike that of any other path: names with dots are quoted.
+
+    >>> dotted(("layers", 0, "q_proj")), dotted(("d", "a.b")), dotted(("d", "a", "b"))
+    ('layers.0.q_proj', "d.'a.b'", 'd.a.b')
+    """
+    return ".".join(repr(p) if isinstance(p, str) and {".", "'"} & set(p) else str(p) for p in path)
 
 
 def is_sharding(value: Any) -> bool:
