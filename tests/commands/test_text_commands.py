@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax import cli
 from wush_jax.commands import models as commands
-from wush_jax.models import generate, load_pretrained, to_tensors
+from wush_jax.models import generate, load_pretrained, stream, to_tensors
 from wush_jax.models.text import Tokenizer
 from wush_jax.storage.folder_writer import copy_companions
 
@@ -160,6 +161,34 @@ def test_an_answer(source, tmp_path, capsys):
     assert capsys.readouterr().out == Tokenizer.read(source).continuation(prompt, new) + "\n"
     assert cli.main(["generate", str(source), "--prompt", "w1", "--system", "w2"]) == 2
     assert "--system belongs to --chat" in capsys.readouterr().err
+
+
+def test_several_prompts_of_a_file(source, tmp_path, capsys, monkeypatch):
+    (tmp_path / "some.txt").write_text("w1 w2\n\nw5\n")
+    command = ["generate", str(source), *FLOAT, "--max-new-tokens", "11", "--prompts"]
+    assert cli.main([*command, str(tmp_path / "some.txt")]) == 0
+    tokenizer, texts = Tokenizer.read(source), ("w1 w2", "w5")
+    prompts = [tokenizer.encode(text) for text in texts]
+    options = {"max_new_tokens": 11, "stop_tokens": tokenizer.stop_tokens}
+    out = generate(load_pretrained(source), prompts, **options)
+    parts = list(stream(load_pretrained(source), prompts, **options))
+    assert [part.shape[1] for part in parts] == [1, 8, 2][: len(parts)]
+    np.testing.assert_array_equal(
+        np.concatenate(parts, axis=1), out.tokens[:, : sum(p.shape[1] for p in parts)]
+    )
+    expected = ""
+    for text, prompt, row, count in zip(texts, prompts, out.tokens, out.lengths, strict=True):
+        expected += text + tokenizer.continuation(prompt, row[:count].tolist()) + "\n\n"
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (expected, "")
+    (tmp_path / "some.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w5"}')
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main([*command, str(tmp_path / "some.jsonl")]) == 0
+    said = capsys.readouterr()
+    assert said.out == expected
+    assert "tokens/s" in said.err
+    assert cli.main([*command, str(tmp_path / "some.txt"), "--prompt", "w1"]) == 2
+    assert "give one of --prompt TEXT and --prompts FILE" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_model_ends_with_two(source, tmp_path, capsys):

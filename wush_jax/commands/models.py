@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +23,8 @@ from wush_jax.commands.options import Text, placement_of
 from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
 from wush_jax.evaluation.generation import greedy_text, score_generation
-from wush_jax.models import generate as generate_tokens
+from wush_jax.models import stream
+from wush_jax.models.documents import LINES, read_documents, read_text
 from wush_jax.models.encodings import open_config
 from wush_jax.models.hugging_face import load_pretrained, read_model_config
 from wush_jax.models.text import Tokenizer
@@ -158,7 +160,8 @@ def check_same_vocabulary(model: Path, reference: Path) -> None:
 def generate(
     model: Model,
     *,
-    prompt: str,
+    prompt: str | None = None,
+    prompts: Path | None = None,
     chat: bool = False,
     system: str | None = None,
     max_new_tokens: int = 64,
@@ -170,11 +173,13 @@ def generate(
     dtype: DType = "bfloat16",
     mesh: str | None = None,
 ) -> None:
-    """Continue a prompt, or answer it.
+    """Continue a prompt, or answer it; its tokens are shown as they come, then how fast they came.
 
     Args:
       model: folder of a model, quantized or not.
       prompt: the text to continue.
+      prompts: a file of several, which are continued together: one a line, or of JSONL with "text"
+        or "messages" in each.
       chat: take the prompt for a message, in the words of the model's chat template.
       system: with --chat, the message that comes first.
       max_new_tokens: the most tokens to add.
@@ -190,26 +195,84 @@ def generate(
     tokenizer = Tokenizer.read(model).with_bos(bos)
     if system is not None and not chat:
         raise ValueError("--system belongs to --chat: add --chat, or leave --system out")
-    if chat:
-        tokens = tokenizer.encode(_as_chat(tokenizer, model, prompt, system), special=False)
-    else:
-        tokens = tokenizer.encode(prompt)
-        if tokenizer.begins_itself(prompt):
-            print("the prompt brings its own BOS along; it is not added again", file=sys.stderr)
-    if not tokens:
-        raise ValueError(f"--prompt {prompt!r} holds no token; give some text, or --bos always")
-    found: Any = generate_tokens(
-        open_model(model, dtype, mesh),  # type: ignore[arg-type]  # a Llama, as its config says
-        [tokens],
+    texts = _prompts(tokenizer, model, prompt, prompts, chat, system)
+    rows = [tokenizer.encode(text, special=not chat) for text in texts]
+    if not chat and any(map(tokenizer.begins_itself, texts)):
+        print("a prompt brings its own BOS along; it is not added again", file=sys.stderr)
+    if not all(rows):
+        empty = texts[rows.index([])]
+        raise ValueError(f"--prompt {empty!r} holds no token; give some text, or --bos always")
+    loaded: Any = open_model(model, dtype, mesh)  # a Llama, as its config says
+    chunks = stream(
+        loaded,
+        rows,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         stop_tokens=tokenizer.stop_tokens,
         key=jax.random.key(seed),
     )
-    new = found.tokens[0, : found.lengths[0]].tolist()
-    answer = tokenizer.continuation(tokens, new, special=special_tokens)
-    print(answer if chat else prompt + answer)
+    shown = "" if chat or len(rows) > 1 else texts[0]
+    answers = _shown(chunks, tokenizer, rows, shown, special_tokens)
+    if len(rows) > 1:
+        for text, answer in zip(texts, answers, strict=True):
+            print(answer if chat else text + answer, end="\n\n")
+
+
+def _shown(
+    chunks: Iterable[np.ndarray], tokenizer: Tokenizer, rows: list, before: str, special: bool
+) -> list[str]:
+    """Return what follows each prompt; that of a single one is shown as it comes."""
+    start, first, stops = time.perf_counter(), 0.0, set(tokenizer.stop_tokens)
+    new: list[list[int]] = [[] for _ in rows]
+    open_rows, done = set(range(len(rows))), ""
+    for chunk in chunks:
+        first = first or time.perf_counter()
+        for row in list(open_rows):
+            for token in chunk[row].tolist():
+                new[row].append(token)
+                if token in stops:
+                    open_rows.discard(row)
+                    break
+        if len(rows) == 1:
+            text = before + tokenizer.continuation(rows[0], new[0], special=special)
+            whole = text.removesuffix("\ufffd")  # the rest of a character may be to come
+            print(whole[len(done) :], end="", flush=True)
+            done = whole
+    seconds = time.perf_counter() - first
+    pairs = zip(rows, new, strict=True)
+    answers = [tokenizer.continuation(row, own, special=special) for row, own in pairs]
+    if len(rows) == 1:
+        print((before + answers[0])[len(done) :])
+    if sys.stderr.isatty():  # for who is watching
+        count = sum(map(len, new))
+        rate = f", then {(count - len(rows)) / seconds:.1f} tokens/s" if count > len(rows) else ""
+        print(f"{count} tokens: {first - start:.1f} s to the first{rate}", file=sys.stderr)
+    return answers
+
+
+def _prompts(
+    tokenizer: Tokenizer,
+    folder: Path,
+    prompt: str | None,
+    file: Path | None,
+    chat: bool,
+    system: str | None,
+) -> list[str]:
+    """Return the texts to continue, in the words of the chat template where they are messages."""
+    if (prompt is None) == (file is None):
+        raise ValueError("give one of --prompt TEXT and --prompts FILE")
+    if file is not None and not file.is_file():
+        raise ValueError(f"--prompts {file} is no file")
+    if file is not None and file.suffix == LINES:
+        if chat:
+            raise ValueError(
+                "--chat is for plain prompts: lines of JSONL say themselves what they are"
+            )
+        return read_documents(file, tokenizer.chat, answer=True)
+    lines = [prompt or ""] if file is None else read_text(file).split("\n")
+    texts = lines if file is None else [line for line in lines if line.strip()]
+    return [_as_chat(tokenizer, folder, text, system) for text in texts] if chat else texts
 
 
 def _as_chat(tokenizer: Tokenizer, folder: Path, prompt: str, system: str | None) -> str:

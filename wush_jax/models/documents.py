@@ -16,7 +16,9 @@ from wush_jax.models.tokens import SHOWN
 LINES = ".jsonl"
 
 
-def read_documents(file: Path, chat: ChatTemplate | None = None) -> list[str]:
+def read_documents(
+    file: Path, chat: ChatTemplate | None = None, *, answer: bool = False
+) -> list[str]:
     """Return the texts of a file: one, or of a JSONL file one a line, from its ``text``.
 
     Lines with ``messages``, each with ``role`` and ``content``, are conversations in the words of
@@ -25,6 +27,7 @@ def read_documents(file: Path, chat: ChatTemplate | None = None) -> list[str]:
     Args:
         file: UTF-8.
         chat: of the model's folder.
+        answer: whether the beginning of an answer follows conversations.
 
     Raises:
         ValueError: no UTF-8, nothing in it, lines that are none of the two; with their numbers.
@@ -37,7 +40,7 @@ def read_documents(file: Path, chat: ChatTemplate | None = None) -> list[str]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                found.append(_document(line, chat))
+                found.append(_document(line, chat, answer))
             except (ValueError, RecursionError) as error:
                 faults.append(f"line {number}: {error}")
     if faults:
@@ -68,7 +71,7 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _document(line: str, chat: ChatTemplate | None) -> str:
+def _document(line: str, chat: ChatTemplate | None, answer: bool) -> str:
     record = json.loads(line)
     if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
         raise ValueError('expected {"text": ...} or {"messages": [...]}')
@@ -84,7 +87,7 @@ def _document(line: str, chat: ChatTemplate | None) -> str:
         )
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         raise ValueError("messages is no list of objects with role and content")
-    return chat.render(messages)
+    return chat.render(messages, add_generation_prompt=answer)
 
 
 def _is_message(message: Any) -> bool:

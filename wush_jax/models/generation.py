@@ -1,7 +1,7 @@
 """Text from a decoder: prompts read once, then token by token over a cache, in one compilation."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from flax import nnx
 from wush_jax.models.llama import Llama
 from wush_jax.models.tokens import check_tokens
 
+SHOWN = 8  # tokens from one sight of them to the next
 CHUNK = 16  # tokens from one look at whether all rows have ended to the next
 
 
@@ -117,6 +118,87 @@ def generate(
     ((2, 5), [5, 5])
     """
     prompts, lengths = _padded(prompts, lengths, model.config.vocab_size)
+    stops = _checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key)
+    graph, state = nnx.split(model)
+    chance = _chance(temperature, top_p, key)
+    tokens, count = _generate(
+        graph, max_new_tokens, stops, state, _filled(prompts), lengths, *chance
+    )
+    return Generated(np.asarray(tokens), np.asarray(count))
+
+
+def stream(
+    model: Llama,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_tokens: int | Sequence[int] = (),
+    key: jax.Array | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of `generate` as they come, some at a time: first one, then up to `SHOWN`.
+
+    Args:
+        model: as for `generate`.
+        prompts: as for `generate`.
+        max_new_tokens: the most that a row gets.
+        temperature: as for `generate`.
+        top_p: as for `generate`.
+        stop_tokens: a row ends with the first of these.
+        key: as for `generate`.
+
+    Yields:
+        (batch, some) int32; zeros after a row's end. Nothing follows when all rows have ended.
+
+    Raises:
+        ValueError: as `generate`, with the first tokens.
+    """
+    prompts, lengths = _padded(prompts, None, model.config.vocab_size)
+    stops = _checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key)
+    graph, state = nnx.split(model)
+    chance = _chance(temperature, top_p, key)
+    rounds = -(-(max_new_tokens - 1) // SHOWN)
+    filled = _filled(prompts)
+    chosen, cache = _first(
+        graph, filled.shape[1] + 1 + rounds * SHOWN, state, filled, lengths, *chance
+    )
+    ended, new, done = np.zeros(len(lengths), bool), np.asarray(chosen)[:, None], 0
+    while True:
+        new = new[:, : max_new_tokens - done]
+        past = np.cumsum(np.isin(new, stops), axis=1) - np.isin(new, stops) > 0
+        yield np.where(past | ended[:, None], 0, new)
+        ended |= np.isin(new, stops).any(axis=1)
+        done += new.shape[1]
+        if done == max_new_tokens or ended.all():
+            return
+        chosen, cache, new = _more(graph, state, done, chosen, cache, *chance)
+        new = np.asarray(new)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _first(graph, room, state, prompts, lengths, key, temperature, top_p):
+    logits, cache = nnx.merge(graph, state).prefill(prompts, lengths, room)
+    return sample(logits, jax.random.fold_in(key, 0), temperature, top_p), cache
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _more(graph, state, done, chosen, cache, key, temperature, top_p):
+    model = nnx.merge(graph, state)
+
+    def advance(carry, step):
+        chosen, cache = carry
+        logits, cache = model.decode(chosen, cache)
+        chosen = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
+        return (chosen, cache), chosen
+
+    steps = done + jnp.arange(SHOWN, dtype=jnp.int32)
+    (chosen, cache), new = jax.lax.scan(advance, (chosen, cache), steps)
+    return chosen, cache, new.T
+
+
+def _checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key) -> tuple:
+    """Return the stop tokens, all having been checked."""
     stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
     if stops:
         check_tokens([stops], model.config.vocab_size, name="stop_tokens")
@@ -126,21 +208,19 @@ def generate(
         warnings.warn(
             f"prompts of up to {lengths.max()} tokens and max_new_tokens={max_new_tokens} need "
             f"{positions} positions; the model was made for {made_for}, later text may degrade",
-            stacklevel=2,
+            stacklevel=3,
         )
-    graph, state = nnx.split(model)
-    tokens, count = _generate(
-        graph,
-        max_new_tokens,
-        stops,
-        state,
-        np.pad(prompts, ((0, 0), (0, bucket(prompts.shape[1]) - prompts.shape[1]))),
-        lengths,
-        jax.random.key(0) if key is None else key,
-        temperature or None,
-        None if top_p == 1 else top_p,
-    )
-    return Generated(np.asarray(tokens), np.asarray(count))
+    return stops
+
+
+def _chance(temperature: float, top_p: float, key: jax.Array | None) -> tuple:
+    """Return how tokens are drawn, as the compiled programs take it."""
+    key = jax.random.key(0) if key is None else key
+    return key, temperature or None, None if top_p == 1 else top_p
+
+
+def _filled(prompts: np.ndarray) -> np.ndarray:
+    return np.pad(prompts, ((0, 0), (0, bucket(prompts.shape[1]) - prompts.shape[1])))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
