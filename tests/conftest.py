@@ -5,11 +5,13 @@ Eight virtual devices let the tests of sharding run without hardware.
 
 import ctypes
 import gc
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
 import jax
+import jaxlib
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -18,6 +20,15 @@ MUCH_MEMORY = 3 << 29  # between modules, so that a worker stays under 3 GiB wit
 
 # Before the first array: the number is fixed once the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Nearly all of a run is XLA's compilation for the CPU, which takes a third of the time with LLVM's
+# loops at -O0, in one thread for each worker, and without the fusion emitters that jaxlib 0.10 can
+# do without. A GPU's programs are compiled as ever; so are anyone's who sets flags.
+if "XLA_FLAGS" not in os.environ and importlib.util.find_spec("jax_cuda13_plugin") is None:
+    flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if jaxlib.__version__.startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 # A first example compiles, so no deadline; a fixed seed, so that two runs agree.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -86,6 +97,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.files)
+        if item.get_closest_marker("files") and item.get_closest_marker("once"):
+            raise pytest.UsageError(
+                f"{item.nodeid} is marked once and files: CI would never run it"
+            )
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU; the backend is {jax.default_backend()}")

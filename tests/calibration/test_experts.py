@@ -20,7 +20,7 @@ from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.batched import few_tokens, filled
 from wush_jax.transforms.grouped import PANEL, GroupedRows, update_groups
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
 MIXTRAL = dataclasses.replace(
     CONFIG, num_hidden_layers=1, num_experts=4, norm_topk_prob=True, moe_intermediate_size=32
@@ -113,7 +113,6 @@ def test_too_few_tokens():
     np.testing.assert_allclose(mended.mean[2], moments.mean[:2].mean(axis=0), rtol=1e-6)
 
 
-@pytest.mark.files
 def test_quantized_experts_are_saved_and_loaded(tmp_path):
     model = random_model(MIXTRAL)
     quantized, report = wush.quantize_model(model, BATCHES, wush.Recipe())
@@ -145,7 +144,6 @@ def hugging_face(config, tensors):
     return found
 
 
-@pytest.mark.files
 def test_a_folder_of_experts_is_quantized_layer_by_layer(tmp_path):
     """Qwen 3 MoE's names: files hold every expert by itself, here in three shards."""
     config = dataclasses.replace(MIXTRAL, qk_norm=True, norm_topk_prob=False)

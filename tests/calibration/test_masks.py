@@ -11,6 +11,8 @@ from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.observe import Masked, collect_moments, find_sites
 from wush_jax.layers.dense import dense_layers
 
+pytestmark = pytest.mark.once
+
 X = np.random.default_rng(0).standard_normal((2, 6, 32)).astype(np.float32)
 MASK = np.arange(6) < np.array([[4], [2]])
 EIGHT = wush.Recipe(wush.INT8, transform="identity", solver="rtn")

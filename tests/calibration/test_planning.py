@@ -11,6 +11,8 @@ from weights import random_model
 import wush_jax as wush
 from wush_jax.models import Llama
 
+pytestmark = pytest.mark.once
+
 SHAPES = jax.ShapeDtypeStruct((3, 64), jnp.float32)
 RECIPE = wush.Recipe()
 GPTQ = RECIPE.replace(solver="gptq")

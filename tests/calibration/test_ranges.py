@@ -18,6 +18,8 @@ from wush_jax.calibration.steps import quantize_planned
 from wush_jax.formats import NVFP4
 from wush_jax.layers.nnx import dense_layers
 
+pytestmark = pytest.mark.once
+
 X = np.random.default_rng(0).standard_normal((256, 64)).astype("f4")
 SPIKE = X.copy()
 SPIKE[0, 5] = 3000.0

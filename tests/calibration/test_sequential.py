@@ -16,7 +16,7 @@ from wush_jax.calibration import host_memory
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Stack
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
 BATCHES = rows(2, (64, 32))
 FLOAT32 = wush.Sequential(granularity="layer", hidden_dtype="float32")

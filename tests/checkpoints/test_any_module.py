@@ -11,6 +11,8 @@ from wush_jax.calibration.observe import stacked
 from wush_jax.layers.dense import dense_layers
 from wush_jax.layers.swap import swap
 
+pytestmark = pytest.mark.once
+
 INT8 = wush.Recipe(wush.INT8, transform="identity", solver="rtn")
 X = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
 

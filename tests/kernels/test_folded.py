@@ -12,7 +12,7 @@ from weights import normal
 import wush_jax as wush
 from pallas_kernels import folded, reference
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("strict")]
 
 FORMATS = [wush.NVFP4, wush.NVINT4, wush.NVINT4.replace(rule="signed_candidates")]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=["NVFP4", "NVINT4", "NVINT4 tuned"])

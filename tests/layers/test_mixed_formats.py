@@ -13,7 +13,7 @@ import pallas_kernels
 import wush_jax as wush
 from wush_jax.transforms.sample import Sample
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("strict")]
 
 N, K, M = 24, 1056, 6  # two groups of 512 columns and one of 32
 RNG = np.random.default_rng(0)
@@ -148,7 +148,6 @@ def loss(recipe):
 GPTQ = wush.Recipe(solver="gptq", interleave=False, share_transform=False)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("input_error", ["ignore", "model", "sample"])
 def test_eight_bits_lie_between_four_and_none(input_error):
     """The closer to no rounding, the less there is that the weights can make up for."""
@@ -158,7 +157,6 @@ def test_eight_bits_lie_between_four_and_none(input_error):
     assert none < eight < none + 0.15 * (four - none)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("preset", ["FAST", pytest.param("BEST", marks=pytest.mark.slow)])
 def test_nvint4_with_fp8_is_half_as_far(preset):
     """Of Gaussian values NVINT4 leaves 0.43 of MXFP4's squared error."""

@@ -13,6 +13,8 @@ import wush_jax as wush
 from wush_jax.layers.ragged import bias_of_rows
 from wush_jax.layers.ragged_linear import RaggedLinear
 
+pytestmark = pytest.mark.once
+
 ROWS, K, N, E, D = 11, 128, 24, 3, 32
 SIZES = np.int32([4, 0, 5])  # an expert without rows, and two rows beyond the last
 RNG = np.random.default_rng(0)

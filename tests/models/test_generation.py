@@ -16,7 +16,7 @@ import wush_jax as wush
 from wush_jax.models import Llama, generate, generation, sample
 from wush_jax.models.generation import CHUNK
 
-pytestmark = pytest.mark.usefixtures("float32_matmuls")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
 WINDOW = dataclasses.replace(
     CONFIG, sliding_window=5, layer_types=("full_attention", "sliding_attention")
@@ -61,7 +61,6 @@ def test_token_by_token_equals_the_whole(config):
     assert cache.lengths.tolist() == [14, 9]
 
 
-@pytest.mark.files
 def test_quantized_token_by_token_equals_the_whole():
     """Activations are quantized token by token, so that it makes no difference to them."""
     model = quantized_model()
@@ -83,7 +82,7 @@ def greedy(model, prompt, count):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: random_model(CONFIG), pytest.param(quantized_model, marks=pytest.mark.files)],
+    [lambda: random_model(CONFIG), quantized_model],
 )
 def test_greedy_generation(make):
     model = make()
@@ -140,7 +139,6 @@ def test_buckets_are_few_and_close():
     assert len(set(found)) <= 8 + 4 * 5
 
 
-@pytest.mark.once
 def test_stop_tokens_are_looked_for_in_chunks():
     """Also where the last chunk goes beyond the limit, and a row ends within one."""
     model, limit = random_model(CONFIG), CHUNK + 5

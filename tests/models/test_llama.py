@@ -12,6 +12,8 @@ from weights import random_model
 from wush_jax.models import LlamaConfig, RopeScaling, from_tensors, to_tensors
 from wush_jax.models.rope import apply_rope, rope_frequencies
 
+pytestmark = pytest.mark.once
+
 SMALL = LlamaConfig(
     vocab_size=13,
     hidden_size=24,

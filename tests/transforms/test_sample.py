@@ -9,7 +9,7 @@ import pytest
 import wush_jax as wush
 from wush_jax.transforms.sample import Sample
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("strict")]
 
 update = jax.jit(Sample.update)
 
