@@ -23,9 +23,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from wush_jax.checkpoints import model_names
-from wush_jax.checkpoints.content import ACTIVATIONS, content_of, written
+from wush_jax.checkpoints.content import content_of, written
+from wush_jax.checkpoints.described import described_llama
 from wush_jax.checkpoints.layouts import layout_of, read_all
-from wush_jax.checkpoints.layouts.layout import Layout
+from wush_jax.checkpoints.layouts.layout import Layout, quantization_config
 from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
@@ -41,12 +42,12 @@ from wush_jax.layers.nnx import (
 )
 from wush_jax.models import Llama
 from wush_jax.models.encodings import DecodedFolder, open_folder
-from wush_jax.models.hugging_face import FLOATS, folder_config
+from wush_jax.models.hugging_face import FLOATS, sizes_named
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
 from wush_jax.storage.json_file import CONFIG
-from wush_jax.storage.tensor_folder import TensorFolder
+from wush_jax.storage.tensor_folder import MisfitError, TensorFolder
 
 Placement = Mesh | Sharding | Callable[[str], Sharding | None] | None
 
@@ -145,7 +146,7 @@ def load(
     for note in folder.notes if isinstance(folder, DecodedFolder) else ():
         warnings.warn(f"{folder.path}: {note}", stacklevel=2)
     place = partial(_place, sharding)
-    quantization = folder.config.get("quantization_config", {})
+    quantization = quantization_config(folder)
     naming, stacks = quantization.get("naming"), quantization.get("stacks", {})
     if naming == model_names.WEIGHTS and model is None:
         weights = read_all(folder, place)
@@ -154,7 +155,9 @@ def load(
     records = layout.records(folder)
     # A model of the config alone takes each tensor in the type that the file has.
     kinds = FLOATS if model is None else ()
-    model = _llama(folder) if model is None else model
+    own = described_llama(folder) if model is None else None
+    model = own or model
+    assert model is not None
     if naming not in (None, model_names.naming(model)):
         raise ValueError(
             f"{folder.path / CONFIG}: names are of kind {naming!r}, those of model, a "
@@ -170,16 +173,17 @@ def load(
             dense = _stacked(folder, name, dense, stacks[name])
         return None if dense is None else layers.build(name, dense, implementation)
 
-    loaded = replace_modules(_hollow(model), replace)
-    if not decoded:  # what is no layer of the model's, such as one expert, is decoded below
-        layers.check_all_built()
-    _fill(loaded, folder, place, kinds)
-    pack_for_kernels(loaded)
-    for name in folder.entries:
-        repeated = layout is not NATIVE and name == _repeated_embedding(loaded)
-        if name.endswith(layout.skipped) or repeated:
-            folder.skip(name)
-    folder.check_all_read()
+    with sizes_named(None if own is None else own.config):
+        loaded = replace_modules(_hollow(model), replace)
+        if not decoded:  # what is no layer of the model's, such as one expert, is decoded below
+            layers.check_all_built()
+        _fill(loaded, folder, place, kinds)
+        pack_for_kernels(loaded)
+        for name in folder.entries:
+            repeated = layout is not NATIVE and name == _repeated_embedding(loaded)
+            if name.endswith(layout.skipped) or repeated:
+                folder.skip(name)
+        folder.check_all_read()
     return loaded
 
 
@@ -187,36 +191,6 @@ def _repeated_embedding(model: nnx.Module) -> str | None:
     """Return the tensor in which some files repeat an embedding that the head shares."""
     tied = isinstance(model, Llama) and model.config.tie_word_embeddings
     return "lm_head.weight" if tied else None
-
-
-def _llama(folder: TensorFolder) -> Llama:
-    """Return the shapes of the Llama that a folder's config describes."""
-    file = folder.path / CONFIG
-    quantization = folder.config.get("quantization_config", {})
-    if quantization.get("naming", "hugging_face") != "hugging_face":
-        raise ValueError(f"{file} describes no Llama; give the model that was saved, or its shapes")
-    embedding = folder.entries.get("model.embed_tokens.weight")
-    try:
-        layers = folder.config.get("num_hidden_layers")  # before a billion of them is spelled out
-        if embedding is None or (isinstance(layers, int) and layers > len(folder.entries)):
-            raise ValueError("more layers than the files hold, or no embedding")
-        config = folder_config(folder)
-        if quantization.get("model_digest", config.digest()) != config.digest():
-            raise ValueError(
-                "its entries are not those that were saved, their digest differs: something "
-                "changed them; delete 'model_digest' to have what they say now"
-            )
-        if not 0 < config.num_hidden_layers <= len(folder.entries):
-            raise ValueError("more layers than the files hold, or no embedding")
-        dtype = folder.config.get("dtype", folder.config.get("torch_dtype", embedding.dtype))
-        dtype = folder.config.get(ACTIVATIONS, quantization.get("activation_dtype", dtype))
-        kinds = {"dtype": dtype, "param_dtype": embedding.dtype}
-        kinds = {key: jnp.dtype(kind) for key, kind in kinds.items()}
-        return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kinds))
-    except NotImplementedError:
-        raise
-    except Exception as error:  # whatever a nonsensical config trips over
-        raise ValueError(f"{file} describes no Llama ({error!r}); fetch it again") from error
 
 
 class _Layers:
@@ -236,7 +210,7 @@ class _Layers:
     def build(self, name: str, dense: Dense, implementation: str | None) -> QuantizedDense:
         record = self.records[name]
         if record.shape != dense.weight_shape:
-            raise ValueError(
+            raise MisfitError(
                 f"{self.folder.path / CONFIG}: layer {name!r} has shape {record.shape}, in the "
                 f"model {dense.weight_shape}; give the model that was saved"
             )
@@ -252,7 +226,7 @@ class _Layers:
     def check_all_built(self) -> None:
         missing = sorted(set(self.records) - self.built)
         if missing:
-            raise ValueError(
+            raise MisfitError(
                 f"{self.folder.path / CONFIG}: the model has no dense layer called {missing[:5]} "
                 f"({len(missing)} in all); give the model as it was before quantization"
             )

@@ -85,6 +85,10 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 )
 
 
+class MisfitError(ValueError):
+    """Tensors are not those that a config, or a model, asks for."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a tensor lies.
@@ -168,12 +172,12 @@ class TensorFolder:
         wanted += " " + " or ".join(map(str, shapes))
         entry = self.entries.get(name)
         if entry is None:
-            raise ValueError(
+            raise MisfitError(
                 f"{self.path}: tensor {name!r} is missing, expected {wanted}; fetch the whole "
                 "folder again, or give the model that was saved"
             )
         if entry.dtype not in [np.dtype(d) for d in dtypes] or entry.shape not in shapes:
-            raise ValueError(
+            raise MisfitError(
                 f"{entry.file}: tensor {name!r} is {entry.dtype.name} {entry.shape}, expected "
                 f"{wanted}; give the model that was saved, in its dtypes, or save again"
             )
@@ -193,7 +197,7 @@ class TensorFolder:
         """Raise ValueError if some tensor was never read: it belongs to something else."""
         if self._unread:
             files = sorted({str(self.entries[name].file) for name in self._unread})
-            raise ValueError(
+            raise MisfitError(
                 f"{', '.join(files[:4])}: surplus tensors {some(self._unread)} that the config "
                 "and the model do not have; give the model that was saved"
             )
@@ -301,9 +305,12 @@ def _checksums(file: Path, metadata: Any, names: set[str]) -> dict[str, int]:
     try:
         sums = parse_json(text.encode())
         if set(sums) != names or not all(type(sums[name]) is int for name in names):
-            raise ValueError("not one number a tensor")
+            strangers = some(set(sums) ^ names) or "a number"
+            raise ValueError(f"not one number a tensor: it differs in {strangers}")
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: metadata {CHECKSUMS!r} is damaged ({error})") from error
+        raise ValueError(
+            f"{file}: metadata {CHECKSUMS!r} is damaged ({error}); fetch the file again"
+        ) from error
     return sums
 
 

@@ -38,10 +38,12 @@ def layout_of(folder: TensorFolder) -> Layout:
         if layout.claims(folder):
             return layout
     config = _quantization_config(folder)
-    found = {key: str(config[key])[:80] for key in ("quant_method", "format") if key in config}
+    found = {key: str(config.get(key, "missing"))[:80] for key in ("quant_method", "format")}
+    said = ", ".join(f"{key} is {value}" for key, value in found.items())
+    said = f"quantization_config: {said}" if config else "no quantization_config"
     raise ValueError(
-        f"{folder.path / CONFIG}: {found or 'no quantization_config'}; expected one of the layouts "
-        f"{', '.join(LAYOUTS)}"
+        f"{folder.path / CONFIG}: {said}; expected one of the layouts {', '.join(LAYOUTS)}: fetch "
+        "the folder again, or quantize the original model"
     )
 
 

@@ -47,8 +47,9 @@ def _records(folder: TensorFolder) -> dict[str, LayerRecord]:
     algorithm, group = config.get("quant_algo"), config.get("group_size", 16)
     if algorithm != ALGORITHM or group != NVFP4.group_size:
         raise ValueError(
-            f"{folder.path}: quant_algo={algorithm!r} with group_size={group!r}; only "
-            f"{ALGORITHM!r} with groups of {NVFP4.group_size} is read"
+            f"{folder.path}: quantization of {FILE}, or quantization_config: quant_algo="
+            f"{algorithm!r} with group_size={group!r}; only {ALGORITHM!r} with groups of "
+            f"{NVFP4.group_size} is read: quantize the original model with it"
         )
     records = {}
     fmt = NVFP4.replace(global_scale=None)

@@ -1,0 +1,74 @@
+"""Folders of every layout with one entry of a config, or one tensor, changed.
+
+Each is refused by an error that names the entry or the tensor, or computes what it did. What files
+without checksums cannot tell from other valid ones is taken at its word, and listed here.
+"""
+
+import shutil
+
+import hypothesis
+import hypothesis.strategies as st
+import mutated_folders
+import pytest
+from hypothesis import settings
+
+pytestmark = pytest.mark.files
+
+# Native files have digests and checksums: nothing else is ever read of them.
+SEALED = ("native", "native-shards", "hadamard")
+# Constants of a model and of its inputs: other ones are other models, as valid as the first.
+AT_THEIR_WORD = {
+    *("rope_theta", "rms_norm_eps", "sliding_window", "max_window_layers", "use_sliding_window"),
+    *("dtype", "torch_dtype", "wush_activation_dtype", "version", "max_position_embeddings"),
+    *("model_type", "architectures", "rope_parameters", "forward_dtype", "input_activations"),
+}
+# Files have no sign of a changed byte, nor of 16 bits that are of another type.
+NO_SIGN = ("byte", "dtype")
+# What a message may name in place of the entry that was changed: its digest, or what is around it.
+INSTEAD = ("digest", "crc32", "quantization_config", "config_groups", "weight_map", "_size=")
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folders = mutated_folders.make_all(tmp_path_factory.mktemp("originals"))
+    return {folder: mutated_folders.read(folder) for folder in folders}
+
+
+def check(originals, data, target):
+    """Change one of the folders, read it, and judge."""
+    folder = data.draw(st.sampled_from(sorted(originals)))
+    changes = mutated_folders.json_changes, mutated_folders.tensor_changes
+    file, content, what = data.draw(data.draw(st.sampled_from([changes[0], *changes]))(folder))
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+    (target / file).write_bytes(content)
+    where, kind = what[:2]
+    try:
+        found = mutated_folders.read(target)
+    except (ValueError, NotImplementedError) as error:
+        text = str(error)
+        names = [str(part) for part in (where if isinstance(where, tuple) else (where,))]
+        layer = names[-1].rpartition(".")[0] or names[-1]
+        named = names[-1] in text or layer in text or any(word in text for word in INSTEAD)
+        assert named or "surplus" in text, (folder.name, what, text)
+        assert target.name in text, (folder.name, what, text)
+        return "refused"
+    if found == originals[folder]:
+        return "same"
+    excused = kind in NO_SIGN if isinstance(where, str) else AT_THEIR_WORD & set(map(str, where))
+    assert excused, (folder.name, file, what)
+    assert folder.name not in SEALED, (folder.name, file, what)
+    return "other"
+
+
+@settings(max_examples=12)
+@hypothesis.given(data=st.data())
+def test_a_changed_folder_is_refused_or_computes_the_same(originals, data, tmp_path_factory):
+    check(originals, data, tmp_path_factory.getbasetemp() / "mutated")
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, derandomize=False)
+@hypothesis.given(data=st.data())
+def test_ten_thousand_changed_folders(originals, data, tmp_path_factory):
+    check(originals, data, tmp_path_factory.getbasetemp() / "mutated-long")
