@@ -12,7 +12,7 @@ import numpy as np
 
 from wush_jax.models.typed_values import TypedValues
 from wush_jax.storage.json_file import CONFIG
-from wush_jax.storage.tensor_folder import Entry, TensorFolder, some
+from wush_jax.storage.tensor_folder import Entry, MisfitError, TensorFolder, some
 
 # The dtypes and shapes that are right, by tensor.
 Headers = Mapping[str, tuple[Sequence[Any], Sequence[tuple[int, ...]]]]
@@ -162,7 +162,7 @@ class DecodedFolder(TensorFolder):
         """
         weight = self.encoded.get(name)
         if weight is not None and weight.shape not in shapes:
-            raise ValueError(
+            raise MisfitError(
                 f"{self.path}: tensor {name!r} is {weight.said} {weight.shape}, expected "
                 f"{' or '.join(map(str, shapes))}; give the model that was saved"
             )
