@@ -204,7 +204,8 @@ def abstract_of(
     """
     kept = tensors.dtype(EMBEDDING) if param_dtype is None else param_dtype
     model = abstract(tensors.config, dtype=dtype, param_dtype=kept, **options)
-    check_names(model, tensors)
+    with sizes_named(tensors.config):
+        check_names(model, tensors)
     return model if param_dtype is not None else typed(model, tensors)
 
 
@@ -361,4 +362,5 @@ def load_pretrained(
         param_dtype=param_dtype,
         attention_implementation=attention_implementation,
     )
-    return fill(model, tensors, sharding=sharding)
+    with sizes_named(tensors.config):
+        return fill(model, tensors, sharding=sharding)
