@@ -199,7 +199,7 @@ def tensor_changes(draw, folder):
         size = len(data) // shape[0]
         tensors[name] = (dtype, [shape[0] - 1, *shape[1:]], data[:-size])
     else:
-        at = draw(st.integers(0, len(data) - 1))
+        kind, at = "byte", draw(st.integers(0, len(data) - 1))
         flip = 1 << draw(st.integers(0, 7))
         tensors[name] = (dtype, shape, data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
     return file, as_bytes(about, tensors), (name, kind, dtype, shape)

@@ -42,7 +42,8 @@ from wush_jax.layers.nnx import (
 )
 from wush_jax.models import Llama
 from wush_jax.models.encodings import DecodedFolder, open_folder
-from wush_jax.models.hugging_face import FLOATS, sizes_named
+from wush_jax.models.hugging_face import FLOATS
+from wush_jax.models.misfits import sizes_named
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder

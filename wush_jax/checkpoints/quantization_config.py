@@ -52,9 +52,11 @@ class LayerRecord:
             raise ValueError(f"shape={self.shape} is empty")
         for fmt in (self.format, self.input_format):
             if fmt is not None and (not fmt.holds(k) or k * fmt.element.bits % 8):
-                raise ValueError(f"groups of {fmt.group_size} ({fmt.name}) do not tile K={k}")
+                raise ValueError(
+                    f"shape={self.shape}: groups of {fmt.group_size} ({fmt.name}) do not tile K={k}"
+                )
         if self.block is not None and (self.block < 1 or k % self.block):
-            raise ValueError(f"block={self.block} does not divide K={k}")
+            raise ValueError(f"shape={self.shape}: block={self.block} does not divide K={k}")
 
 
 def records_to_json(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
@@ -200,9 +202,9 @@ def _record(values: Mapping[str, Any], formats: Mapping[str, Format]) -> LayerRe
         raise ValueError(f"shape={str(shape)[:80]}, expected [N, K]")
     key = _take(values, "format", str)
     input_key = _take(values, "input_format", (str, type(None)))
-    for name in (key, input_key):
+    for entry, name in (("format", key), ("input_format", input_key)):
         if name is not None and name not in formats:
-            raise ValueError(f"format {name!r} is not among {sorted(formats)}")
+            raise ValueError(f"{entry}: format {name!r} is not among {sorted(formats)}")
     block = _take(values, "block", (int, type(None)))
     site = _take(values, "site", (str, type(None)))
     if (block is None) != (site is None):

@@ -1,6 +1,5 @@
 """Weights of a :class:`Llama` under Hugging Face's names, and its safetensors folders."""
 
-import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from flax import nnx
 from wush_jax.models.config import LlamaConfig
 from wush_jax.models.encodings import ENCODINGS, DecodedFolder, open_config, open_folder
 from wush_jax.models.llama import Llama
+from wush_jax.models.misfits import sizes_named
 from wush_jax.models.placement import Placement, place
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.storage.json_file import CONFIG
@@ -22,12 +22,6 @@ from wush_jax.storage.tensor_folder import MisfitError, TensorFolder
 Module = TypeVar("Module", bound=nnx.Module)
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 EMBEDDING = "model.embed_tokens.weight"
-# Fields of a config that decide which tensors there are, and their shapes.
-SIZES = (
-    *("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
-    *("attention_bias", "output_bias", "mlp_bias", "qk_norm", "num_experts"),
-)
 
 
 def tensor_name(path: tuple[Any, ...]) -> str:
@@ -65,25 +59,6 @@ def to_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
         tensor_name(path): _turned(variable.shape) if path[-1] == "kernel" else variable.shape
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
-
-
-@contextlib.contextmanager
-def sizes_named(config: LlamaConfig | None) -> Iterator[None]:
-    """Name the entries of a config where tensors are not those that it implies.
-
-    Args:
-        config: what was read of ``config.json``; None where the model came from elsewhere.
-
-    Raises:
-        ValueError: in place of a `MisfitError`.
-    """
-    try:
-        yield
-    except MisfitError as error:
-        if config is None:
-            raise
-        said = ", ".join(f"{name}={getattr(config, name)}" for name in SIZES)
-        raise ValueError(f"{error}; {CONFIG} means {said}") from error
 
 
 def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,7 +139,7 @@ def fill(
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         name = tensor_name((*inside, *path))
         value = np.asarray(tensors[name])
-        value = value.mT if path[-1] == "kernel" else value
+        value = value.mT if path[-1] == "kernel" and value.ndim > 1 else value
         if value.shape != variable.shape:
             raise MisfitError(
                 f"{_place(tensors)}tensors[{name!r}] has shape {value.shape} where the config "

@@ -266,6 +266,14 @@ def tensor_faults(folder: TensorFolder, wanted: Headers) -> list[str]:
     return faults
 
 
+def _ragged(name: str, parts: Headers, *, shape: Any, block: Any, **_: Any) -> list[str]:
+    """Return that groups of a row do not tile it: only an order in the file says what is meant."""
+    (rows, group), k = block, shape[1]
+    if rows > 1 or k % group == 0 or any(part.endswith("g_idx") for part in parts):
+        return []
+    return [f"group_size = {group} does not divide the {k} inputs of {name!r}"]
+
+
 def encoded_layers(
     folder: TensorFolder,
     ending: str,
@@ -287,7 +295,7 @@ def encoded_layers(
     faults = [] if names else [f"{CONFIG} names an encoding, but no tensor ends in {ending!r}"]
     for name in names:
         wanted, fields = describe(name)
-        wrong = tensor_faults(folder, wanted)
+        wrong = tensor_faults(folder, wanted) + _ragged(name, wanted, **fields)
         faults += wrong
         if not wrong:
             scales = folder.entries[[*wanted][1]]

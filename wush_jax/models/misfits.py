@@ -1,0 +1,34 @@
+"""Which entries of a config tensors do not fit."""
+
+import contextlib
+from collections.abc import Iterator
+
+from wush_jax.models.config import LlamaConfig
+from wush_jax.storage.json_file import CONFIG
+from wush_jax.storage.tensor_folder import MisfitError
+
+# Fields of a config that decide which tensors there are, and their shapes.
+SIZES = (
+    *("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+    *("attention_bias", "output_bias", "mlp_bias", "qk_norm", "num_experts"),
+)
+
+
+@contextlib.contextmanager
+def sizes_named(config: LlamaConfig | None) -> Iterator[None]:
+    """Name the entries of a config where tensors are not those that it implies.
+
+    Args:
+        config: what was read of ``config.json``; None where the model came from elsewhere.
+
+    Raises:
+        ValueError: in place of a `MisfitError`.
+    """
+    try:
+        yield
+    except MisfitError as error:
+        if config is None:
+            raise
+        said = ", ".join(f"{name}={getattr(config, name)}" for name in SIZES)
+        raise ValueError(f"{error}; {CONFIG} means {said}") from error
