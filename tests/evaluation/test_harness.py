@@ -10,7 +10,7 @@ from flax import nnx
 from tiny import BYTES
 from weights import random_model
 
-from wush_jax.evaluation.harness import HarnessModel
+from wush_jax.evaluation.harness import HarnessModel, task_figures
 from wush_jax.models import generate
 from wush_jax.models.text import Tokenizer
 
@@ -112,3 +112,11 @@ def test_a_task_of_a_local_file(adapter, model, tmp_path):
     )
     found = results["results"]["sums"]
     assert math.log(found["perplexity,none"]) == pytest.approx(-expected, rel=1e-4)
+    (tmp_path / "sums.yaml").write_text(json.dumps(task))  # which YAML contains
+    tokenizer = Tokenizer(stop_tokens=(0,))
+    options = {"limit": None, "batch_size": 2}
+    figures = task_figures(model, tokenizer, [str(tmp_path / "sums.yaml")], **options)
+    assert figures["sums perplexity"] == pytest.approx(found["perplexity,none"])
+    assert figures["sums acc"] == found["acc,none"]
+    with pytest.raises(ValueError, match="no_such_task"):
+        task_figures(model, tokenizer, ["no_such_task"], **options)

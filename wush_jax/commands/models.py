@@ -23,12 +23,13 @@ from wush_jax.commands.options import Text, placement_of
 from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
 from wush_jax.evaluation.generation import greedy_text, score_generation
+from wush_jax.evaluation.harness import task_figures
 from wush_jax.models import stream
 from wush_jax.models.documents import LINES, read_documents, read_text
 from wush_jax.models.encodings import open_config
 from wush_jax.models.hugging_face import load_pretrained, read_model_config
 from wush_jax.models.text import Tokenizer
-from wush_jax.models.tokens import in_batches
+from wush_jax.models.tokens import Windows, in_batches
 
 Model = tyro.conf.Positional[Path]
 DType = Literal["bfloat16", "float32"]
@@ -58,11 +59,13 @@ def evaluate(
     source: Annotated[Text, tyro.conf.arg(name="text")] = Text(samples=None),  # noqa: B008  # frozen
     reference: Path | None = None,
     generation: int = 0,
+    tasks: tuple[str, ...] = (),
+    limit: int | None = None,
     dtype: DType = "bfloat16",
     mesh: str | None = None,
     out: Path | None = None,
 ) -> None:
-    """Measure the perplexity of a model on a text, and its KL divergence from a reference.
+    """Measure the perplexity of a model on a text, its KL divergence from a reference, and tasks.
 
     Args:
       model: folder of a model, quantized or not.
@@ -70,22 +73,53 @@ def evaluate(
       reference: folder of the model to compare with, such as the unquantized one.
       generation: how many prompts of the text the reference continues greedily, to see how far the
         model follows; beside it the floor, the reference in bfloat16 against float32.
+      tasks: of EleutherAI's harness (the extra eval), such as arc_easy, or YAML files of your own;
+        with them there need be no text.
+      limit: the most questions of each task.
       dtype: of an unquantized model's weights and activations.
       mesh: divide the model, and the reference, over devices: model=N.
       out: JSON file for the figures.
     """
-    windows = source.windows(model)
-    batches = in_batches(windows.rows, source.batch)
-    if all(len(row) < 2 for row in windows.rows):
+    without = tasks and not source.text and source.tokens is None
+    windows = None if without else source.windows(model)
+    if windows is not None and all(len(row) < 2 for row in windows.rows):
         raise ValueError(
             f"--length {source.length}: windows of one token predict nothing; give 2 or more"
         )
     if generation and reference is None:
         raise ValueError(f"--generation {generation} needs the model to compare with: --reference")
+    if windows is None and reference is not None:
+        raise ValueError("--reference compares on a text: give --text FILE or --tokens FILE.npy")
     if reference is not None:
         check_same_vocabulary(model, reference)
     measured = open_model(model, dtype, mesh)
-    figures: dict[str, Any] = {"model": str(model), "tokens": sum(map(len, windows.rows))}
+    figures: dict[str, Any] = {"model": str(model)}
+    if windows is not None:
+        figures |= _text_figures(measured, windows, source.batch, reference, dtype, mesh)
+        if generation and reference is not None:
+            figures |= generation_figures(reference, measured, windows.rows, generation, mesh)
+    if tasks:
+        tokenizer = Tokenizer.read(model)
+        figures |= task_figures(measured, tokenizer, tasks, limit=limit, batch_size=source.batch)
+    table = Table(show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    console().print(table)
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
+
+
+def _text_figures(
+    measured: nnx.Module,
+    windows: Windows,
+    batch: int,
+    reference: Path | None,
+    dtype: str,
+    mesh: str | None,
+) -> dict[str, Any]:
+    """Return what a text tells of a model."""
+    batches = in_batches(windows.rows, batch)
+    figures: dict[str, Any] = {"tokens": sum(map(len, windows.rows))}
     if windows.left_out:
         figures["tokens_left_out"] = windows.left_out
     with progress(len(batches)) as update:
@@ -101,14 +135,7 @@ def evaluate(
         figures["reference"] = str(reference)
         figures["reference_perplexity"] = perplexity_of(found.reference_cross_entropy)
         figures["kl"] = found.kl
-        if generation:
-            figures |= generation_figures(reference, measured, windows.rows, generation, mesh)
-    table = Table(show_header=False)
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
-    console().print(table)
-    if out is not None:
-        out.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    return figures
 
 
 def generation_figures(

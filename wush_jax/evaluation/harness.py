@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -305,3 +306,43 @@ def _score(graph, state, tokens, targets, starts, ends):
     counted = (at >= starts[:, None]) & (at < ends[:, None])
     greedy = (jnp.argmax(logits, axis=-1) == targets) | ~counted
     return jnp.sum(jnp.where(counted, chosen, 0), axis=1), jnp.all(greedy, axis=1)
+
+
+def task_figures(
+    model: Any, tokenizer: Tokenizer, tasks: Sequence[str], *, limit: int | None, batch_size: int
+) -> dict[str, float]:
+    """Return the harness's figures of some tasks, by the names of task and metric.
+
+    Args:
+      model: a `Llama`, quantized or not.
+      tokenizer: of its folder.
+      tasks: names that the harness knows, or YAML files.
+      limit: the most questions of each; None for all.
+      batch_size: requests in a batch.
+
+    Raises:
+      ValueError: without the ``lm_eval`` package; a task that it does not know.
+    """
+    try:
+        import lm_eval
+        import yaml
+    except ImportError as error:
+        raise ValueError("--tasks needs lm_eval: pip install 'wush-jax[eval]'") from error
+    chosen = [
+        yaml.safe_load(Path(task).read_text("utf8")) if Path(task).is_file() else task
+        for task in tasks
+    ]
+    adapter: Any = HarnessModel(model, tokenizer, batch_size=batch_size)
+    try:
+        results = lm_eval.simple_evaluate(adapter, tasks=chosen, limit=limit, bootstrap_iters=0)
+    except KeyError as error:
+        raise ValueError(
+            f"--tasks: the harness does not know {error}; see lm_eval ls tasks"
+        ) from error
+    assert results is not None
+    return {
+        f"{task} {metric.removesuffix(',none')}": float(value)
+        for task, found in results["results"].items()
+        for metric, value in found.items()
+        if isinstance(value, (int, float)) and "_stderr" not in metric
+    }
