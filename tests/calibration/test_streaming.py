@@ -18,7 +18,9 @@ from weights import random_model
 
 import wush_jax as wush
 from wush_jax.calibration.streaming import quantize_folder
+from wush_jax.layers.dense import dense_layers
 from wush_jax.models import load_pretrained, to_tensors
+from wush_jax.models.hugging_face import abstract
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float32_matmuls")]
 
@@ -26,6 +28,16 @@ UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=T
 BATCHES = tokens(2, shape=(2, 32))
 RECIPE = wush.Recipe(transform="wush", solver="rtn")
 BODY = [("lm_head", None), (".*", RECIPE)]
+
+
+class Seen(list):
+    """A callback that takes everything down, and what the steps cost."""
+
+    def __call__(self, *now):
+        self.append(now)
+
+    def weigh(self, costs):
+        self.costs = costs
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +50,8 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def streamed(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("streamed") / "out"
-    seen = []
-    report = quantize_folder(source, out, BATCHES, BODY, progress=lambda *now: seen.append(now))
+    seen = Seen()
+    report = quantize_folder(source, out, BATCHES, BODY, progress=seen)
     return out, report, seen
 
 
@@ -59,6 +71,19 @@ def test_progress_reaches_its_total(streamed):
     seen = streamed[2]
     assert [done for done, _, _ in seen] == list(range(1, len(seen) + 1))
     assert {total for _, total, _ in seen} == {len(seen)}
+
+
+def test_every_step_has_its_cost(streamed):
+    """Two operations a weight and token; the moments on top, and the solver of the pass before."""
+    seen = streamed[2]
+    assert len(seen.costs) == len(seen)
+    layers, _ = dense_layers(abstract(UNTIED).layers[0])
+    forward = 2 * sum(layer.kernel.size for layer in layers.values()) * BATCHES[0].size
+    went_on = [c for c, (_, _, what) in zip(seen.costs, seen, strict=True) if what == "forward"]
+    assert went_on[1] == forward
+    assert went_on[0] > forward
+    others = [c for c, (_, _, what) in zip(seen.costs, seen, strict=True) if what != "forward"]
+    assert min(others) > forward
 
 
 def test_nothing_is_left_beside_the_result(streamed):

@@ -118,6 +118,7 @@ def test_names_with_dots_are_names_of_their_own(tmp_path):
     quantized, report = wush.quantize_model(model, [X], INT8)
     assert {row.path for row in report.layers} == {"d.'a.b'", "d.a.b"}
     assert not report.skipped
+    np.testing.assert_allclose(quantized(X), model(X), atol=0.05)  # eight bits
     wush.save(tmp_path / "saved", quantized)
     loaded = wush.load(tmp_path / "saved", Dotted())
     np.testing.assert_array_equal(loaded(X), quantized(X))

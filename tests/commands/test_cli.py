@@ -159,6 +159,19 @@ def test_an_interruption_that_python_drops_is_noted(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_bar_goes_by_what_steps_cost(monkeypatch):
+    shown = []
+    make = terminal.progress_bar
+    monkeypatch.setattr(terminal, "progress_bar", lambda *a: shown.append(make(*a)) or shown[0])
+    with terminal.progress() as update:
+        update.weigh([1.0, 1.0, 8.0])
+        update(2, 3, "two cheap ones")
+        (task,) = shown[0].tasks
+        assert (task.percentage, task.fields["count"]) == (20, "2/3")
+        update(3, 3, "all")
+        assert task.finished
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

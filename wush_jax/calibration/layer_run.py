@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from wush_jax.calibration.observe import (
     collect_moments,
     plain_call,
 )
+from wush_jax.calibration.pass_costs import StageCost
 from wush_jax.calibration.planning import ModelPlan, packed_like
 from wush_jax.calibration.report import LayerReport
 from wush_jax.calibration.resume import RunState
@@ -93,11 +95,21 @@ class Sequential:
 
 
 class Counter:
-    """Counts passes over chunks for the progress callback."""
+    """Counts passes over chunks for the progress callback.
+
+    A callback with a method ``weigh`` is told before the first what each of them costs.
+    """
 
     def __init__(self, progress: Progress | None):
         self.done = self.total = 0
         self.progress = progress
+
+    def expect(self, costs: Sequence[float]) -> None:
+        """Note how many passes there will be, and what each costs beside the others."""
+        self.total = len(costs)
+        weigh = getattr(self.progress, "weigh", None)
+        if weigh is not None:
+            weigh(costs)
 
     def __call__(self, what: str) -> None:
         """Count one pass over a chunk."""
@@ -158,6 +170,16 @@ class LayerRun:
         if self.settings.granularity == "site":
             return [[item] for item in sites]
         return [list(sites)] if sites else []
+
+    def cost(
+        self, module: nnx.Module, sites: Sequence[SitePlan], *, together: bool, advances: bool
+    ) -> StageCost:
+        """Return what the passes through a module cost; all sites in one where ``together``."""
+        dense, _ = dense_layers(module, self.dense_types)
+        groups = [list(sites)] if together else self.passes(sites)
+        passes = [[site_cost(item, dense) for item in group] for group in groups]
+        weights = sum(math.prod(layer.kernel.shape) for layer in dense.values())
+        return StageCost(passes, weights, advances)
 
     def quantize_layer(
         self, layer: nnx.Module, sites: Sequence[SitePlan], hidden: list[np.ndarray], prefix: str

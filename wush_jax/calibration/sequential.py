@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from wush_jax.calibration.host_memory import check_device_memory, check_host_memory, within_memory
@@ -22,6 +24,7 @@ from wush_jax.calibration.layer_run import (
 )
 from wush_jax.calibration.layer_run import Stack as Stack
 from wush_jax.calibration.observe import Call, Progress, plain_call
+from wush_jax.calibration.pass_costs import pass_costs
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest, model_digest
@@ -86,9 +89,12 @@ def quantize_sequentially(
     inside = {f"{stack.layers}.{i}.{s.site.name}" for i, local in enumerate(stages) for s in local}
     rest = [item for item in planned.sites if item.site.name not in inside]
     run = LayerRun(settings, dense_types, implementation, Counter(progress))
-    run.count.total = len(batches) * (
-        sum(len(run.passes(local)) for local in stages) + len(layers) - 1 + bool(rest)
-    )
+    costs = [
+        run.cost(layer, local, together=False, advances=index + 1 < len(layers))
+        for index, (layer, local) in enumerate(zip(layers, stages, strict=True))
+    ]
+    costs += [run.cost(model, rest, together=True, advances=False)] if rest else []
+    run.count.expect(pass_costs(costs, [_tokens(batch) for batch in batches]))
     check_host_memory(model, batches, stack.embed, settings.hidden_dtype)
     check_device_memory(planned.report.details, sequential=True)
     memory = within_memory(planned.report.details)
@@ -119,6 +125,12 @@ def quantize_sequentially(
         finished |= packed
         rows += new_rows
     return finish(model, everything, finished, implementation, rows, planned.report)
+
+
+def _tokens(batch: Any) -> int:
+    """Return how many tokens, or rows, the first array of a batch has."""
+    shape = np.shape(jax.tree.leaves(batch)[0])
+    return math.prod(shape[:2])
 
 
 @contextlib.contextmanager

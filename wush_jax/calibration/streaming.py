@@ -32,6 +32,7 @@ from wush_jax.calibration.layer_run import (
     stage_note,
 )
 from wush_jax.calibration.observe import Progress
+from wush_jax.calibration.pass_costs import pass_costs
 from wush_jax.calibration.planning import ModelPlan, plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest
@@ -205,8 +206,11 @@ class _Stream:
         """Quantize stage after stage; afterwards `written` has all tensors."""
         stages = self._stages(planned)
         last = stages[-1].index
-        passes = sum(len(self.run.passes(s.sites)) if s.prefix else 1 for s in stages)
-        self.run.count.total = len(batches) * (passes + last)
+        costs = [
+            self.run.cost(s.module, s.sites, together=not s.prefix, advances=s.index < last)
+            for s in stages
+        ]
+        self.run.count.expect(pass_costs(costs, [batch.size for batch in batches]))
         hidden = [self._embed(batch) for batch in batches]
         done, rows = finished_stages(self.state, len(stages)), []
         for stage in stages:

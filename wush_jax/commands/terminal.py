@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -27,16 +29,45 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(width=200)
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console, counts: ProgressColumn | None = None) -> Progress:
     """Return a bar with counts, elapsed time and an ETA."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        counts or MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        speed_estimate_period=600,  # seconds: a step may take minutes
     )
+
+
+class Bar:
+    """What the library calls with done, total and what: moves a bar, by cost where that is known.
+
+    Args:
+      bar: of `progress_bar`.
+      total: of what does not tell its own.
+      pressed: set by an interruption.
+    """
+
+    def __init__(self, bar: Progress, total: int | None, pressed: threading.Event):
+        self.bar, self.pressed = bar, pressed
+        self.task = bar.add_task("start", total=total, count="")
+        self.ends: list[float] = []
+
+    def weigh(self, costs: Sequence[float]) -> None:
+        """Note what each step costs: the bar, and the time left, go by that."""
+        self.ends = [0.0, *itertools.accumulate(costs)]
+
+    def __call__(self, done: int, of: int | None, what: str) -> None:
+        """Show what is done; KeyboardInterrupt on an interruption."""
+        if self.pressed.is_set():
+            raise KeyboardInterrupt
+        total: float | None = self.bar.tasks[self.task].total if of is None else of
+        count = f"{done}" if total is None else f"{done}/{total:.0f}"
+        part, whole = (self.ends[done], self.ends[-1]) if self.ends else (done, total)
+        self.bar.update(self.task, completed=part, total=whole, description=what, count=count)
 
 
 @contextmanager
@@ -49,15 +80,9 @@ def progress(total: int | None = None) -> Iterator[Callback]:
     Raises:
       KeyboardInterrupt: on an interruption, at the latest with the next report.
     """
-    with _noted_interruption() as pressed, progress_bar(Console(stderr=True)) as bar:
-        task = bar.add_task("start", total=total)
-
-        def update(done: int, of: int | None, what: str) -> None:
-            if pressed.is_set():
-                raise KeyboardInterrupt
-            bar.update(task, completed=done, total=total if of is None else of, description=what)
-
-        yield update
+    counts = TextColumn("{task.fields[count]}")
+    with _noted_interruption() as pressed, progress_bar(Console(stderr=True), counts) as bar:
+        yield Bar(bar, total, pressed)
 
 
 @contextmanager
