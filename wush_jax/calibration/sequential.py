@@ -89,12 +89,7 @@ def quantize_sequentially(
     inside = {f"{stack.layers}.{i}.{s.site.name}" for i, local in enumerate(stages) for s in local}
     rest = [item for item in planned.sites if item.site.name not in inside]
     run = LayerRun(settings, dense_types, implementation, Counter(progress))
-    costs = [
-        run.cost(layer, local, together=False, advances=index + 1 < len(layers))
-        for index, (layer, local) in enumerate(zip(layers, stages, strict=True))
-    ]
-    costs += [run.cost(model, rest, together=True, advances=False)] if rest else []
-    run.count.expect(pass_costs(costs, [_tokens(batch) for batch in batches]))
+    run.count.expect(_costs(run, model, layers, stages, rest, batches))
     check_host_memory(model, batches, stack.embed, settings.hidden_dtype)
     check_device_memory(planned.report.details, sequential=True)
     memory = within_memory(planned.report.details)
@@ -127,10 +122,15 @@ def quantize_sequentially(
     return finish(model, everything, finished, implementation, rows, planned.report)
 
 
-def _tokens(batch: Any) -> int:
-    """Return how many tokens, or rows, the first array of a batch has."""
-    shape = np.shape(jax.tree.leaves(batch)[0])
-    return math.prod(shape[:2])
+def _costs(run: LayerRun, model, layers, stages, rest, batches) -> list[float]:
+    """Return what each pass of each batch costs."""
+    costs = [
+        run.cost(layer, local, together=False, advances=layer is not layers[-1])
+        for layer, local in zip(layers, stages, strict=True)
+    ]
+    costs += [run.cost(model, rest, together=True, advances=False)] if rest else []
+    # Tokens, or rows, of the first array of a batch.
+    return pass_costs(costs, [math.prod(np.shape(jax.tree.leaves(b)[0])[:2]) for b in batches])
 
 
 @contextlib.contextmanager
