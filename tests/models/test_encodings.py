@@ -21,12 +21,13 @@ from flax import nnx
 import wush_jax as wush
 from wush_jax.checkpoints import interchange
 from wush_jax.models.encodings import ENCODINGS, open_folder
+from wush_jax.models.encodings.awq import outputs_of
 from wush_jax.models.encodings.integers import unpack
 from wush_jax.models.hugging_face import FolderTensors, load_pretrained
 
 pytestmark = pytest.mark.files
 
-PACKED = {"gptq", "gptq g64", "pack", "pack rows", "pack no order"}
+PACKED = {"awq symmetric", "gptq", "gptq g64", "pack", "pack rows", "pack no order"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -66,15 +67,18 @@ def test_activations_that_stay_as_they_are_are_said(tmp_path):
 
 
 def test_golden_words():
-    """One word of AutoGPTQ's, AutoAWQ's and of three bits over a border, spelled out."""
-    assert unpack(np.int32([[0x76543210]]), 4).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert unpack(np.int32([[-1, 0, 0x00000001]]), 3)[0, [9, 10, 11, 21, 22]].tolist() == [
-        *(7, 3, 0, 2, 0)
+    """Words of three bits over a border, and of layers that GPTQModel 7.7 quantized."""
+    found = unpack(np.int32([[-1, 0, 0x00000001]]), 3)[0, [9, 10, 11, 21, 22]]
+    assert found.tolist() == [7, 3, 0, 2, 0]
+    # GPTQ: inputs 0 to 15 of an output whose zero point is 7 + 1; by its own dequantization.
+    theirs = [1, -4, 2, -1, -5, -2, 0, 2, 0, 1, 1, 5, -8, 2, 7, -4]
+    words = np.uint32([[0xA8637A49], [0x4FA0D998]]).view(np.int32)
+    assert (unpack(words, 4, axis=0)[:, 0].astype(int) - 8).tolist() == theirs
+    assert unpack(np.int32([[0x57777676]]), 4)[0, 5] == 7
+    # AWQ: one input of outputs 0 to 7, all zero points 8.
+    assert (outputs_of(np.int32([[0x6A89A43B]]))[:, 0].astype(int) - 8).tolist() == [
+        *(3, 1, -5, 0, -4, 2, 2, -2)
     ]
-    awq_word = np.uint32([[0x75316420]]).view(np.int32)
-    from wush_jax.models.encodings.awq import _outputs
-
-    assert _outputs(awq_word)[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("case", ["gptq", "awq"])
@@ -127,7 +131,7 @@ REFUSED = {
     "awq": {
         "bits": (8, "bits = 8"),
         "group_size": (-2, "group_size = -2"),
-        "zero_point": (False, "zero_point = False"),
+        "zero_point": (False, "write zero_point=true"),
         "version": ("gemv", "version = 'gemv'"),
         "backend": ("llm-awq", "backend = 'llm-awq'"),
     },

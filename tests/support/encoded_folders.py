@@ -104,7 +104,7 @@ def gptq(folder, *, bits=4, group=32, sym=True, desc_act=False, version="gptq", 
     return write(folder, tensors, config | fields), wanted
 
 
-def awq(folder, *, group=32, **fields):
+def awq(folder, *, group=32, zero_point=True, **fields):
     """A folder of version gemm: outputs 0 2 4 6 1 3 5 7 of eight in a word, the first lowest."""
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     tensors, wanted = plain(), {}
@@ -116,13 +116,14 @@ def awq(folder, *, group=32, **fields):
     for seed, (name, (n, k)) in enumerate(LINEARS.items()):
         size = k if group == -1 else group
         codes, zeros, scales = random_codes(n, k, k // size, 4, seed)
+        zeros = zeros if zero_point else np.full_like(zeros, 8)
         tensors |= {
             f"{name}.qweight": packed(codes),
             f"{name}.qzeros": packed(zeros),
             f"{name}.scales": scales.T,
         }
         wanted[f"{name}.weight"] = meant(codes, zeros, scales, np.arange(k) // size)
-    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True}
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": zero_point}
     config |= {"version": "gemm", "modules_to_not_convert": None}
     return write(folder, tensors, config | fields), wanted
 
@@ -242,6 +243,7 @@ CASES = {
     "gptq v1 asymmetric": (gptq, {"sym": False}),
     "gptq act order": (gptq, {"desc_act": True}),
     "awq": (awq, {}),
+    "awq symmetric": (awq, {"zero_point": False, "checkpoint_format": "gemm", "sym": True}),
     "awq one group": (awq, {"group": -1}),
     "pack": (pack_quantized, {}),
     "pack rows": (pack_quantized, {"group": -1}),

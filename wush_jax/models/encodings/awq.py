@@ -6,6 +6,7 @@ Of a layer with N outputs and K inputs, groups of g inputs:
 - ``scales`` F16 (K / g, N), ``qzeros`` I32 (K / g, N / 8).
 
 ``w = (code - zero) * scale``. The nibbles of a word, lowest first, are outputs 0 2 4 6 1 3 5 7.
+Without ``zero_point`` all zeros are 8.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from wush_jax.storage.tensor_folder import TensorFolder
 
 # Where outputs 0 to 7 of a word are: the inverse of 0 2 4 6 1 3 5 7.
 NIBBLE = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+VERSIONS = ("version", "format", "checkpoint_format")
 # How a model was quantized, or is run, and not what its numbers mean.
 FREE = (
     *("quant_method", "method", "modules_to_not_convert", "lm_head", "meta", "exllama_config"),
+    "sym",  # of the class that transformers derives AWQ's config from; zero_point says it
     *("do_fuse", "fuse_max_seq_len", "modules_to_fuse"),
 )
 
@@ -43,30 +46,32 @@ def _claims(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") == "awq"
 
 
-def _group(folder: TensorFolder) -> int | None:
-    """Return the size of groups, None for all inputs; whatever is not read is refused."""
+def _settings(folder: TensorFolder) -> tuple[int | None, bool]:
+    """Return the size of groups, None for all inputs, and whether there are zero points.
+
+    Whatever is not read is refused.
+    """
     config = dict(folder.config["quantization_config"])
-    for name in ("version", "format"):  # AutoAWQ writes both "gemm" and "GEMM"
+    for name in VERSIONS:  # AutoAWQ writes both "gemm" and "GEMM"
         if isinstance(config.get(name), str):
             config[name] = config[name].lower()
-    defaults = {"zero_point": True, "version": "gemm", "format": "gemm", "pack_dtype": "int32"}
-    defaults |= {"group_size": 128, "desc_act": False, "sym": False, "backend": "autoawq"}
+    defaults = {"zero_point": True, **dict.fromkeys(VERSIONS, "gemm"), "pack_dtype": "int32"}
+    defaults |= {"group_size": 128, "desc_act": False, "backend": "autoawq"}
     values = TypedValues(config, defaults)
     values.need("bits", 4)
-    for name in ("version", "format"):
+    for name in VERSIONS:
         values.need(name, "gemm")
-    values.need("zero_point", True)
-    values.need("sym", False)
+    zero_points = values.flag("zero_point")
     values.need("desc_act", False)
     values.need("pack_dtype", "int32")
     values.need("backend", "autoawq", "auto", None)
     group = None if config.get("group_size") == -1 else values.size("group_size")
     checked(folder, values, ("bits", *FREE))
-    return group
+    return group, zero_points
 
 
 def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
-    size = _group(folder)
+    size, zero_points = _settings(folder)
 
     def describe(name: str) -> tuple[Headers, dict[str, Any]]:
         shape = folder.entries[f"{name}.qweight"].shape
@@ -77,22 +82,36 @@ def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
             f"{name}.scales": (SCALES, [(-(-k // group), n)]),
             f"{name}.qzeros": ([np.int32], [(-(-k // group), n // 8)]),
         }
-        read = partial(_read, folder, name, group)
+        read = partial(_read, folder, name, group, zero_points)
         fields = {"shape": (n, k), "element": "int4", "block": (1, group), "read": read}
-        return wanted, fields | {"zero_points": True}
+        return wanted, fields | {"zero_points": zero_points}
 
     return encoded_layers(folder, ".qweight", describe)
 
 
-def _read(folder: TensorFolder, name: str, group: int) -> Codes:
-    codes, zeros = (_outputs(raw(folder, f"{name}.{key}")) for key in ("qweight", "qzeros"))
-    return Codes(codes, raw(folder, f"{name}.scales").T, (1, group), zeros)
+def _read(folder: TensorFolder, name: str, group: int, zero_points: bool) -> Codes:
+    codes, zeros = (outputs_of(raw(folder, f"{name}.{key}")) for key in ("qweight", "qzeros"))
+    scales = raw(folder, f"{name}.scales").T
+    if zero_points:
+        return Codes(codes, scales, (1, group), zeros)
+    if (zeros != 8).any():
+        raise ValueError(
+            f"{folder.path}: zero_point=false, but '{name}.qzeros' has zero points other than 8; "
+            "write zero_point=true into quantization_config"
+        )
+    return Codes(codes.astype(np.int8) - 8, scales, (1, group))
 
 
-def _outputs(words: np.ndarray) -> np.ndarray:
-    """Words (rows, N / 8) as numbers (N, rows)."""
+def outputs_of(words: np.ndarray) -> np.ndarray:
+    """Return the numbers (N, rows) in words (rows, N / 8).
+
+    >>> outputs_of(np.int32([[0x75316420]]))[:, 0].tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
     numbers = unpack(words, 4).reshape(len(words), -1, 8)[..., NIBBLE]
     return numbers.reshape(len(words), -1).T
 
 
-ENCODING = Encoding("awq", _claims, _weights, written_by='AutoAWQ and GPTQModel, version "gemm"')
+ENCODING = Encoding(
+    "awq", _claims, _weights, written_by='GPTQModel 7.7 and AutoAWQ, version "gemm"'
+)

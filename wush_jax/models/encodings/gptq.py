@@ -132,5 +132,5 @@ def _claims(config: Mapping[str, Any]) -> bool:
 
 
 ENCODING = Encoding(
-    "gptq", _claims, _weights, written_by="AutoGPTQ and GPTQModel, formats gptq and gptq_v2"
+    "gptq", _claims, _weights, written_by="GPTQModel 7.7 and AutoGPTQ, formats gptq and gptq_v2"
 )
