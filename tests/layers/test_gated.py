@@ -1,5 +1,7 @@
 """Gated layers, ``silu(first) * second``: the value, gradients, mistakes, models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +22,11 @@ X = jnp.sin(jnp.arange(5.0 * 64)).reshape(5, 64)
 MOMENT = jnp.diag(jnp.repeat(jnp.array([2.0, 1.0]), 32))
 
 
+@functools.cache
 def pair(outputs=(24, 24)):
     """The packed weights of one site."""
     weights = [jax.random.normal(jax.random.key(i), (n, 64)) / 8 for i, n in enumerate(outputs)]
     return tuple(quantize_site(weights, MOMENT, wush.Recipe(solver="rtn")))
-
-
-PAIR = pair()
 
 
 def expression(x, gate, up):
@@ -35,17 +35,17 @@ def expression(x, gate, up):
 
 
 def test_value_is_the_expression():
-    y = jax.jit(gated_dot)(X, *PAIR)
-    expected = expression(X, *PAIR)
+    y = jax.jit(gated_dot)(X, *pair())
+    expected = expression(X, *pair())
     # Float32 sums of K products, twice: some sqrt(K) roundings.
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 def test_under_vmap():
     stack = jnp.stack([X, 2 * X])
-    y = jax.jit(jax.vmap(lambda x: gated_dot(x, *PAIR)))(stack)
+    y = jax.jit(jax.vmap(lambda x: gated_dot(x, *pair())))(stack)
     for found, x in zip(y, stack, strict=True):
-        expected = expression(x, *PAIR)
+        expected = expression(x, *pair())
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
@@ -57,7 +57,7 @@ def test_gradient_is_that_of_the_expression():
     def together(x, pair):
         return jnp.sum(gated_dot(x, *pair) * jnp.arange(24.0))
 
-    found, expected = (jax.jit(jax.grad(f))(X, PAIR) for f in (together, apart))
+    found, expected = (jax.jit(jax.grad(f))(X, pair()) for f in (together, apart))
     # Another order of float32 sums.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * jnp.abs(expected).max())
 
@@ -66,7 +66,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"gated takes two weights of one shape, not \[\(24, 64"):
         gated_dot(X, *pair((24, 16)))
     with pytest.raises(ValueError, match="must be K=64"):
-        gated_dot(X[:, :32], *PAIR)
+        gated_dot(X[:, :32], *pair())
 
 
 def layers(dtype=jnp.float32, **kinds):
@@ -83,18 +83,19 @@ def quantized(model, *, share=True):
 
 
 @pytest.mark.parametrize(
-    ("model", "one"),
+    ("make", "one"),
     [
-        (layers(use_bias=False), False),
-        (quantized(layers(use_bias=False)), True),
-        (quantized(layers(use_bias=False, dtype=jnp.bfloat16)), True),
-        (quantized(layers(use_bias=False), share=False), False),
-        (quantized(layers(use_bias=True)), False),
+        (lambda: layers(use_bias=False), False),
+        (lambda: quantized(layers(use_bias=False)), True),
+        (lambda: quantized(layers(use_bias=False, dtype=jnp.bfloat16)), True),
+        (lambda: quantized(layers(use_bias=False), share=False), False),
+        (lambda: quantized(layers(use_bias=True)), False),
     ],
     ids=["floats", "one site", "bfloat16", "two sites", "biases"],
 )
-def test_layers_called_together(model, one):
+def test_layers_called_together(make, one):
     """In one call where the layers are of one site and add nothing to their products."""
+    model = make()
 
     def apart(model, x):
         gate, up = (layer(x) for layer in model)

@@ -48,18 +48,19 @@ def each(model, x):
 
 
 @pytest.mark.parametrize(
-    "model",
+    "make",
     [
-        layers(),
-        quantized(),
-        quantized(share=False),
-        quantized(wush.Recipe(format=wush.NVFP4, solver="rtn", transform="identity")),
-        quantized(wush.Recipe(format=wush.INT4, solver="rtn", transform="wush")),
-        quantized(dtype=jnp.bfloat16),
+        layers,
+        quantized,
+        lambda: quantized(share=False),
+        lambda: quantized(wush.Recipe(format=wush.NVFP4, solver="rtn", transform="identity")),
+        lambda: quantized(wush.Recipe(format=wush.INT4, solver="rtn", transform="wush")),
+        lambda: quantized(dtype=jnp.bfloat16),
     ],
     ids=["floats", "one site", "three sites", "NVFP4", "INT4", "bfloat16"],
 )
-def test_together_is_one_by_one(model):
+def test_together_is_one_by_one(make):
+    model = make()
     for x in (X, X.reshape(1, 5, 64)):
         found = nnx.jit(call_together)(model, x)
         for a, b in zip(found, nnx.jit(each)(model, x), strict=True):
