@@ -147,11 +147,21 @@ def _words(values: Any, keys: tuple[str, ...]) -> str:
 
 
 def fitting(
-    folder: TensorFolder, schemes: list[Scheme], headers: Callable[[Scheme], Headers]
+    folder: TensorFolder, name: str, schemes: list[Scheme], headers: Callable[[Scheme], Headers]
 ) -> tuple[Scheme, Headers]:
     """Return the scheme whose tensors a layer has; the first where none fits, to be refused.
 
     Several can fit only where they mean the same.
+
+    Raises:
+      ValueError: zero points of which no scheme says anything.
     """
-    found = [(scheme, headers(scheme)) for scheme in schemes]
+    zeros = f"{name}.weight_zero_point"
+    fit = [s for s in schemes if not (s.symmetric and zeros in folder.entries)]
+    if not fit:
+        raise ValueError(
+            f"{folder.path}: {zeros!r} is there, but all schemes are symmetric; write "
+            "symmetric=false into config_groups of quantization_config"
+        )
+    found = [(scheme, headers(scheme)) for scheme in fit]
     return next((f for f in found if not tensor_faults(folder, f[1])), found[0])

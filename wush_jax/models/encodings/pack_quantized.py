@@ -52,7 +52,7 @@ def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
 
     def describe(name: str) -> tuple[Headers, dict[str, Any]]:
         n, k = _shape(folder, name)
-        scheme, wanted = fitting(folder, schemes, lambda s: _headers(folder, name, s, n, k))
+        scheme, wanted = fitting(folder, name, schemes, lambda s: _headers(folder, name, s, n, k))
         block = scheme.block(n, k)
         read = partial(_read, folder, name, scheme, block)
         return wanted, {**scheme.fields, "shape": (n, k), "block": block, "read": read}

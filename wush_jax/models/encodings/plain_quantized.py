@@ -46,7 +46,7 @@ def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
     def describe(name: str) -> tuple[Headers, dict[str, Any]]:
         entry = folder.entries.get(f"{name}.weight")
         n, k = entry.shape if entry is not None and len(entry.shape) == 2 else (0, 0)
-        scheme, wanted = fitting(folder, schemes, lambda s: _headers(name, s, n, k))
+        scheme, wanted = fitting(folder, name, schemes, lambda s: _headers(name, s, n, k))
         block = scheme.block(n, k)
         read = partial(_read, folder, name, scheme, block)
         return wanted, {**scheme.fields, "shape": (n, k), "block": block, "read": read}
