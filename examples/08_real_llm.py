@@ -18,7 +18,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,9 @@ from wush_jax.layers.swap import swap
 from wush_jax.models import load_pretrained
 from wush_jax.models.demo import load_demo_model, stdlib_text, token_batches
 from wush_jax.models.text import Tokenizer
+from wush_jax.solvers.batched import quantize_alike, solve_alike
 from wush_jax.solvers.recipe import Recipe
-from wush_jax.solvers.site import PackedWeight, quantize_site
+from wush_jax.solvers.site import PackedWeight
 
 FORMATS = (wush.MXFP4, wush.NVFP4, wush.NVINT4, wush.INT4)
 SKIP = [("lm_head", None)]
@@ -117,11 +117,7 @@ def settings() -> dict[str, Recipe]:
 def solve(
     sites: Sequence[SitePlan], layers: Mapping, calibration: wush.Calibration
 ) -> dict[str, PackedWeight]:
-    """Quantize all planned layers; those of one shape and recipe as one batch.
-
-    A GPU waits for the next small kernel most of the time that GPTQ takes: thirty layers at once
-    take it as long as one.
-    """
+    """Quantize all planned layers; those of one shape and recipe as one batch."""
     alike: dict[Any, list[tuple[str, Any]]] = {}
     for item in sites:
         assert len(item.site.layers) == 1 or not item.recipe.share_transform
@@ -131,24 +127,12 @@ def solve(
     packed = {}
     for (recipe, _), all_ in alike.items():
         for i in range(0, len(all_), STACKED):
-            some = all_[i : i + STACKED]
-            weights = jnp.stack([layers[path].weight for path, _ in some])
-            known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(m for _, m in some))
-            solved = jax.block_until_ready(_solver(recipe)(weights, known))
-            for j, (path, _) in enumerate(some):
-                packed[path] = jax.tree.map(lambda leaf, j=j: leaf[j], solved)
-    return packed
-
-
-@cache
-def _solver(recipe: Recipe) -> Any:
-    """A compiled function of stacked weights and moments."""
-
-    def one(weight, known):
-        sample = known.sample if recipe.needs_sample else None
-        return quantize_site([weight], known.finalize(), recipe, sample=sample)[0]
-
-    return jax.jit(jax.vmap(one))
+            paths, known = zip(*all_[i : i + STACKED], strict=True)
+            weights = [[layers[path].weight] for path in paths]
+            names = [(path,) for path in paths]
+            solved = quantize_alike(weights, known, recipe, names=names)
+            packed |= {path: one for path, (one,) in zip(paths, solved, strict=True)}
+    return jax.block_until_ready(packed)
 
 
 # ------------------------------------------------------------------------ measuring
@@ -261,10 +245,10 @@ def run(
     """Quantize in one setting and measure."""
     planned = plan(bench.model, [*SKIP, (".*", recipe)], known)
     layers, _ = dense_layers(bench.model)
-    start, programs = time.perf_counter(), _solver.cache_info().misses
+    start, programs = time.perf_counter(), solve_alike._cache_size()
     packed = solve(planned.sites, layers, known)
     seconds = time.perf_counter() - start
-    compiled = _solver.cache_info().misses > programs
+    compiled = solve_alike._cache_size() > programs
     sites = [item.site for item in planned.sites]
     losses = layer_losses(bench.model, bench.evaluation[0], sites, packed)
     found = bench.measure(swap(bench.model, layers, packed, "reference"))

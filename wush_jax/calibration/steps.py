@@ -131,10 +131,12 @@ def most_at_once(layers: Mapping[str, Dense], item: SitePlan) -> int:
     """
     free = device_memory()
     batch = layers[item.site.name].contraction.batch
-    spread = any(len(jnp.asarray(layers[p].kernel).devices()) > 1 for p in item.site.layers)
+    kernels = (layers[path].kernel for path in item.site.layers)
+    spread = any(len(k.devices()) > 1 for k in kernels if isinstance(k, jax.Array))
     if jax.default_backend() == "cpu" or batch or spread or free is None:
         return 1
-    return max(1, min(TOGETHER, free // (2 * site_cost(item, layers).solver_bytes)))
+    own = free // jax.local_device_count()  # they are solved on one
+    return max(1, min(TOGETHER, own // (2 * site_cost(item, layers).solver_bytes)))
 
 
 def _quantize_together(

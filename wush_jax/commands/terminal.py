@@ -24,9 +24,12 @@ from wush_jax.calibration.observe import Progress as Callback
 
 
 def console() -> Console:
-    """Return where results go: as wide as the terminal; in a file or a pipe tables stay whole."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=200)
+    """Return where results go: as wide as the terminal; in a file or a pipe tables stay whole.
+
+    As text, in a notebook as well.
+    """
+    plain = Console(force_jupyter=False)
+    return plain if plain.is_terminal else Console(width=200, force_jupyter=False)
 
 
 def progress_bar(console: Console, counts: ProgressColumn | None = None) -> Progress:
@@ -80,8 +83,8 @@ def progress(total: int | None = None) -> Iterator[Callback]:
     Raises:
       KeyboardInterrupt: on an interruption, at the latest with the next report.
     """
-    counts = TextColumn("{task.fields[count]}")
-    with _noted_interruption() as pressed, progress_bar(Console(stderr=True), counts) as bar:
+    shown, counts = Console(stderr=True, force_jupyter=False), TextColumn("{task.fields[count]}")
+    with _noted_interruption() as pressed, progress_bar(shown, counts) as bar:
         yield Bar(bar, total, pressed)
 
 

@@ -114,7 +114,7 @@ def quantize_alike(
         for weight, name in zip(weights, labels, strict=True):
             check_finite(f"weight of {name}", weight)
     pairs = [(list(weights), moment) for weights, moment in zip(sites, moments, strict=True)]
-    solved, notes = _alike(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs), recipe)
+    solved, notes = solve_alike(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs), recipe)
     dampings = hessians.dampings(recipe.damping)
     found = []
     for i, labels in enumerate(names):
@@ -131,8 +131,8 @@ def quantize_alike(
 
 
 @partial(jax.jit, static_argnames="recipe")
-def _alike(weights, moments, recipe: Recipe):
-    """Packed weights and notes of stacked sites; traced whole, since checks cannot speak here."""
+def solve_alike(weights: Any, moments: Moments, recipe: Recipe) -> Any:
+    """Return packed weights and notes of stacked sites: the program of `quantize_alike`."""
 
     def one(weights, moments):
         notes: Notes = []
