@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import Net, rows
 
 import wush_jax as wush
+from wush_jax.calibration.steps import quantize_all
 from wush_jax.layers.nnx import Packed, QuantizedDense, dense_layers
 from wush_jax.solvers.site import quantize_site
 
@@ -186,3 +187,31 @@ def test_explicit_mesh_axes(eight_devices):
     np.testing.assert_array_equal(quantized.up.codes[...], alone.up.codes[...])
     # float32 products in another order
     np.testing.assert_allclose(y, alone(x), atol=1e-5)
+
+
+def test_sites_alike_are_solved_together():
+    """As one by one, but for values in the middle between two; what differs in shape is apart."""
+    sizes = ((32, 32), (32, 32), (32, 32), (32, 64))
+    model = nnx.List([nnx.Linear(*size, rngs=nnx.Rngs(i)) for i, size in enumerate(sizes)])
+
+    def call(model, x):
+        for layer in model:
+            x = jnp.tanh(layer(x))
+        return x
+
+    batch = jax.random.normal(jax.random.key(0), (64, 32))
+    known = wush.calibrate(model, [batch], RECIPE, call=call)
+    planned = wush.plan(model, RECIPE, known, call=call)
+    layers, _ = dense_layers(model)
+    asked = []
+
+    def two(item):
+        asked.append(item.site.name)
+        return 2
+
+    together = quantize_all(planned.sites, layers, known.of, two)
+    alone = quantize_all(planned.sites, layers, known.of)
+    assert asked == ["0", "3"]
+    assert together.keys() == alone.keys() == set("0123")
+    for path, packed in alone.items():
+        assert np.mean(np.asarray(packed.weight.codes != together[path].weight.codes)) < 0.01
