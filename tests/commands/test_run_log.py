@@ -14,9 +14,19 @@ pytestmark = pytest.mark.files
 
 def test_a_run_is_told_line_by_line(tmp_path):
     rules = [("lm_head", None), (".*", wush.Recipe(format=wush.NVFP4, damping=0.02))]
-    shown = []
     log = RunLog(tmp_path / "out", rules, model=tmp_path, seed=3)
-    update = log.following(lambda *now: shown.append(now))
+
+    class Bar(list):
+        def __call__(self, *now):
+            self.append(now)
+
+        def weigh(self, costs):
+            self.costs = costs
+
+    shown = Bar()
+    update = log.following(shown)
+    update.weigh([1.0, 2.0])
+    assert shown.costs == [1.0, 2.0]
     file = tmp_path / "out" / "run.jsonl"
     for step in (1, None, "layers.0.q"), (2, None, "layers.0.q"), (3, 4, "forward"):
         update(*step)

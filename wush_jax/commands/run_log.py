@@ -52,6 +52,8 @@ class RunLog:
             self._step(what)
             progress(done, of, what)
 
+        if hasattr(progress, "weigh"):  # the costs of steps are the bar's
+            vars(update)["weigh"] = progress.weigh
         return update
 
     def _step(self, what: str) -> None:
