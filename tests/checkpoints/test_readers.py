@@ -172,6 +172,16 @@ def test_wush_for_a_stock_engine(tmp_path):
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
 
 
+def test_layers_with_ranges_of_their_own(tmp_path):
+    """Static scales of inputs that a calibration found: tensors of each layer, one config."""
+    source = nnx.merge(*nnx.split(model(NVFP4, "identity")))
+    source.up.input_format = NVFP4.replace(global_scale=0.625)
+    interchange.export(tmp_path / "out", source, NV)
+    found = interchange.read_layers(tmp_path / "out")
+    assert found["up"].input_global_scale == 0.625
+    assert found["gate"].input_global_scale == 10
+
+
 def test_all_reasons_are_told_at_once(tmp_path):
     """Of every layer and every kind, each once; nothing is written."""
     with pytest.raises(ValueError, match="no room") as caught:

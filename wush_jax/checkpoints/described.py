@@ -55,7 +55,13 @@ def _embedding(folder: TensorFolder) -> Entry:
             f"the files hold no tensor {EMBEDDING!r}; fetch the folder again, or give the model "
             "that was saved"
         )
-    return folder.entries[EMBEDDING]
+    embedding = folder.entries[EMBEDDING]
+    if embedding.dtype.name not in FLOATS:
+        raise ValueError(
+            f"tensor {EMBEDDING!r} is {embedding.dtype.name}, expected one of {', '.join(FLOATS)}; "
+            "fetch the folder again"
+        )
+    return embedding
 
 
 def _check_layers(layers: Any, folder: TensorFolder) -> None:

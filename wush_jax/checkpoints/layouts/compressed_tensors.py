@@ -191,7 +191,7 @@ def _write(content: Content, faults: Faults, layout: str) -> tuple[dict[str, Any
         check_format(name, record.input_format, INPUTS[layout], "activation", faults)
         matrices[name] = transforms.one_matrix(name, packed.transform, faults)
         ratio = _ratio(matrices[name])
-        formats.append(record.input_format)
+        formats.append(_kind(record.input_format))
         weight = packed.interchange
         tensors[f"{name}.weight_packed"] = weight.codes
         if layout == MX:
@@ -212,6 +212,11 @@ def _write(content: Content, faults: Faults, layout: str) -> tuple[dict[str, Any
     inputs = only("kind of activations", formats, faults)
     more, transform = transforms.written(matrices, content.unquantized)
     return tensors | more, _config(layout, inputs, content.unquantized, transform)
+
+
+def _kind(fmt: Format | None) -> Format | None:
+    """Return what a config says of a format of activations; their scales are tensors."""
+    return None if fmt is None else fmt.replace(name="", global_scale=1.0)
 
 
 def _ratio(values: np.ndarray | None) -> float:
