@@ -3,6 +3,7 @@
 import json
 import re
 
+import encoded_folders
 import numpy as np
 import pytest
 from encoded_folders import (
@@ -98,6 +99,28 @@ def test_models_compute_what_their_weights_mean(case, tmp_path):
     ours, theirs = np.asarray(run(loaded, tokens), "f4"), np.asarray(run(reference, tokens))
     # Activations in float16: 2^-11 a rounding, some ten of them in a row.
     assert np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
+
+
+def test_experts_are_decoded_into_their_stacks(tmp_path, monkeypatch):
+    """Mixtral's experts are one layer each in the files, and one stack here; the rest is packed."""
+    moe = "model.layers.0.block_sparse_moe"
+    shapes = {name: shape for name, shape in LINEARS.items() if "self_attn" in name}
+    for i in range(2):
+        parts = {"w1": (96, 64), "w3": (96, 64), "w2": (64, 96)}
+        shapes |= {f"{moe}.experts.{i}.{part}": shape for part, shape in parts.items()}
+    config = {**encoded_folders.CONFIG, "model_type": "mixtral", "num_local_experts": 2}
+    tensors = {n: t for n, t in plain().items()} | {f"{moe}.gate.weight": np.ones((2, 64), "f2")}
+    monkeypatch.setattr(encoded_folders, "LINEARS", shapes)
+    monkeypatch.setattr(encoded_folders, "CONFIG", config)
+    monkeypatch.setattr(encoded_folders, "plain", lambda: tensors)
+    folder, wanted = gptq(tmp_path / "model")
+    model = wush.load(folder)
+    layer = model.layers[0]
+    assert type(layer.self_attn.q_proj).__name__ == "QuantizedDense"
+    for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        stack = np.stack([wanted[f"{moe}.experts.{i}.{theirs}.weight"] for i in range(2)])
+        found = getattr(layer.mlp.experts, ours).kernel.get_value()
+        np.testing.assert_array_equal(found.mT, stack.astype(np.float16))
 
 
 def test_inspection_says_what_stays_packed(tmp_path):

@@ -39,7 +39,9 @@ def opened(folder):
         found = open_folder(folder)
         if not hasattr(found, "encoded"):
             return "config.json: none of the encodings"
-        weight = found.encoded[f"{UP}.weight"]
+        weight = found.encoded.get(f"{UP}.weight")
+        if weight is None:  # renamed: what a model finds out when it looks for its layers
+            return f"{folder}: no such layer"
         return found.read(f"{UP}.weight", [np.float32], [weight.shape]).tobytes()
     except (ValueError, NotImplementedError) as error:
         return str(error)
