@@ -4,6 +4,7 @@ Each is refused by an error that names the entry or the tensor, or computes what
 without checksums cannot tell from other valid ones is taken at its word, and listed here.
 """
 
+import json
 import shutil
 
 import hypothesis
@@ -27,7 +28,7 @@ AT_THEIR_WORD = {
 NO_SIGN = ("byte", "dtype")
 # What a message may name in place of the entry that was changed: its digest, or what is around it.
 INSTEAD = ("digest", "crc32", "quantization_config", "config_groups", "weight_map", "_size=")
-INSTEAD += ("input_activations",)
+INSTEAD += ("input_activations", "head_dim", "[N, K]", "have the layers", "no entry for")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,18 @@ def check(originals, data, target):
     assert excused, (folder.name, file, what)
     assert folder.name not in SEALED, (folder.name, file, what)
     return "other"
+
+
+@pytest.mark.parametrize("name", ["plain", "nvfp4", "fp8"])
+def test_a_head_that_is_not_the_embedding_is_not_left_out(originals, name, tmp_path):
+    (folder,) = (folder for folder in originals if folder.name == name)
+    shutil.copytree(folder, tmp_path / name)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    config["tie_word_embeddings"] = True
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=True .*lm_head.* differs from"):
+        mutated_folders.read(tmp_path / name)
 
 
 @settings(max_examples=12)

@@ -42,8 +42,8 @@ from wush_jax.layers.nnx import (
 )
 from wush_jax.models import Llama
 from wush_jax.models.encodings import DecodedFolder, open_folder
-from wush_jax.models.hugging_face import FLOATS
-from wush_jax.models.misfits import sizes_named
+from wush_jax.models.hugging_face import EMBEDDING, FLOATS
+from wush_jax.models.misfits import check_repeated, sizes_named
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
@@ -181,8 +181,9 @@ def load(
         _fill(loaded, folder, place, kinds)
         pack_for_kernels(loaded)
         for name in folder.entries:
-            repeated = layout is not NATIVE and name == _repeated_embedding(loaded)
-            if name.endswith(layout.skipped) or repeated:
+            if layout is not NATIVE and name == _repeated_embedding(loaded):
+                check_repeated(folder, name, EMBEDDING)
+            if name.endswith(layout.skipped):
                 folder.skip(name)
         folder.check_all_read()
     return loaded

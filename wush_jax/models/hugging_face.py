@@ -13,7 +13,7 @@ from flax import nnx
 from wush_jax.models.config import LlamaConfig
 from wush_jax.models.encodings import ENCODINGS, DecodedFolder, open_config, open_folder
 from wush_jax.models.llama import Llama
-from wush_jax.models.misfits import sizes_named
+from wush_jax.models.misfits import check_repeated, sizes_named
 from wush_jax.models.placement import Placement, place
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.storage.json_file import CONFIG
@@ -238,6 +238,10 @@ class FolderTensors(Mapping[str, np.ndarray]):
             for name, stored in present.items()
             if stored not in gathered and not self._is_surplus(name)
         }
+
+        head = present.get("lm_head.weight")
+        if self.config.tie_word_embeddings and head is not None:
+            check_repeated(self._folder, head, present[EMBEDDING])
 
     def _is_surplus(self, name: str) -> bool:
         """Tell what some files repeat: a tied head, and the frequencies of old ones."""

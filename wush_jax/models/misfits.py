@@ -3,9 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
+
 from wush_jax.models.config import LlamaConfig
 from wush_jax.storage.json_file import CONFIG
-from wush_jax.storage.tensor_folder import MisfitError
+from wush_jax.storage.tensor_folder import MisfitError, TensorFolder
 
 # Fields of a config that decide which tensors there are, and their shapes.
 SIZES = (
@@ -32,3 +34,20 @@ def sizes_named(config: LlamaConfig | None) -> Iterator[None]:
             raise
         said = ", ".join(f"{name}={getattr(config, name)}" for name in SIZES)
         raise ValueError(f"{error}; {CONFIG} means {said}") from error
+
+
+def check_repeated(folder: TensorFolder, head: str, embedding: str) -> None:
+    """Refuse a head that a config ties to the embedding, and that is another matrix in the files.
+
+    Raises:
+        ValueError: the two tensors differ, so that one of them would be left out.
+    """
+    found = [
+        folder.read(name, [folder.entries[name].dtype], [folder.entries[name].shape])
+        for name in (head, embedding)
+    ]
+    if not np.array_equal(*found):
+        raise ValueError(
+            f"{folder.path / CONFIG}: tie_word_embeddings=True makes the head the embedding, but "
+            f"{head!r} differs from {embedding!r}: set it to false, or remove that tensor"
+        )
