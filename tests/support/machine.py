@@ -184,7 +184,8 @@ class Torch(Greedy):
 
     def logits(self, row):
         with self.torch.no_grad():
-            return self.model(self.torch.tensor(row[None]).long()).logits[0].double().numpy()
+            tokens = self.torch.tensor(row[None]).long()
+            return self.model(tokens, use_cache=False).logits[0].double().numpy()
 
 
 class Numpy(Greedy):
