@@ -169,3 +169,15 @@ def test_a_packed_weight_in_its_own_coordinates(packed):
     y = jnp.einsum("mk,nk->mn", X, restored)
     assert wush.layer_loss(restored, X, packed, relative=True) < 0.1
     assert y.shape == (200, N)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (np.float32(1), r"weight has shape \(\)"),
+        (np.ones((4, K), np.int32), "weight has dtype int32; give floating-point values"),
+    ],
+)
+def test_what_is_no_weight_is_named(weight, message):
+    with pytest.raises(ValueError, match=message):
+        wush.quantize_weight(weight, np.eye(K, dtype=np.float32), wush.Recipe())

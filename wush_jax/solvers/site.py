@@ -132,7 +132,7 @@ def _quantize_alone(
     notes: Notes | None = None,
 ) -> PackedWeight:
     """As `quantize_weight`, for `quantize_site`, which may take notes."""
-    recipe = recipe.fitted(weight.shape[-1])
+    recipe = recipe.fitted(weight.shape[-1] if weight.shape else 0)  # no axes: refused below
     known = known_input([weight], moments, sample, recipe, built=transform is not None)
     blocks, sample = known.blocks, known.sample
     solver_transform: BlockTransform | TransformRule | None = transform

@@ -78,6 +78,8 @@ def _check_weights(weights: Sequence[jax.Array], recipe: Recipe) -> int:
             raise ValueError(f"weight has shape {w.shape}; it must be (N, K), both at least 1")
         if w.shape[-1] != weights[0].shape[-1]:
             raise ValueError(f"weights of one site differ in K: {[w.shape for w in weights]}")
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise ValueError(f"weight has dtype {w.dtype}; give floating-point values: cast it")
         transforms.check_finite("weight", w)
     k = weights[0].shape[-1]
     if k % d:
