@@ -15,6 +15,9 @@ import jaxlib
 import pytest
 from hypothesis import HealthCheck, settings
 
+# What has no examples and needs an extra.
+collect_ignore = ["support/their_model.py"]
+
 MANY_MAPS = 32_000
 MUCH_MEMORY = 3 << 29  # between modules, so that a worker stays under 3 GiB within one
 
