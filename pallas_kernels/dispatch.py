@@ -12,9 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels import fragments, reference, repack
+from pallas_kernels import checks, fragments, normed, reference, repack
 from pallas_kernels import precision as losses
 from pallas_kernels.hopper import matmul, mosaic_gpu, roads
 from pallas_kernels.library import scaled_dot, xla, xla_fp8, xla_ragged
@@ -29,6 +28,8 @@ def transform_quantize(
     *,
     global_scale=None,
     layout: str = "interchange",
+    norm=None,
+    residual=None,
     implementation: Implementation = None,
 ):
     """Transform each block, find each group's scale, round to codes, pack.
@@ -43,24 +44,31 @@ def transform_quantize(
       global_scale: float32 scalar; None takes the format's own.
       layout: "interchange", or what the matmul kernels want: "kernel" or "fp8"
         (`pallas_kernels.repack`).
+      norm: (weight (K,), eps): what is transformed is `normed.rms_norm` of x. Up to 64 tokens the
+        kernel does it.
+      residual: like x; what is normed and transformed is x + residual, rounded to their dtype.
       implementation: None chooses; a name, or names in order of preference, forces: "mosaic_gpu"
         (one kernel, Hopper), "xla" (matmul in x's dtype), "reference".
 
     Returns:
       Codes uint8 (..., M, K * bits / 8) and scales (..., M, K / g) in the format's scale type, in
-      the interchange layout.
+      the interchange layout; with a residual x + residual, too.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation or layout.
       NotImplementedError: no permitted implementation can serve the call; all reasons are listed.
     """
-    _check_operands(x, transform, fmt)
+    checks.operands(x, transform, fmt)
     if layout not in repack.LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose from {repack.LAYOUTS}")
-    x, transform, global_scale = jax.lax.stop_gradient((x, transform, global_scale))
+    checks.before(x, norm, residual)
+    before = norm, residual
+    x, transform, global_scale, before = jax.lax.stop_gradient((x, transform, global_scale, before))
+    if norm is not None:  # the number stays one
+        before = (before[0][0], norm[1]), before[1]
     if implementation is None:
         implementation = _candidates()
-    return _first_able(
+    codes, scales, total = _first_able(
         "transform_quantize",
         {
             "mosaic_gpu": _laid_out(
@@ -70,20 +78,27 @@ def transform_quantize(
             "reference": _laid_out(reference.transform_quantize),
         },
         implementation,
-        lambda run: run(x, transform, fmt, global_scale, layout),
+        lambda run: run(x, transform, fmt, global_scale, layout, before),
     )
+    return (codes, scales) if residual is None else (codes, scales, total)
 
 
 def _laid_out(run: Callable, native: tuple[str, ...] = ()) -> Callable:
     """Let an implementation that knows some layouts, or only interchange, give any."""
 
     @functools.wraps(run)
-    def call(x, transform, fmt, global_scale, layout):
-        if layout in native:
-            return run(x, transform, fmt, global_scale=global_scale, layout=layout)
-        only = {"layout": "interchange"} if native else {}
-        codes, scales = run(x, transform, fmt, global_scale=global_scale, **only)
-        return repack.from_interchange(codes, scales, fmt, layout)
+    def call(x, transform, fmt, global_scale, layout, before):
+        if native:
+            norm, residual = before
+            options = {"norm": norm, "residual": residual, "global_scale": global_scale}
+            own = layout if layout in native else "interchange"
+            codes, scales, total = run(x, transform, fmt, layout=own, **options)
+            if layout in native:
+                return codes, scales, total
+        else:
+            x, total = normed.read(x, *before)
+            codes, scales = run(x, transform, fmt, global_scale=global_scale)
+        return *repack.from_interchange(codes, scales, fmt, layout), total
 
     return call
 
@@ -117,7 +132,7 @@ def quantized_matmul(
     """
     weight = getattr(packed, "weight", packed)
     losses.check(precision)
-    _check_inner(x.shape, weight.shape)
+    checks.inner(x.shape, weight.shape)
     return _first_able(
         "quantized_matmul",
         {
@@ -141,6 +156,8 @@ def transform_quantize_matmul(
     global_scale=None,
     out_dtype=None,
     gated: bool = False,
+    norm=None,
+    residual=None,
     precision=None,
     implementation: Implementation = None,
 ):
@@ -159,11 +176,14 @@ def transform_quantize_matmul(
       out_dtype: of the result; default x's dtype.
       gated: return ``silu(first) * second`` of the products with two weights: one kernel does both
         for many tokens.
+      norm: of x, before the transform, as for `transform_quantize`.
+      residual: added to x before the norm.
       precision: as for `quantized_matmul`.
       implementation: as for `transform_quantize`.
 
     Returns:
-      (..., M, N), or for a tuple of weights that are not gated a tuple of them.
+      (..., M, N), or for a tuple of weights that are not gated a tuple of them; with a residual a
+      pair of that and x + residual.
 
     Raises:
       ValueError: shapes that do not fit, no weight, not two that are gated, or an unknown
@@ -179,29 +199,33 @@ def transform_quantize_matmul(
         fmt, global_scale = several[0].input_format, several[0].input_global_scale
     losses.check(precision)
     weights: tuple = tuple(getattr(p, "weight", p) for p in several)
-    _check_operands(x, transform, fmt)
+    checks.operands(x, transform, fmt)
+    checks.before(x, norm, residual)
     for weight in weights:
-        _check_inner(x.shape, weight.shape)
+        checks.inner(x.shape, weight.shape)
     if gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
         raise ValueError(
             f"gated takes two weights of one shape, not {[tuple(w.shape) for w in weights]}"
         )
-    products = _first_able(
+    before = {"norm": norm, "residual": residual}
+    products, total = _first_able(
         "transform_quantize_matmul",
         {
             "mosaic_gpu": functools.partial(
-                matmul.transform_quantize_matmul, gated=gated, precision=precision
+                matmul.layer, gated=gated, precision=precision, **before
             ),
-            "xla": _one_by_one(xla.transform_quantize_matmul),
-            "reference": _one_by_one(_short(reference.transform_quantize_matmul, precision)),
-            "xla_fp8": _one_by_one(_short(xla_fp8.transform_quantize_matmul, precision)),
+            "xla": _read(before, xla.transform_quantize_matmul),
+            "reference": _read(before, _short(reference.transform_quantize_matmul, precision)),
+            "xla_fp8": _read(before, _short(xla_fp8.transform_quantize_matmul, precision)),
         },
         _ordered(x, weights, fmt, precision, gated) if implementation is None else implementation,
         lambda run: run(x, transform, weights, fmt, global_scale=global_scale, out_dtype=out_dtype),
     )
     if gated:
-        return products[0] if len(products) == 1 else reference.swiglu(*products)
-    return products if isinstance(packed, tuple) else products[0]
+        y = products[0] if len(products) == 1 else reference.swiglu(*products)
+    else:
+        y = products if isinstance(packed, tuple) else products[0]
+    return y if residual is None else (y, total)
 
 
 def explain(x, packed) -> tuple[str, dict[str, str]]:
@@ -260,10 +284,10 @@ def ragged_transform_quantize_matmul(
     if x.ndim != 2 or any(len(p.weight.shape) != 3 for p in several):
         shapes = [tuple(p.weight.shape) for p in several]
         raise ValueError(f"x {x.shape} must be (M, K) and weights {shapes} (G, N, K)")
-    _check_operands(x, None, fmt)
+    checks.operands(x, None, fmt)
     for p in several:
-        _check_inner(x.shape, p.weight.shape[1:])
-        _check_groups(group_sizes, p.weight.shape[0], len(x))
+        checks.inner(x.shape, p.weight.shape[1:])
+        checks.groups(group_sizes, p.weight.shape[0], len(x))
     transforms = of_groups(first.transform, *several[0].weight.shape[::2])
     products = _first_able(
         "ragged_transform_quantize_matmul",
@@ -279,21 +303,6 @@ def ragged_transform_quantize_matmul(
         ),
     )
     return products if isinstance(packed, tuple) else products[0]
-
-
-def _check_groups(group_sizes, groups: int, rows: int) -> None:
-    if group_sizes.shape != (groups,) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(
-            f"group_sizes has shape {group_sizes.shape} and dtype {group_sizes.dtype}; the weights "
-            f"are of {groups} groups: it must be ({groups},) integers"
-        )
-    if isinstance(group_sizes, jax.core.Tracer):
-        return
-    if int(group_sizes.min()) < 0 or int(group_sizes.sum()) > rows:
-        raise ValueError(
-            f"group_sizes={group_sizes.tolist()} must be at least 0 and sum to at most the "
-            f"{rows} rows of x"
-        )
 
 
 def of_groups(transform, groups: int, k: int):
@@ -325,6 +334,16 @@ def _one_by_one(run: Callable) -> Callable:
 
     def call(x, transform, weights, *more, **options):
         return tuple(run(x, transform, weight, *more, **options) for weight in weights)
+
+    return call
+
+
+def _read(before: dict, run: Callable) -> Callable:
+    """As `_one_by_one`, of what `normed.read` makes of x; the sum, too."""
+
+    def call(x, *arguments, **options):
+        x, total = normed.read(x, **before)
+        return _one_by_one(run)(x, *arguments, **options), total
 
     return call
 
@@ -366,32 +385,3 @@ def _first_able(
     raise NotImplementedError(
         f"no implementation of {op} can serve this call: {'; '.join(reasons)}"
     )
-
-
-def _check_operands(x, transform, fmt) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x has dtype {x.dtype}; it must be floating point: cast it first")
-    k = x.shape[-1] if x.ndim else 0
-    if k == 0 or (fmt is not None and not fmt.holds(k)):
-        group_size = 1 if fmt is None else fmt.group_size
-        raise ValueError(
-            f"x has shape {x.shape}; its last axis must be a positive multiple of the group size "
-            f"{group_size}: pad it"
-        )
-    if transform is None:
-        return
-    d = transform.shape[-1]
-    tiles = transform.shape in ((k // d, d, d), (d, d)) and k % d == 0
-    if not tiles:
-        raise ValueError(
-            f"transform has shape {transform.shape}; for x {x.shape} it must be (K/d, d, d) or "
-            f"(d, d) with d dividing K={k}"
-        )
-
-
-def _check_inner(x_shape, weight_shape) -> None:
-    if len(weight_shape) != 2 or x_shape[-1] != weight_shape[-1]:
-        raise ValueError(
-            f"x {tuple(x_shape)} and weight {tuple(weight_shape)} must agree in K: "
-            "x (..., M, K), weight (N, K)"
-        )

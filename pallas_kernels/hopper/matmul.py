@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import exactly, fragments, repack
+from pallas_kernels import exactly, fragments, normed, repack
 from pallas_kernels.hopper import mosaic_gpu, plans, roads
 from pallas_kernels.hopper.tiles import Split, Tiling, sharing
 
@@ -31,7 +32,12 @@ def quantized_matmul(x, weight, *, out_dtype=None):
     return launch(x, weight, device=device, out_dtype=out_dtype)
 
 
-def transform_quantize_matmul(
+def transform_quantize_matmul(x, transform, weights, fmt, **options):
+    """As `layer`, of which it returns the products."""
+    return layer(x, transform, weights, fmt, **options)[0]
+
+
+def layer(
     x,
     transform,
     weights,
@@ -42,6 +48,8 @@ def transform_quantize_matmul(
     gated=False,
     precision=None,
     road=None,
+    norm=None,
+    residual=None,
 ):
     """Transform, quantize and multiply: two kernels, between them quantized values.
 
@@ -50,7 +58,8 @@ def transform_quantize_matmul(
     ``road``, see `roads.allowed`.
 
     Args, raises: as `pallas_kernels.transform_quantize_matmul`, for a tuple of weights. Two that
-    are gated give one result where a kernel combines their products, else both.
+    are gated give one result where a kernel combines their products, else both. Behind the products
+    stands the sum of x and residual.
     """
     device = mosaic_gpu.require_hopper()
     fragments.check(weights)
@@ -58,15 +67,34 @@ def transform_quantize_matmul(
     if fmt is None:
         if transform is not None:
             raise NotImplementedError("a transform without quantization has no kernel")
-        return launch_all(x, weights, device=device, out_dtype=out_dtype, gated=gated)
+        x, total = normed.read(x, norm, residual)
+        return launch_all(x, weights, device=device, out_dtype=out_dtype, gated=gated), total
     if global_scale is None:
         global_scale = fmt.global_scale
     tokens = math.prod(x.shape[:-1])
     ours = roads.allowed(weights, fmt, precision) - roads.LIBRARY
     road = road or roads.fastest(tokens, weights, fmt, device, ours)
     quantize = functools.partial(mosaic_gpu.launch, global_scale=global_scale, device=device)
+    total, sums = x, list[Any]()
+    if mosaic_gpu.reads(x, norm, residual):
+        quantize = _reading(quantize, norm, residual, sums)
+    else:
+        x, total = normed.read(x, norm, residual)
     run = _fused if road == "fused" else _folded
-    return run(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated)
+    products = run(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated)
+    return products, sums[0].reshape(total.shape) if sums else total
+
+
+def _reading(quantize, norm, residual, sums: list):
+    """A quantizer of the normed sum of x and residual, which puts the sum into a list."""
+
+    def call(x, transform, fmt, **options):
+        more = None if residual is None else residual.reshape(x.shape)
+        codes, scales, total = quantize(x, transform, fmt, norm=norm, residual=more, **options)
+        sums.append(total)
+        return codes, scales
+
+    return call
 
 
 def _fused(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated):
@@ -77,7 +105,7 @@ def _fused(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated)
     # these are there before it starts.
     ahead = exact and plans.as_they_are(math.prod(x.shape[:-1]), weights[0].grid[1])
     after = [weight.records for weight in weights] if ahead else ()
-    quantize, device = functools.partial(quantize, after=after), quantize.keywords["device"]
+    quantize = functools.partial(quantize, after=after)
     options = {"ahead": ahead, "gated": gated}
     if _in_float8(fmt, weights):
         left = quantize(x.reshape(-1, x.shape[-1]), transform, fmt, layout="float8")
@@ -91,6 +119,7 @@ def _fused(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated)
         codes, scales = quantize(x, transform, fmt, layout="interchange")
         parts = exactly.bfloat16_parts(codes, scales, fmt)
     options |= {"out_dtype": out_dtype, "global_scale": global_scale}
+    device = mosaic_gpu.require_hopper()
     return launch_all(parts, weights, device=device, **options)
 
 

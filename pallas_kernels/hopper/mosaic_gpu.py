@@ -12,7 +12,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import repack
+from pallas_kernels import normed, repack
 from pallas_kernels.hopper import tiles as tile_tables
 
 HOPPER = "9.0"
@@ -39,7 +39,7 @@ def require_hopper() -> str:
     return device.device_kind
 
 
-def transform_quantize(x, transform, fmt, *, global_scale, layout):
+def transform_quantize(x, transform, fmt, *, global_scale, layout, norm=None, residual=None):
     """Run `quantize_kernel` on the default GPU, for any leading axes.
 
     Args:
@@ -49,15 +49,27 @@ def transform_quantize(x, transform, fmt, *, global_scale, layout):
       global_scale: float32 scalar; None takes the format's constant.
       layout: "interchange", "kernel", "lanes", "float8" or "values" (bfloat16 values times g in
         place of codes), see `quantize_kernel.transform_quantize`.
+      norm: (weight (K,), eps), of what is transformed.
+      residual: like x, added before that.
 
     Returns:
-      Codes uint8 (..., M, K/2), scales (..., M, K/g), or transposed in the kernel layout.
+      Codes uint8 (..., M, K/2), scales (..., M, K/g), or transposed in the kernel layout, and the
+      sum, (..., M, K).
 
     Raises:
       NotImplementedError: what the kernel, the device or this jax does not cover.
     """
     device = require_hopper()
-    return launch(x, transform, fmt, global_scale=global_scale, layout=layout, device=device)
+    how = {"global_scale": global_scale, "layout": layout, "device": device}
+    if not reads(x, norm, residual):
+        x, total = normed.read(x, norm, residual)
+        return *launch(x, transform, fmt, **how), total
+    return launch(x, transform, fmt, norm=norm, residual=residual, **how)
+
+
+def reads(x, norm, residual) -> bool:
+    """Whether the kernel normalises, and adds a residual, by itself: for few tokens."""
+    return norm is not None and math.prod(x.shape[:-1]) <= tile_tables.FEW_TOKENS
 
 
 def launch(
@@ -72,6 +84,8 @@ def launch(
     unit="wgmma",
     interpret=False,
     after=(),
+    norm=None,
+    residual=None,
 ):
     """As `transform_quantize`, for a named device, with given tiles, or interpreted on CPU.
 
@@ -80,6 +94,8 @@ def launch(
 
     ``unit="mma"`` uses warp-level matrix instructions in place of Hopper's wgmma: with it the
     kernel compiles for Blackwell (sm_100a), where it was never run.
+
+    With a norm, where it `reads`, the result is codes, scales and the sum of x and residual.
     """
     from pallas_kernels.hopper import quantize_kernel
 
@@ -108,12 +124,17 @@ def launch(
     d, shared = transform.shape[-1], transform.ndim == 2
     if tiles is None:
         tiles = tile_tables.choose(rows, width, fmt, d, shared, layout, device)
-    statics = (fmt, layout, tiles, unit, interpret, len(after) > 0)
+    first = None if norm is None else (norm[1], residual is not None)
+    statics = (fmt, layout, tiles, unit, interpret, first, len(after) > 0)
     g = jnp.asarray(global_scale, jnp.float32).reshape(())
-    codes, scales = _batched(statics)(x.reshape(rows, width), transform, g, *after)
-    if x.ndim == 2:
+    more = () if norm is None else (norm[0],)
+    more += () if residual is None else (residual.reshape(rows, width),)
+    codes, scales, *sums = _batched(statics)(x.reshape(rows, width), transform, g, *more, *after)
+    if x.ndim > 2:
+        codes, scales = (a.reshape(*x.shape[:-1], -1) for a in (codes, scales))
+    if norm is None:
         return codes, scales
-    return codes.reshape(*x.shape[:-1], -1), scales.reshape(*x.shape[:-1], -1)
+    return codes, scales, sums[0].reshape(x.shape) if sums else x
 
 
 def _alone(statics):
@@ -128,7 +149,8 @@ def _batched(statics):
     @run.def_vmap
     def rule(size, mapped, x, *others):
         call = _batched(_alone(statics))
-        if layout not in repack.TRANSPOSED and mapped[0] and not any(mapped[1:]):
+        plain = layout not in repack.TRANSPOSED and statics[-2] is None
+        if plain and mapped[0] and not any(mapped[1:]):
             codes, scales = call(x.reshape(-1, x.shape[-1]), *others)
             lead = x.shape[:-1]
             return (codes.reshape(*lead, -1), scales.reshape(*lead, -1)), (True, True)
@@ -137,21 +159,34 @@ def _batched(statics):
         def one(i):
             return call(*(o[i] if m else o for o, m in zip(operands, mapped, strict=True)))
 
-        return jax.lax.map(one, jnp.arange(size)), (True, True)
+        out = jax.lax.map(one, jnp.arange(size))
+        return out, (True,) * len(out)
 
     return run
 
 
-def _sharded(statics, x, transform, g, *after):
+def _sharded(statics, x, transform, g, *others):
     """The kernel on each shard of the rows; the other axes are gathered first."""
-    return _partitioned(statics, x, transform, g, *after)
+    return _partitioned(statics, x, transform, g, *others)
 
 
 @functools.partial(custom_partitioning, static_argnums=(0,))
 def _partitioned(statics, x, transform, g, *after):
-    from pallas_kernels.hopper import quantize_kernel
+    from pallas_kernels.hopper import norm_kernel, quantize_kernel
 
-    fmt, layout, tiles, unit, interpret, early = statics
+    fmt, layout, tiles, unit, interpret, first, early = statics
+    if first is not None:
+        weight, residual, after = after[0], after[1] if first[1] else None, after[1 + first[1] :]
+        out = norm_kernel.transform_quantize(
+            *(x, residual, weight, transform, fmt),
+            eps=first[0],
+            global_scale=g,
+            layout=layout,
+            interpret=interpret,
+            after=after,
+            early=early,
+        )
+        return out if first[1] else out[:2]
     return quantize_kernel.transform_quantize(
         *(x, transform, fmt),
         global_scale=g,
@@ -170,9 +205,19 @@ def _row_shardings(statics, mesh, arguments):
     rows = spec[0] if spec and statics[1] not in repack.POWERED else None
     scales = (None, rows) if statics[1] == "kernel" else (rows, None)
     named = functools.partial(NamedSharding, mesh)
-    outputs = named(PartitionSpec(rows, None)), named(PartitionSpec(*scales))
-    inputs = named(PartitionSpec(rows, None)), *[named(PartitionSpec())] * (len(arguments) - 1)
-    return inputs, outputs
+    of_rows = named(PartitionSpec(rows, None))
+    added = _added(statics)
+    outputs = of_rows, named(PartitionSpec(*scales)), *[of_rows] * added
+    inputs = [of_rows, *[named(PartitionSpec())] * (len(arguments) - 1)]
+    inputs[RESIDUAL : RESIDUAL + added] = [of_rows] * added
+    return tuple(inputs), outputs
+
+
+RESIDUAL = 4  # its place among the arguments, if there is one
+
+
+def _added(statics) -> bool:
+    return statics[-2] is not None and statics[-2][1]
 
 
 def _infer(statics, mesh, arguments, result):
@@ -190,8 +235,11 @@ def _rule(statics, mesh, arguments, result):
     scales = "q r" if powered else "q m" if statics[1] == "kernel" else "m q"
     codes = "s p" if powered else "m p"
     places = itertools.count()
-    after = (" ".join(f"w{next(places)}" for _ in a.shape) for a in arguments[3:])
-    return f"{', '.join(['m k', block, '', *after])} -> {codes}, {scales}"
+    others = [" ".join(f"w{next(places)}" for _ in a.shape) for a in arguments[3:]]
+    sums = ""
+    if _added(statics):
+        others[RESIDUAL - 3], sums = "m k", ", m k"
+    return f"{', '.join(['m k', block, '', *others])} -> {codes}, {scales}{sums}"
 
 
 _partitioned.def_partition(

@@ -83,6 +83,11 @@ class Geometry:
         return place, exists if each else exists & (beside == 0)
 
     @property
+    def groups(self) -> int:
+        """Scales of a row in a tile, or one power."""
+        return 1 if self.layout in repack.POWERED else self.tiles.columns // self.group
+
+    @property
     def outputs(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of codes and scales."""
         if self.layout in repack.POWERED:

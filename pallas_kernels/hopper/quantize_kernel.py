@@ -85,9 +85,7 @@ def transform_quantize(
       NotImplementedError: what this kernel does not cover, with the reason.
     """
     check_supported(x, transform, fmt)
-    if transform is None:
-        # Blocks as small as the groups: an infinity stays in its own group.
-        transform = jnp.eye(min(fmt.group_size, repack.CHUNK), dtype=x.dtype)
+    transform = or_identity(transform, x, fmt)
     m, k = x.shape
     # TMA's view of a swizzled tile splits M by 8 rows.
     if m > 8 and m % 8:
@@ -98,6 +96,19 @@ def transform_quantize(
         *(x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)),
         *after,
     )
+    return as_typed(codes, scales, m, fmt, layout)
+
+
+def or_identity(transform, x, fmt):
+    """A transform, or in place of None the identity for x."""
+    if transform is not None:
+        return transform
+    # Blocks as small as the groups: an infinity stays in its own group.
+    return jnp.eye(min(fmt.group_size, repack.CHUNK), dtype=x.dtype)
+
+
+def as_typed(codes, scales, m: int, fmt, layout: str):
+    """What a kernel wrote for M rows, which it may have padded, in its types."""
     if layout == "float8_values":
         return codes[:m], scales
     if layout == "float8":
@@ -131,21 +142,13 @@ def check_supported(x, transform, fmt) -> None:
 def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
     """The kernel as a function of x (M, K), transforms (B, d, d), g (1,) and what it waits for."""
     tiles, d, n = geo.tiles, geo.block, geo.tiles.warpgroups
-    word = jnp.float32 if geo.layout in repack.POWERED else SCALE_WORDS[fmt.scale_dtype][0]
+    word = scale_word(geo, fmt)
     codes_shape, scales_shape = geo.outputs
-    # TMA tiles of codes must divide a row of bytes and are no wider than one step.
-    packed = math.gcd(math.gcd(codes_shape[1], tiles.columns // geo.per_code), 128)
     operand = swizzled(min(128, 2 * d), 2)
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM((n * tiles.stages, ROWS, tiles.columns), dtype, transforms=operand),
         t_s=plgpu.SMEM((1 if geo.shared else geo.tiles.slab // d, d, d), dtype, transforms=operand),
-        codes_s=plgpu.SMEM(
-            (n * tiles.results, ROWS, tiles.columns // geo.per_code),
-            geo.code_dtype,
-            transforms=swizzled(
-                packed if geo.code_dtype.itemsize == 1 else 128, geo.code_dtype.itemsize
-            ),
-        ),
+        codes_s=codes_memory(geo, n * tiles.results),
         x_ready=plgpu.Barrier(num_barriers=n * tiles.stages),
         t_ready=plgpu.Barrier(),
         together=plgpu.Barrier(num_arrivals=n),
@@ -169,11 +172,26 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=_interpreter() if interpret else None,
+        interpret=interpreter() if interpret else None,
     )
 
 
-def _interpreter():
+def scale_word(geo: Geometry, fmt):
+    """The type in which the kernel writes scales, or powers."""
+    return jnp.float32 if geo.layout in repack.POWERED else SCALE_WORDS[fmt.scale_dtype][0]
+
+
+def codes_memory(geo: Geometry, count: int):
+    """Shared memory for so many tiles of codes."""
+    columns, itemsize = geo.tiles.columns // geo.per_code, geo.code_dtype.itemsize
+    # TMA tiles of codes must divide a row of bytes and are no wider than one step.
+    packed = math.gcd(math.gcd(geo.outputs[0][1], columns), 128)
+    transforms = swizzled(packed if itemsize == 1 else 128, itemsize)
+    return plgpu.SMEM((count, ROWS, columns), geo.code_dtype, transforms=transforms)
+
+
+def interpreter():
+    """Parameters of GPU interpretation, on CPU."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams()
@@ -195,7 +213,7 @@ def _body(geo, fmt, interpret, early, x_g, t_g, g_g, *others, t_s, t_ready, toge
         cta = cta * geo.tiles.cluster + lax.axis_index("rank")
     end = (cta + 1) * total // geo.ctas
     held = t_s.shape[0]
-    encode = _encoder(geo, fmt, g_g[0], interpret)
+    encode = encoder(geo, fmt, g_g[0], interpret)
 
     def one_slab(position):
         slab = position // row_tiles
@@ -261,21 +279,15 @@ def _walk(
         tile, step = i // steps, lax.rem(i, steps)
         slot = wg * tiles.stages + lax.rem(i, tiles.stages)
         plgpu.barrier_wait(x_ready.at[slot])
-        y = _transform(geo, x_s.at[slot], t_s, beside * steps + step)
+        y = transformed(geo, x_s.at[slot], t_s, beside * steps + step)
         # At most the store before is still reading; and all four warps are past wgmma.
         plgpu.wait_smem_to_gmem(tiles.results - 1, wait_read_only=True)
         pl.when(i + tiles.stages < last)(lambda: fetch(i + tiles.stages))
         out = codes_s.at[wg * tiles.results + lax.rem(i, tiles.results)]
-        groups = 1 if geo.layout in repack.POWERED else tiles.columns // geo.group
-        if geo.layout in repack.POWERED:
-            place, mine = geo.power(slab, beside)
-            scales = scales_g.at[pl.ds(place, 1), pl.ds(row(tile), ROWS)]
-            exist = geo.rows - row(tile), jnp.where(mine, 1, 0)
-        else:
-            scales = scales_g.at[geo.oriented(*rows_columns(tile, step, groups))]
-            exist = geo.rows - row(tile), geo.width // geo.group - (slab * steps + step) * groups
+        scales, exist = scales_of_tile(geo, scales_g, slab, beside, step, row(tile))
         gathered = None if scales_s is None else scales_s.at[wg * 2 + lax.rem(tile, 2)]
         if gathered is not None:
+            groups = geo.groups
             at = pl.ds(pl.multiple_of(step * groups, groups), groups)
             scales = gathered.at[geo.oriented(slice(None), at)]
         tops = () if tops_s is None else (tops_s.at[lax.rem(tile, 2)],)
@@ -285,8 +297,9 @@ def _walk(
 
             @pl.when(step == steps - 1)
             def _():
-                start = pl.multiple_of(slab * steps * groups, steps * groups)
-                at = geo.oriented(pl.ds(row(tile), ROWS), pl.ds(start, steps * groups))
+                whole = steps * geo.groups
+                start = pl.multiple_of(slab * whole, whole)
+                at = geo.oriented(pl.ds(row(tile), ROWS), pl.ds(start, whole))
                 plgpu.copy_smem_to_gmem(gathered, scales_g.at[at], commit_group=False)
 
         codes = codes_g.at[rows_columns(tile, step, tiles.columns // geo.per_code)]
@@ -299,7 +312,19 @@ def _walk(
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _transform(geo: Geometry, x_s, t_s, step):
+def scales_of_tile(geo: Geometry, scales_g, slab, beside, step, row):
+    """Where a tile's scales or powers go; how many rows and groups of it exist."""
+    rows = pl.ds(row, ROWS)
+    if geo.layout in repack.POWERED:
+        place, mine = geo.power(slab, beside)
+        return scales_g.at[pl.ds(place, 1), rows], (geo.rows - row, jnp.where(mine, 1, 0))
+    first = ((slab * geo.tiles.beside + beside) * geo.tiles.steps + step) * geo.groups
+    groups = pl.ds(pl.multiple_of(first, geo.groups), geo.groups)
+    exist = geo.rows - row, geo.width // geo.group - first
+    return scales_g.at[geo.oriented(rows, groups)], exist
+
+
+def transformed(geo: Geometry, x_s, t_s, step):
     """``x_b @ T_b^T`` of the blocks of one tile: float32 accumulators (64, d) each."""
     d = geo.block
     blocks = geo.tiles.columns // d
@@ -320,7 +345,7 @@ def _transform(geo: Geometry, x_s, t_s, step):
     return pl.run_scoped(multiply, *[plgpu.ACC((ROWS, d), jnp.float32)] * blocks)
 
 
-def _encoder(geo: Geometry, fmt, g, interpret):
+def encoder(geo: Geometry, fmt, g, interpret):
     """``encode(scales_ref, exist, y) -> codes``: scales go to the ref, codes are returned."""
     if interpret and geo.tiles.beside > 1:
         raise NotImplementedError("warpgroups that find powers together are not interpreted")

@@ -1,6 +1,7 @@
 """Layers of one input: together as one by one, quantized once, multiplied by one kernel."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,12 @@ import wush_jax as wush
 from pallas_kernels.hopper import mosaic_gpu
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import dense_layers
-from wush_jax.layers.siblings import call_together
+from wush_jax.layers.siblings import (
+    call_gated,
+    call_together,
+    normed_gated,
+    normed_together,
+)
 from wush_jax.layers.swap import swap
 from wush_jax.solvers.site import quantize_site
 
@@ -75,6 +81,75 @@ def test_gradients_are_those_of_the_sum():
     ]
     # Another order of three float32 sums.
     np.testing.assert_allclose(grads[0], grads[1], rtol=1e-5, atol=1e-5 * jnp.abs(grads[1]).max())
+
+
+def plain(norm, model, x, residual):
+    total = x + residual
+    return each(model, norm(total)), total
+
+
+def with_norm(share=True):
+    """A norm and layers that are laid out for kernels."""
+    model = quantized(share=share)
+    pack_for_kernels(model, force=True)
+    norm = nnx.RMSNorm(64, rngs=nnx.Rngs(0))
+    norm.scale[...] = jnp.linspace(0.5, 1.5, 64)
+    return norm, model
+
+
+def test_a_norm_is_the_first_step_of_layers():
+    """Outputs, the sum, and gradients in all of it, of float32."""
+    norm, model = with_norm()
+
+    @partial(nnx.jit, static_argnums=0)
+    def everything(run, norm, x, residual):
+        def power(norm, x, residual):
+            ys, total = run(norm, model, x, residual)
+            return sum(jnp.sum(y**2) for y in ys) + jnp.sum(total**3)
+
+        gradients = nnx.grad(power, argnums=(0, 1, 2))(norm, x, residual)
+        return run(norm, model, x, residual), gradients
+
+    found, wanted = (everything(run, norm, X, X[::-1]) for run in (normed_together, plain))
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        # Some hundred roundings of 2^-24, in another order.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    jaxpr = str(jax.make_jaxpr(lambda x: normed_together(norm, model, x, x))(X))
+    assert "name=_normed" in jaxpr
+    assert float(normed_together(norm, model, X)[1][0, 1]) == float(X[0, 1])
+
+
+def test_other_norms_and_layers_are_called_as_they_are():
+    norm, model = with_norm()
+    other = nnx.RMSNorm(64, use_scale=False, rngs=nnx.Rngs(0))
+    apart, codes = with_norm(share=False)[1], quantized()
+    for case in ((other, model), (norm, apart), (norm, codes), (norm, layers())):
+        found, wanted = (nnx.jit(run)(*case, X, X[::-1]) for run in (normed_together, plain))
+        for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            two_programs(a, b)
+
+
+def test_a_gated_layer_with_a_norm():
+    norm, (gate, _, _) = with_norm()
+    run = nnx.jit(lambda norm, gate: normed_gated(norm, gate, gate, X, X[::-1]))
+    y, total = run(norm, gate)
+    wanted = nnx.jit(lambda norm, gate: call_gated(gate, gate, norm(X + X[::-1])))(norm, gate)
+    two_programs(y, wanted)
+    np.testing.assert_array_equal(total, X + X[::-1])
+
+
+def test_adapters_read_the_input_too():
+    """Each of a site's layers adds its own; they are not lost where the site is called together."""
+    model = nnx.List([nnx.LoRALinear(64, n, lora_rank=2, rngs=nnx.Rngs(n)) for n in WIDTHS])
+    for layer in model:
+        layer.lora.lora_b[...] = jnp.ones_like(layer.lora.lora_b[...])
+    dense, _ = dense_layers(model)
+    moments, recipe = jnp.eye(64), wush.Recipe(solver="rtn", transform="hadamard")
+    packed = quantize_site([d.weight for d in dense.values()], moments, recipe)
+    model = swap(model, dense, dict(zip(dense, packed, strict=True)))
+    assert all(layer.adapter is not None for layer in model)
+    for a, b in zip(call_together(model, X), each(model, X), strict=True):
+        two_programs(a, b)
 
 
 def test_weights_of_another_width_are_refused():

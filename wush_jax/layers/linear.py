@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 import pallas_kernels
+from pallas_kernels import normed
 from pallas_kernels.reference import swiglu
 from wush_jax.formats.checks import refuse_tensors
 from wush_jax.layers.parallel import partitioned_dot
@@ -126,6 +127,79 @@ def _gated_backward(how, residuals, cotangent):
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
+
+
+def normed_dot(
+    x: jax.Array,
+    packed: tuple[PackedWeight, ...],
+    norm: tuple[jax.Array, float],
+    *,
+    residual: jax.Array | None = None,
+    gated: bool = False,
+    implementation: str | None = None,
+) -> tuple[Any, jax.Array]:
+    """Return `quantized_dot` of ``rms_norm(x + residual)``, or `gated_dot`, and the sum.
+
+    For few tokens a kernel adds, normalises, transforms and quantizes. Gradients are those of the
+    expression, with `quantized_dot`'s.
+
+    Args:
+      x: (..., K).
+      packed: quantized weights (N, K) of one site.
+      norm: weight (K,) and eps, as of `pallas_kernels.normed.rms_norm`.
+      residual: like x, or None.
+      gated: of two weights, give ``silu(first) * second``.
+      implementation: as for `quantized_dot`.
+
+    Returns:
+      A tuple of (..., N), or one if gated; and (..., K), x + residual.
+
+    Raises:
+      ValueError: K of x and of a weight differ, or x, norm and residual do not fit.
+      NotImplementedError: a forced implementation cannot run here.
+
+    Source: WUSH paper, eq. 1; Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
+
+    >>> from wush_jax import Recipe, quantize_weight
+    >>> packed = quantize_weight(jnp.eye(32), None, Recipe(transform="identity"))
+    >>> (y,), total = normed_dot(jnp.ones((1, 32)), (packed,), (jnp.full(32, 2.0), 0.0),
+    ...                          residual=jnp.ones((1, 32)))
+    >>> y[0, 0].item(), total[0, 0].item()
+    (2.0, 2.0)
+    """
+    _check_inner(x, packed)
+    weight, eps = norm
+    return _normed((implementation, eps, gated), x, residual, weight, packed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normed(how, x, residual, weight, packed):
+    implementation, eps, gated = how
+    y = pallas_kernels.transform_quantize_matmul(
+        *(x, packed[0].transform, packed),
+        gated=gated,
+        norm=(weight, eps),
+        residual=residual,
+        implementation=implementation,
+    )
+    return y if residual is not None else (y, x)
+
+
+def _normed_forward(how, *arguments):
+    return _normed(how, *arguments), arguments
+
+
+def _normed_backward(how, residuals, cotangents):
+    implementation, eps, gated = how
+
+    def expression(x, residual, weight, packed):
+        x, total = normed.read(x, (weight, eps), residual)
+        return (_gated if gated else _dot)((implementation, None), x, packed), total
+
+    return jax.vjp(expression, *residuals)[1](cotangents)
+
+
+_normed.defvjp(_normed_forward, _normed_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -3,6 +3,7 @@
 A cache holds the keys and values of what was read; every row has a length of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,15 +133,25 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Let every position of ``x`` read itself and the positions before it."""
-        return self.prefill(x)[0]
+        return self.prefill(call_together(self.readers, x))[0]
 
-    def prefill(self, x: jax.Array) -> tuple[jax.Array, LayerCache]:
-        """Return what calling gives, and the keys and values of ``x``."""
-        query, key, value = self._heads(x, jnp.arange(x.shape[1]))
+    @property
+    def readers(self) -> list[nnx.Module]:
+        """The layers that read the input: of queries, keys and values."""
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def prefill(self, projections: Sequence[jax.Array]) -> tuple[jax.Array, LayerCache]:
+        """Return what calling gives, and the keys and values.
+
+        Args:
+            projections: what the `readers` give for the input, each (batch, length, width).
+        """
+        length = projections[0].shape[1]
+        query, key, value = self._heads(projections, jnp.arange(length))
         cache = LayerCache(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
         if self._options:
-            distance = jnp.arange(x.shape[1])[:, None] - jnp.arange(x.shape[1])
-            seen = (distance >= 0) & (distance < (self.window or x.shape[1]))
+            distance = jnp.arange(length)[:, None] - jnp.arange(length)
+            seen = (distance >= 0) & (distance < (self.window or length))
             mixed = attend(query, cache, seen[None], scale=self._scale, **self._options)
         else:
             # Of float16, jax's attention has a product that no CPU and no TPU compiles.
@@ -152,30 +163,34 @@ class Attention(nnx.Module):
                 local_window_size=None if self.window is None else (self.window - 1, 0),
                 implementation=self.implementation,
             ).astype(query.dtype)
-        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
+        return self._mixed(mixed), cache
 
     def cache_size(self, positions: int) -> int:
         """Return how many of so many positions have to be kept: no more than the window."""
         return positions if self.window is None else min(self.window, positions)
 
     def decode(
-        self, x: jax.Array, cache: LayerCache, positions: jax.Array
+        self, projections: Sequence[jax.Array], cache: LayerCache, positions: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         """Let one more position of every row read itself and what the cache holds before it.
 
         Args:
-            x: (batch, 1, hidden).
+            projections: what the `readers` give for the input, each (batch, 1, width).
             cache: of the positions before, with room for one more.
             positions: (batch,) int32, where each row goes on.
         """
-        query, key, value = self._heads(x, positions[:, None])
+        query, key, value = self._heads(projections, positions[:, None])
         size = cache.keys.shape[2]
         # Without a window what has no room is lost, and overwrites nothing.
         places = positions if self.window is None else positions % size
         cache = cache.write(key[:, 0], value[:, 0], places)
         seen = held(positions, size) >= 0
         mixed = attend(query, cache, seen[:, None], scale=self._scale, **self._options)
-        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache
+        return self._mixed(mixed), cache
+
+    def _mixed(self, heads: jax.Array) -> jax.Array:
+        """Project (batch, length, heads, head_dim) back to the width of the input."""
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
 
     @property
     def _scale(self) -> float:
@@ -188,10 +203,11 @@ class Attention(nnx.Module):
         cap, sinks = self.config.attn_logit_softcapping, self.config.attention_sinks
         return ({} if cap is None else {"cap": cap}) | ({"sinks": self.sinks[...]} if sinks else {})
 
-    def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _heads(
+        self, projections: Sequence[jax.Array], positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return rotated queries, rotated keys and values: (batch, length, heads, head_dim)."""
-        split = (*x.shape[:-1], -1, self.config.head_dim)
-        projections = call_together([self.q_proj, self.k_proj, self.v_proj], x)
+        split = (*projections[0].shape[:-1], -1, self.config.head_dim)
         query, key, value = (heads.reshape(split) for heads in projections)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)

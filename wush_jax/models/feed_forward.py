@@ -6,7 +6,7 @@ from flax import nnx
 
 from pallas_kernels.reference import swiglu
 from wush_jax.layers.ragged_linear import RaggedLinear
-from wush_jax.layers.siblings import call_gated, call_together
+from wush_jax.layers.siblings import call_gated, call_together, normed_gated
 from wush_jax.models.config import LlamaConfig
 
 
@@ -42,10 +42,24 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map each position of ``x`` by itself."""
-        if self.config.hidden_act == "silu" and self.config.swiglu_limit is None:
+        if self._gated:
             return self.down_proj(call_gated(self.gate_proj, self.up_proj, x))
         gate, up = call_together([self.gate_proj, self.up_proj], x)
         return self.down_proj(gate_with(self.config, gate, up))
+
+    def normed(
+        self, norm: nnx.Module, x: jax.Array, residual: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return what calling gives for ``norm(x + residual)``, and the sum."""
+        if self._gated:
+            fed, total = normed_gated(norm, self.gate_proj, self.up_proj, x, residual)
+            return self.down_proj(fed), total
+        total = x + residual
+        return self(norm(total)), total  # type: ignore[operator]
+
+    @property
+    def _gated(self) -> bool:
+        return self.config.hidden_act == "silu" and self.config.swiglu_limit is None
 
 
 class Router(nnx.Module):

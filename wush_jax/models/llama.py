@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wush_jax.layers.siblings import normed_together
 from wush_jax.models.attention import Attention, LayerCache
 from wush_jax.models.config import LlamaConfig
 from wush_jax.models.feed_forward import MLP, SparseMLP
@@ -46,6 +47,17 @@ def scaled(config: LlamaConfig, vectors: Any) -> Any:
     return vectors * vectors.dtype.type(config.hidden_size**0.5)
 
 
+# The residual stream, (batch, length, hidden), and what is still to be added to it: the norm that
+# comes next does that, in a quantizer's kernel where there is one.
+Stream = tuple[jax.Array, jax.Array | None]
+
+
+def added(stream: Stream) -> jax.Array:
+    """Return a stream's sum."""
+    hidden, update = stream
+    return hidden if update is None else hidden + update
+
+
 class DecoderLayer(nnx.Module):
     """One residual block of the decoder: (batch, length, hidden) to the same."""
 
@@ -64,28 +76,37 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Add attention, then the feed-forward layer, to the residual stream."""
-        return self.prefill(hidden)[0]
+        return added(self.prefill((hidden, None))[0])
 
-    def prefill(self, hidden: jax.Array) -> tuple[jax.Array, LayerCache]:
+    def prefill(self, stream: Stream) -> tuple[Stream, LayerCache]:
         """Return what calling gives, and the layer's keys and values."""
-        mixed, cache = self.self_attn.prefill(self.input_layernorm(hidden))
+        projections, hidden = self._projected(stream)
+        mixed, cache = self.self_attn.prefill(projections)
         return self._rest(hidden, mixed), cache
 
     def decode(
-        self, hidden: jax.Array, cache: LayerCache, positions: jax.Array
-    ) -> tuple[jax.Array, LayerCache]:
+        self, stream: Stream, cache: LayerCache, positions: jax.Array
+    ) -> tuple[Stream, LayerCache]:
         """Send one more position of every row through the layer; see :meth:`Attention.decode`."""
-        mixed, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, positions)
+        projections, hidden = self._projected(stream)
+        mixed, cache = self.self_attn.decode(projections, cache, positions)
         return self._rest(hidden, mixed), cache
 
-    def _rest(self, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
+    def _projected(self, stream: Stream) -> tuple[list[jax.Array], jax.Array]:
+        """What attention reads, and the stream's sum."""
+        return normed_together(self.input_layernorm, self.self_attn.readers, *stream)
+
+    def _rest(self, hidden: jax.Array, mixed: jax.Array) -> Stream:
         """Add what attention has mixed, then the feed-forward layer."""
-        if not self.sandwich:
-            hidden = hidden + mixed
-            return hidden + self.mlp(self.post_attention_layernorm(hidden))
-        hidden = hidden + self.post_attention_layernorm(mixed)
-        fed = self.mlp(self.pre_feedforward_layernorm(hidden))
-        return hidden + self.post_feedforward_layernorm(fed)
+        if self.sandwich:
+            hidden = hidden + self.post_attention_layernorm(mixed)
+            fed = self.mlp(self.pre_feedforward_layernorm(hidden))
+            return hidden, self.post_feedforward_layernorm(fed)
+        if isinstance(self.mlp, MLP):
+            fed, hidden = self.mlp.normed(self.post_attention_layernorm, hidden, mixed)
+            return hidden, fed
+        hidden = hidden + mixed
+        return hidden, self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Llama(nnx.Module):
@@ -154,10 +175,10 @@ class Llama(nnx.Module):
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """Return what `head` reads: (batch, length) integers to (batch, length, hidden)."""
-        hidden = self.embed(tokens)
+        stream: Stream = self.embed(tokens), None
         for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden
+            stream, _ = layer.prefill(stream)
+        return added(stream)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Return next-token logits: (batch, length) integers to float32 (batch, length, vocab)."""
@@ -176,12 +197,13 @@ class Llama(nnx.Module):
         Returns:
             float32 (batch, vocab) logits of the token after each row's last; the cache.
         """
-        hidden, layers = self.embed(tokens), []
+        stream: Stream = self.embed(tokens), None
+        layers = []
         for layer in self.layers:
-            hidden, cache = layer.prefill(hidden)
+            stream, cache = layer.prefill(stream)
             layers.append(cache.kept(lengths, layer.self_attn.cache_size(max_length)))
         # Rows end at places of their own; what pads them is to their right, where none looks.
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        last = jnp.take_along_axis(added(stream), (lengths - 1)[:, None, None], axis=1)
         return self.head(last)[:, 0], Cache(tuple(layers), lengths)
 
     def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -193,8 +215,9 @@ class Llama(nnx.Module):
         Returns:
             float32 (batch, vocab) logits of the next token; the cache, one position longer.
         """
-        hidden, layers = self.embed(tokens[:, None]), []
+        stream: Stream = self.embed(tokens[:, None]), None
+        layers = []
         for layer, old in zip(self.layers, cache.layers, strict=True):
-            hidden, new = layer.decode(hidden, old, cache.lengths)
+            stream, new = layer.decode(stream, old, cache.lengths)
             layers.append(new)
-        return self.head(hidden)[:, 0], Cache(tuple(layers), cache.lengths + 1)
+        return self.head(added(stream))[:, 0], Cache(tuple(layers), cache.lengths + 1)
