@@ -44,8 +44,8 @@ def transform_quantize(
       global_scale: float32 scalar; None takes the format's own.
       layout: "interchange", or what the matmul kernels want: "kernel" or "fp8"
         (`pallas_kernels.repack`).
-      norm: (weight (K,), eps): what is transformed is `normed.rms_norm` of x. Up to 64 tokens the
-        kernel does it.
+      norm: (weight (K,), eps): what is transformed is `normed.rms_norm` of x. The kernel does it up
+        to 64 tokens, to MXFP4 or FP8.
       residual: like x; what is normed and transformed is x + residual, rounded to their dtype.
       implementation: None chooses; a name, or names in order of preference, forces: "mosaic_gpu"
         (one kernel, Hopper), "xla" (matmul in x's dtype), "reference".

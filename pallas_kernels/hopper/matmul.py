@@ -76,7 +76,7 @@ def layer(
     road = road or roads.fastest(tokens, weights, fmt, device, ours)
     quantize = functools.partial(mosaic_gpu.launch, global_scale=global_scale, device=device)
     total, sums = x, list[Any]()
-    if mosaic_gpu.reads(x, norm, residual):
+    if mosaic_gpu.reads(x, norm, fmt):
         quantize = _reading(quantize, norm, residual, sums)
     else:
         x, total = normed.read(x, norm, residual)

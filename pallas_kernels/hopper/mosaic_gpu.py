@@ -61,15 +61,19 @@ def transform_quantize(x, transform, fmt, *, global_scale, layout, norm=None, re
     """
     device = require_hopper()
     how = {"global_scale": global_scale, "layout": layout, "device": device}
-    if not reads(x, norm, residual):
+    if not reads(x, norm, fmt):
         x, total = normed.read(x, norm, residual)
         return *launch(x, transform, fmt, **how), total
     return launch(x, transform, fmt, norm=norm, residual=residual, **how)
 
 
-def reads(x, norm, residual) -> bool:
-    """Whether the kernel normalises, and adds a residual, by itself: for few tokens."""
-    return norm is not None and math.prod(x.shape[:-1]) <= tile_tables.FEW_TOKENS
+def reads(x, norm, fmt) -> bool:
+    """Whether the quantizer normalises, and adds a residual, by itself.
+
+    For few tokens, and in formats with powers of two: NVFP4's was no faster so.
+    """
+    few = math.prod(x.shape[:-1]) <= tile_tables.FEW_TOKENS
+    return norm is not None and few and fmt.scale_dtype == "e8m0"
 
 
 def launch(

@@ -103,14 +103,23 @@ def test_the_interpreted_kernel_equals_the_definition():
 
 
 @NEEDS_MOSAIC
-@pytest.mark.parametrize("inputs", [wush.MXFP4, wush.FP8], ids=lambda f: f.name)
-@pytest.mark.parametrize("rows", [1, 16, FEW_TOKENS + 1])
-def test_a_layer_is_two_kernels(monkeypatch, inputs, rows):
-    """For more tokens XLA normalises before them."""
+@pytest.mark.parametrize(
+    ("inputs", "rows", "fused"),
+    [
+        (wush.MXFP4, 1, True),
+        (wush.FP8, 16, True),
+        (wush.MXFP4, FEW_TOKENS + 1, False),
+        (wush.NVFP4, 16, False),
+    ],
+)
+def test_a_layer_is_two_kernels(monkeypatch, inputs, rows, fused):
+    """For more tokens, and to other formats, XLA normalises before them."""
     monkeypatch.setattr(mosaic_gpu, "require_hopper", lambda: "NVIDIA H200")
     x, residual, weight = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays(rows, 512))
+    fmt = wush.NVFP4 if inputs is wush.NVFP4 else wush.MXFP4
+    operand = "bfloat16" if inputs is wush.NVFP4 else "float8"
     laid = jax.eval_shape(
-        lambda: fragments.lay_out(wush.quantize(jnp.zeros((64, 512)), wush.MXFP4), "float8")
+        lambda: fragments.lay_out(wush.quantize(jnp.zeros((64, 512)), fmt), operand)
     )
 
     def layer(x, residual, weight, laid):
@@ -119,7 +128,7 @@ def test_a_layer_is_two_kernels(monkeypatch, inputs, rows):
     traced = jax.jit(layer).trace(x, residual, weight, laid)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 2
-    assert ("stablehlo.rsqrt" in text) == (rows > FEW_TOKENS)
+    assert ("stablehlo.rsqrt" in text) == (not fused)
     (y,), total = traced.out_info
     assert (y.shape, total.shape) == ((rows, 64), x.shape)
 
