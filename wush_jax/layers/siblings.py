@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.reference import swiglu
@@ -148,13 +149,17 @@ def _fused(norm: Any, layers: Sequence[Any], x: jax.Array) -> Any:
     readings = [_reading(layer) for layer in layers]
     if type(norm) is not nnx.RMSNorm or readings[0] is None or len(set(readings)) > 1:
         return None
-    one = layers[0]
-    own = norm.scale is not None and norm.reduction_axes == norm.feature_axes == -1
-    own = own and norm.axis_name is None and norm.dtype == one.dtype == x.dtype
-    plain = one.contraction.reading == ((-1,), ()) and one.result_dtype in (None, x.dtype)
-    if not (own and plain) or is_explicit(x) or one.records is None or one.partition is not None:
+    one, scale = layers[0], cast(Any, norm.scale)
+    own = scale is not None and norm.reduction_axes == norm.feature_axes == -1
+    own = own and norm.axis_name is None and one.contraction.reading == ((-1,), ())
+    if not own or is_explicit(x) or one.records is None or one.partition is not None:
         return None
-    weight = cast(Any, norm.scale)[...].astype(x.dtype), float(norm.epsilon)
+    # What Flax promotes x to, where a module has no dtype of its own.
+    reads = norm.dtype or jnp.promote_types(x.dtype, scale[...].dtype)
+    takes = one.dtype or jnp.promote_types(x.dtype, one.kernel_dtype)
+    if {jnp.dtype(kind) for kind in (reads, takes, one.result_dtype or takes)} != {x.dtype}:
+        return None
+    weight = scale[...].astype(x.dtype), float(norm.epsilon)
     how = {"norm": weight, "implementation": one.implementation}
     return partial(normed_dot, x, **how)
 
