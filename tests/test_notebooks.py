@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import wush_jax
-
-FOLDER = Path(wush_jax.__file__).parents[1] / "docs" / "notebooks"
+FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 pytestmark = pytest.mark.files
