@@ -39,6 +39,15 @@ def require_hopper() -> str:
     return device.device_kind
 
 
+def on_hopper() -> bool:
+    """Whether the default device is one that these kernels run on."""
+    try:
+        require_hopper()
+    except NotImplementedError:
+        return False
+    return True
+
+
 def transform_quantize(x, transform, fmt, *, global_scale, layout, norm=None, residual=None):
     """Run `quantize_kernel` on the default GPU, for any leading axes.
 

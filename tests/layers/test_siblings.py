@@ -97,7 +97,14 @@ def with_norm(share=True):
     return norm, model
 
 
-def test_a_norm_is_the_first_step_of_layers():
+@pytest.fixture
+def kernels(monkeypatch):
+    """Layers ask as on a Hopper GPU; the definition answers."""
+    monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_norm_is_the_first_step_of_layers(monkeypatch):
     """Outputs, the sum, and gradients in all of it, of float32."""
     norm, model = with_norm()
 
@@ -115,9 +122,13 @@ def test_a_norm_is_the_first_step_of_layers():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
     jaxpr = str(jax.make_jaxpr(lambda x: normed_together(norm, model, x, x))(X))
     assert "name=_normed" in jaxpr
+    monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: False)
+    jaxpr = str(jax.make_jaxpr(lambda x: normed_together(norm, model, x, x))(X))
+    assert "name=_normed" not in jaxpr
     assert float(normed_together(norm, model, X)[1][0, 1]) == float(X[0, 1])
 
 
+@pytest.mark.usefixtures("kernels")
 def test_other_norms_and_layers_are_called_as_they_are():
     norm, model = with_norm()
     other = nnx.RMSNorm(64, use_scale=False, rngs=nnx.Rngs(0))
@@ -128,6 +139,7 @@ def test_other_norms_and_layers_are_called_as_they_are():
             two_programs(a, b)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_gated_layer_with_a_norm():
     norm, (gate, _, _) = with_norm()
     run = nnx.jit(lambda norm, gate: normed_gated(norm, gate, gate, X, X[::-1]))

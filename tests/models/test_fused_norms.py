@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import wush_jax as wush
+from pallas_kernels.hopper import mosaic_gpu
 from wush_jax.layers import linear, siblings
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import dense_layers
@@ -41,8 +42,9 @@ def decoder(dtype, inputs, factor=1, **changes):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often a norm was the first step of layers, and which were gated."""
+    """How often a norm was the first step of layers, and which were gated, as on a Hopper GPU."""
     calls = []
+    monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
 
     def counting(*arguments, **options):
         calls.append(options.get("gated", False))

@@ -135,9 +135,7 @@ def _is_served(layer: QuantizedDense) -> bool:
     """Whether the kernels of this device take a token of a layer, if its weight is laid out."""
     if layer.implementation not in (None, "mosaic_gpu"):
         return False
-    try:
-        mosaic_gpu.require_hopper()
-    except NotImplementedError:
+    if not mosaic_gpu.on_hopper():
         return False
     if {d.platform for d in _devices(layer.packed.weight)} != {jax.default_backend()}:
         return False

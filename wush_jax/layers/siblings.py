@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.hopper import mosaic_gpu
 from pallas_kernels.reference import swiglu
 from wush_jax.layers.linear import gated_dot, normed_dot, quantized_dot
 from wush_jax.layers.meshes import is_explicit
@@ -144,10 +145,13 @@ def normed_gated(
 def _fused(norm: Any, layers: Sequence[Any], x: jax.Array) -> Any:
     """Return `normed_dot` of x for layers that read a norm's output, None where it is not theirs.
 
-    Where their weights are records, and neither the norm nor a layer does anything else.
+    Where their weights are records that a kernel here reads, and neither the norm nor a layer does
+    anything else.
     """
     readings = [_reading(layer) for layer in layers]
     if type(norm) is not nnx.RMSNorm or readings[0] is None or len(set(readings)) > 1:
+        return None
+    if not mosaic_gpu.on_hopper():  # elsewhere it gains nothing, and rounds in another order
         return None
     one, scale = layers[0], cast(Any, norm.scale)
     own = scale is not None and norm.reduction_axes == norm.feature_axes == -1
