@@ -9,12 +9,15 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from checkpoint_tools import Pair, change_config, open_file, pair, refuse, write_file
 from flax import nnx
 
 import wush_jax as wush
 from wush_jax.layers.nnx import Packed
+from wush_jax.storage.tensor_file import write_tensors
+from wush_jax.storage.tensor_folder import read_tensors
 
 pytestmark = pytest.mark.files
 
@@ -217,6 +220,17 @@ def test_a_checksum_tells_what_safetensors_cannot(folder):
     data = bytes(data).replace(b'"crc32":"{', b'"crc32":"[')
     file.write_bytes(data)
     refuse(folder, "metadata 'crc32' is damaged")
+
+
+def test_a_checksum_is_of_type_and_shape_too(tmp_path):
+    file = tmp_path / "x.safetensors"
+    write_tensors(file, {"a": np.arange(4, dtype=np.uint16).reshape(1, 4)})
+    whole = file.read_bytes()
+    np.testing.assert_array_equal(read_tensors(file)["a"], [[0, 1, 2, 3]])
+    for old, new in ((b'"U16"', b'"F16"'), (b"[1,4]", b"[4,1]")):
+        file.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match="'a' is not what was saved, its checksum differs"):
+            read_tensors(file)
 
 
 def test_hostile_index_is_refused(folder):

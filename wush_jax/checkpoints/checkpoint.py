@@ -100,7 +100,7 @@ def load(
     dense_types: DenseTypes = DENSE_TYPES,
     implementation: str | None = None,
 ) -> Any:
-    """Rebuild what `save` wrote, tensor by tensor; nothing unquantized is made.
+    """Rebuild what `save` wrote, tensor by tensor; what it packed stays packed.
 
     Args:
       path: a folder that `save` or `wush_jax.checkpoints.interchange.export` wrote, or one in a

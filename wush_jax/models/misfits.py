@@ -42,11 +42,11 @@ def check_repeated(folder: TensorFolder, head: str, embedding: str) -> None:
     Raises:
         ValueError: the two tensors differ, so that one of them would be left out.
     """
-    found = [
+    one, other = (
         folder.read(name, [folder.entries[name].dtype], [folder.entries[name].shape])
         for name in (head, embedding)
-    ]
-    if not np.array_equal(*found):
+    )
+    if not np.array_equal(one, other):
         raise ValueError(
             f"{folder.path / CONFIG}: tie_word_embeddings=True makes the head the embedding, but "
             f"{head!r} differs from {embedding!r}: set it to false, or remove that tensor"

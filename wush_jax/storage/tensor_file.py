@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wush_jax.storage.tensor_folder import CHECKSUMS, DTYPES
+from wush_jax.storage.tensor_folder import CHECKSUMS, DTYPES, checksum_of
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PART = 2**24  # bytes that are written at once
@@ -72,8 +72,8 @@ def _header(entries: Mapping[str, Any], metadata: Mapping[str, str], room: int =
 
 
 def _write(file: BinaryIO, tensor: Any) -> int:
-    """Write a tensor's bytes, in C order; return their CRC-32."""
-    checksum = 0
+    """Write a tensor's bytes, in C order; return the CRC-32 of type, shape and values."""
+    checksum = checksum_of(tensor.dtype, tensor.shape)
     for part in _parts(tensor):
         # Of rank 0 where it is: ascontiguousarray does not see to that.
         data = np.asarray(part, order="C").reshape(-1).view(np.uint8).data

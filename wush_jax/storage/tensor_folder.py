@@ -99,7 +99,7 @@ class Entry:
       shape: of the tensor.
       start: byte of the file at which the values start.
       stamp: the file's identity, size and time when its header was read.
-      crc32: of the values, or None where the file does not say (our writer does).
+      crc32: of type, shape and values, or None where the file does not say (our writer does).
     """
 
     file: Path
@@ -334,8 +334,14 @@ def _read_values(name: str, entry: Entry, mapped: bool) -> np.ndarray:
     return data.view(np.ndarray).view(entry.dtype).reshape(entry.shape)
 
 
+def checksum_of(dtype: Any, shape: Sequence[int]) -> int:
+    """Return the CRC-32 of a tensor before its first byte: other types of the same bytes differ."""
+    return zlib.crc32(f"{np.dtype(dtype).name} {list(shape)}".encode())
+
+
 def _check_sum(name: str, entry: Entry, data: np.ndarray) -> None:
-    if entry.crc32 is not None and zlib.crc32(data.data) != entry.crc32:
+    start = checksum_of(entry.dtype, entry.shape)
+    if entry.crc32 is not None and zlib.crc32(data.data, start) != entry.crc32:
         raise ValueError(
             f"{entry.file}: tensor {name!r} is not what was saved, its checksum differs; fetch the "
             "file again"
