@@ -309,10 +309,10 @@ def test_bench_without_a_gpu_is_refused(capsys):
     [
         (["quantize", "SOURCE", "--out", "OUT"], "give one of --text"),
         (["quantize", "SOURCE", "--out", "OUT", "--text", "nowhere.txt"], "nowhere.txt"),
-        (["quantize", "nowhere", "--out", "OUT", "--text", "TEXT"], "not a folder"),
+        (["quantize", "nowhere", "--out", "OUT", "--text", "TEXT"], "is no model folder"),
         (["plan", "SOURCE", "--block-size", "48"], "block_size=48"),
         (["plan", "SOURCE", "--skip", "("], "regular expression"),
-        (["evaluate", "OUT", "--text", "TEXT"], "not a folder"),
+        (["evaluate", "OUT", "--text", "TEXT"], "is no model folder"),
         (["inspect", "OUT"], "not a folder"),
         (["evaluate", "SOURCE", "--text", "TEXT", "--length", "0"], "--length 0"),
         (["evaluate", "SOURCE", "--text", "TEXT", "--batch", "-1"], "--batch -1"),
