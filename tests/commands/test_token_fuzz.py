@@ -17,6 +17,7 @@ from flax import nnx
 from folders import write
 from hypothesis import example, given
 from hypothesis import strategies as st
+from mutations import NOTHING, places, put
 from tiny import BYTES
 from token_tools import byte_tokenizer
 
@@ -182,16 +183,6 @@ def test_texts_of_any_bytes(world, content, length):
     check(*found, expected, "text.txt")
 
 
-def places(tree, path=()):
-    """Every place in a JSON tree but those of a vocabulary's entries."""
-    yield path
-    if isinstance(tree, dict | list) and path[-1:] != ("vocab",):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, value in items:
-            yield from places(value, (*path, key))
-
-
-NOTHING = object()
 VALUES = [NOTHING, None, True, -1, 3, 2.5, "", "Ġ", [], {}, {"type": "BPE"}, [["a", "b"]]]
 
 
@@ -206,13 +197,7 @@ def test_tokenizers(data):
         file = folder / data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
         tree = json.loads(file.read_text())
         path = data.draw(st.sampled_from(list(places(tree))[1:]))
-        value, parent = data.draw(st.sampled_from(VALUES)), tree
-        for key in path[:-1]:
-            parent = parent[key]
-        if value is NOTHING:
-            del parent[path[-1]]
-        else:
-            parent[path[-1]] = value
+        put(tree, path, data.draw(st.sampled_from(VALUES)))
         file.write_text(json.dumps(tree))
         text = data.draw(st.text(st.sampled_from("ab é<s>/"), max_size=12))
         try:

@@ -199,9 +199,9 @@ def test_layers_that_are_alike_are_compiled_once():
     config = dataclasses.replace(CONFIG, num_hidden_layers=4)
     model = random_model(config)
     tokens = RANDOM.integers(config.vocab_size, size=(2, 9), dtype=np.int32)
-    before = by_layer._run._cache_size()
+    before = by_layer.run_merged._cache_size()
     hidden = by_layer.ByLayer.of(model).hidden(tokens)
-    assert by_layer._run._cache_size() - before <= 2  # the embedding, a layer
+    assert by_layer.run_merged._cache_size() - before <= 2  # the embedding, a layer
     # the same operations in programs of other sizes: a few roundings of float32
     np.testing.assert_allclose(
         hidden, jax.jit(lambda m, t: m.hidden(t))(model, tokens), rtol=1e-4, atol=1e-5

@@ -70,7 +70,7 @@ DTYPES = ["float16", "float64", "int8", "bool", "bfloat16"]
 VALUES = [float("nan"), float("inf"), 1e30, 0.0]
 
 
-def _set(tree, path, value):
+def put(tree, path, value):
     parent = tree
     for key in path[:-1]:
         parent = parent[key]
@@ -99,7 +99,7 @@ def edit_config(draw, folders):
     value = draw(st.sampled_from([*OWN[key], *NASTY] if OWN[key] else NASTY))
     for folder in folders:
         tree = json.loads((folder / "config.json").read_text())
-        _set(tree, (key,), value)
+        put(tree, (key,), value)
         (folder / "config.json").write_text(json.dumps(tree))
     return f"config.json: {key} {_shown(value)}"
 
@@ -113,7 +113,7 @@ def edit_json(draw, folders):
     tree = json.loads((folders[0] / name).read_text())
     path = draw(st.sampled_from([*places(tree)][1:] or [("x",)]))
     value = draw(st.sampled_from(NASTY))
-    _set(tree, path, value)
+    put(tree, path, value)
     for folder in folders:
         if name != "promise.json":
             (folder / name).write_text(json.dumps(tree))

@@ -22,9 +22,7 @@ from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.site_plan import SitePlan, site_cost
 from wush_jax.formats import elements
 from wush_jax.layers.kernel_layout import pack_for_kernels
-from wush_jax.layers.nnx import (
-    Dense,
-)
+from wush_jax.layers.nnx import Dense
 from wush_jax.layers.swap import swap
 from wush_jax.solvers.batched import few_tokens, filled, quantize_alike, quantize_batched
 from wush_jax.solvers.site import PackedWeight

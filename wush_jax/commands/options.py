@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
@@ -193,11 +194,13 @@ class Text:
         length, size = min(self.length, config.max_position_embeddings), config.vocab_size
         # All windows, where some of them are chosen.
         limit = None if len(self.text) > 1 or self.seed is not None else self.samples
+        read: Callable[..., tuple[list[np.ndarray], list[int]]] = self._read_tokens
+        if self.text:
+            read = partial(self._read_text, Tokenizer.read(folder).with_bos(self.bos))
         found = []
         for file in self.text or (self.tokens,):
             assert file is not None
             name = f"--{'text' if self.text else 'tokens'} {file}"
-            read = self._read_text if self.text else self._read_tokens
             documents, prefix = read(file, folder, size)
             found.append(cut(documents, length, prefix=prefix, limit=limit, name=name))
         files = [str(file) for file in self.text or (self.tokens,)]
@@ -206,8 +209,9 @@ class Text:
         taken = {file: sum(map(len, some)) for file, some in zip(files, rows, strict=True)}
         return Windows([row for some in rows for row in some], left_out, taken)
 
-    def _read_text(self, file: Path, folder: Path, size: int) -> tuple[list[np.ndarray], list[int]]:
-        tokenizer = Tokenizer.read(folder).with_bos(self.bos)
+    def _read_text(
+        self, tokenizer: Tokenizer, file: Path, folder: Path, size: int
+    ) -> tuple[list[np.ndarray], list[int]]:
         documents = read_documents(file, tokenizer.chat)
         tokens = joined(documents, tokenizer, self.split_special_tokens)
         named = f"--text {file}, as the tokenizer of {folder} reads it"

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.calibration.observe import Progress
-from wush_jax.models.by_layer import ByLayer
+from wush_jax.models.by_layer import ByLayer, run_merged
 from wush_jax.models.tokens import check_tokens, model_inputs, vocabulary
 
 Model = Callable[[jax.Array], jax.Array]
@@ -53,7 +53,7 @@ class Reader:
             # Modules are split: as constants of a closure, their weights would be compiled in.
             graph, state = nnx.split(model)
             how = _hidden if splits else call or _plain_call
-            self.run = partial(_run, how, graph, state)
+            self.run = partial(run_merged, how, graph, state)
             self.head = (graph, state) if splits else self.head
         else:
             # What a plain function closes over may change: never reuse its compilation.
@@ -119,12 +119,6 @@ def _plain_call(model: Model, tokens: jax.Array) -> jax.Array:
 
 def _hidden(model: Any, tokens: jax.Array) -> jax.Array:
     return model.hidden(tokens)
-
-
-# Graphs are no static arguments: those are hashed, and configs in a model need not be hashable.
-@partial(jax.jit, static_argnums=0)
-def _run(call: Call, graph: Any, state: Any, tokens: jax.Array) -> jax.Array:
-    return call(nnx.merge(graph, state), tokens)
 
 
 def _evaluate(

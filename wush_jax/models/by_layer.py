@@ -41,9 +41,9 @@ class ByLayer:
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """Return what the head reads: (batch, length) integers to (batch, length, hidden)."""
-        hidden = _run(Llama.embed, *self.frame, tokens)
+        hidden = run_merged(Llama.embed, *self.frame, tokens)
         for layer in self.layers:
-            hidden = _run(_call, *layer, hidden)
+            hidden = run_merged(_call, *layer, hidden)
         return hidden
 
 
@@ -53,5 +53,6 @@ def _call(module: Callable, hidden: jax.Array) -> jax.Array:
 
 # The graph is no static argument: those are hashed, and configs in a model need not be hashable.
 @partial(jax.jit, static_argnums=0)
-def _run(function: Callable, graph: Any, state: Any, inputs: jax.Array) -> jax.Array:
+def run_merged(function: Callable, graph: Any, state: Any, inputs: jax.Array) -> jax.Array:
+    """Return a function of a split module and its inputs."""
     return function(nnx.merge(graph, state), inputs)
