@@ -73,29 +73,22 @@ def transformed(x, transforms, group_sizes):
     blocks = x.reshape(len(x), -1, d).swapaxes(0, 1)  # (K/d, M, d)
     shape = len(transforms), len(blocks), d, d
     matrices = jnp.broadcast_to(transforms, shape).swapaxes(0, 1).mT
-    y = _ragged(blocks, matrices, group_sizes)
+    # XLA compiles no batch of ragged products for a GPU (jaxlib 0.11).
+    y = lax.map(lambda block: _ragged(*block, group_sizes), (blocks, matrices))
     return y.swapaxes(0, 1).reshape(x.shape)
 
 
 def _ragged(x, kernel, group_sizes):
-    """Return (..., M, N) of x (..., M, K) and kernels (..., G, K, N), with float32 sums.
+    """Return (M, N) of x (M, K), sorted by group, and kernels (G, K, N), with float32 sums.
 
     Exact operands are bfloat16, others float32.
     """
     if not x.dtype == kernel.dtype == jnp.bfloat16:
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    batch = tuple(range(x.ndim - 2))
-    at = len(batch)
-    numbers = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((at + 1,), (at + 1,)), (batch, batch)),
-        lhs_ragged_dimensions=[at],
-        rhs_group_dimensions=[at],
-    )
-    return lax.ragged_dot_general(
+    return lax.ragged_dot(
         x,
         kernel,
         group_sizes.astype(jnp.int32),
-        numbers,
         precision=reference.HIGHEST,
         preferred_element_type=jnp.float32,
     )

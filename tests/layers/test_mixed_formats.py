@@ -115,6 +115,7 @@ def test_a_layer_under_transformations():
     np.testing.assert_allclose(slope, np.tile(expected, (M, 1)), atol=1e-4)
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_rows_stay_on_their_devices():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))

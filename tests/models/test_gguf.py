@@ -125,6 +125,7 @@ def test_companions_are_those_beside_the_file(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["generation_config.json"]
 
 
+@pytest.mark.usefixtures("float32_matmuls")
 def test_transformers_reads_the_same_model(tmp_path):
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import wush_jax as wush
+from wush_jax.layers import unpack_from_kernels
 from wush_jax.layers.nnx import dense_layers
 from wush_jax.layers.swap import swap
 from wush_jax.models import Llama, LlamaConfig
@@ -102,7 +103,9 @@ def pair(fmt=wush.MXFP4, activation_format="same", **options):
 
 
 def model_arrays(model):
-    """The state of a model as bytes, by path."""
+    """The state of a model as bytes, by path: codes, also where kernels hold records."""
+    model = nnx.clone(model)
+    unpack_from_kernels(model)
     state = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
     return {path: np.asarray(v.get_value()).tobytes() for path, v in state}
 

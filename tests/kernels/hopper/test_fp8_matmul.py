@@ -185,14 +185,17 @@ def check(y, left, weight, kind, fmt=wush.MXFP4):
     That is enough for 8e-8 where groups of MXFP4 are alike. Where scales of one sign lie 16 octaves
     apart, products far below the largest of an instruction are cut off: in a simulation that cuts
     all at 2^-14 of the largest, 2^-7.3 of the sum. E4M3 activations have two more bits and all
-    octaves at once: 2^-14.6 of Gaussian sums was measured, and twice as much of a sum is cut off.
+    octaves at once, and twice as much of a sum is cut off. A simulation with 13 bits behind the
+    point loses 2^-14.3 of Gaussian sums of 128 columns and 2^-12.7 of 512, as where there are many
+    tokens.
     """
     error = np.abs(np.asarray(y, np.float64) - left @ weight.T)
     bound = 2.0**-7 if kind == "octaves" else 2.0**-8
     bound *= 2 if fmt is wush.FP8 else 1
     assert (error <= bound * (np.abs(left) @ np.abs(weight).T)).all()
     if kind == "gaussian":
-        most = 2.0**-13 if fmt is wush.FP8 else 2.0**-20
+        of_fp8 = 2.0**-12.5 if len(left) > FEW_TOKENS else 2.0**-13
+        most = of_fp8 if fmt is wush.FP8 else 2.0**-20
         assert np.linalg.norm(error) <= most * np.linalg.norm(left @ weight.T)
 
 
