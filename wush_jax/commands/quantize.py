@@ -33,6 +33,7 @@ from wush_jax.commands.options import (
     RecipeFlags,
     ResearchFlags,
     Text,
+    placement_of,
     preset_of,
     rules_of,
 )
@@ -41,6 +42,7 @@ from wush_jax.commands.run_log import RunLog
 from wush_jax.commands.terminal import console, progress
 from wush_jax.layers.served import served_line, served_plan
 from wush_jax.models.hugging_face import FolderTensors, abstract_of, load_pretrained
+from wush_jax.models.placement import Placement
 from wush_jax.models.tokens import in_batches
 from wush_jax.solvers.costs import SiteCost
 from wush_jax.solvers.recipe import Rules
@@ -97,6 +99,7 @@ def quantize(
     max_kl: float | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     data_parallel: bool = False,
+    mesh: str | None = None,
     dry_run: bool = False,
     resume: bool = False,
     all_layers: bool = False,
@@ -124,6 +127,7 @@ def quantize(
         recipe's flags then do not matter. OUT/checkpoint/promise.json has it: `wush verify`.
       dtype: of activations and products; weights keep the types that their files have.
       data_parallel: spread each batch over all devices.
+      mesh: divide the weights over devices: model=N.
       dry_run: say what would be done, and do nothing.
       resume: continue a run that was interrupted, layer after layer.
       all_layers: show a row for every layer, not one for those alike.
@@ -132,7 +136,8 @@ def quantize(
     recipe = {**recipe, **research}  # type: ignore[typeddict-item]  # all fields of a recipe
     if free.model_free:
         given: dict[str, Any] = {"text": source.text or None, "tokens": source.tokens}
-        given |= {"calibrated": calibrated, "max-kl": max_kl, "data-parallel": data_parallel}
+        given |= {"calibrated": calibrated, "max-kl": max_kl, "mesh": mesh}
+        given |= {"data-parallel": data_parallel}
         free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
         rules = free.rules(preset, recipe, skip, target)
         _show(_model_free(free, model, out, rules, target, resume, dry_run), skip, all_layers)
@@ -145,14 +150,15 @@ def quantize(
     _check_place(out, state, sequential, resume)
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
     _check_one_shot(sequential, calibrated, max_kl)
+    weights = _divided(mesh, model, data_parallel)
     reused = calibrated is not None and calibrated.exists()
     texts = bool(source.text) or source.tokens is not None
     batches = _batches(source, model) if texts or not reused else []
-    rows, everywhere = _spread(batches) if data_parallel and batches else (None, None)
+    rows, weights = _spread(batches) if data_parallel and batches else (None, weights)
     planned = _with_cost(_planned(model, rules), preset_of(preset, recipe, target))
     asked = {"model": model, "text": source.text, "tokens": source.tokens, "seed": source.seed}
     log = RunLog(out, rules, **asked, calibration=calibration, dtype=dtype, max_kl=max_kl)
-    options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": everywhere}
+    options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": weights}
     with progress() as shown:
         update = log.following(shown)
         if sequential:
@@ -281,6 +287,15 @@ def _show(report: Report, skip: tuple[str, ...], all_layers: bool) -> None:
     for name, value in report.details.items():
         console().print(f"{name}: {value:,}")
     console().print(report.table(all_layers))
+
+
+def _divided(mesh: str | None, model: Path, data_parallel: bool) -> Placement:
+    """Return where weights go on a mesh, refused before anything is read."""
+    if mesh is not None and data_parallel:
+        raise ValueError(
+            f"--mesh {mesh} divides the weights and --data-parallel copies them: choose one"
+        )
+    return placement_of(mesh, model)
 
 
 def _spread(batches: list[np.ndarray]) -> tuple[NamedSharding, NamedSharding]:
