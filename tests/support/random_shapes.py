@@ -101,7 +101,7 @@ def normed_agrees(seed):
     rng = np.random.default_rng(seed)
     *sizes, _ = random_call(seed, WEIGHTS)
     rows, (k, d, shared) = 1 + sizes[0] % 64, sizes[2:]
-    fmt, layout = FORMATS[sorted(FORMATS)[seed % 3]]
+    fmt, layout = FORMATS[format_of(seed, "normed")]
     added = bool(seed // 3 % 4)
     x, residual = (bfloat16(rng.standard_normal((rows, k))) for _ in range(2))
     weight = bfloat16(rng.uniform(0.5, 2, k))
@@ -186,6 +186,18 @@ def failure(seed, road):
     return None
 
 
+def format_of(seed, road):
+    """The name of a layer's format: of its weights, or of what follows its norm."""
+    if road == "normed":
+        return sorted(FORMATS)[seed % len(FORMATS)]
+    return WEIGHTS[seed % len(WEIGHTS)].name
+
+
+def has(seed, road):
+    """Whether a layer's weights go by that road."""
+    return WEIGHTS[seed % len(WEIGHTS)] in ROADS.get(road, WEIGHTS)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120)
@@ -194,10 +206,12 @@ def main():
     parser.add_argument("--first", type=int, default=0)
     roads = [*ROADS, "normed"]
     parser.add_argument("--roads", nargs="*", choices=roads, default=roads)
+    names = sorted({fmt.name for fmt in WEIGHTS} | set(FORMATS))
+    parser.add_argument("--formats", nargs="*", choices=names, default=names)
     options = parser.parse_args()
     seeds = range(options.first, options.first + len(WEIGHTS) * options.layers)
     tasks = [
-        [(s, road) for s in seeds if WEIGHTS[s % len(WEIGHTS)] in ROADS.get(road, WEIGHTS)]
+        [(s, road) for s in seeds if has(s, road) and format_of(s, road) in options.formats]
         for road in options.roads
     ]
     tasks = [task for of_road in tasks for task in of_road[: options.layers]]
@@ -213,8 +227,7 @@ def sweep(tasks, processes, end):
         try:
             for one in concurrent.futures.as_completed(waiting, end - time.monotonic()):
                 seed, road = waiting[one]
-                name = "" if road == "normed" else WEIGHTS[seed % len(WEIGHTS)].name
-                seen[road, name].append(one.result())
+                seen[road, format_of(seed, road)].append(one.result())
         except TimeoutError:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
