@@ -22,6 +22,7 @@ WINDOW = dataclasses.replace(
     CONFIG, sliding_window=5, layer_types=("full_attention", "sliding_attention")
 )
 OTHERS = dataclasses.replace(CONFIG, qk_norm=True, attention_bias=True, tie_word_embeddings=False)
+BENT = dataclasses.replace(WINDOW, attn_logit_softcapping=3.0, attention_sinks=True)
 LENGTHS = np.array([9, 4], np.int32)
 PROMPTS = tokens(1, (2, 9))[0]
 
@@ -33,6 +34,7 @@ def whole(model, prompts):
 
 prefill = nnx.jit(Llama.prefill, static_argnums=3)
 decode = nnx.jit(Llama.decode)
+extend = nnx.jit(Llama.extend)
 
 
 @functools.cache
@@ -123,11 +125,52 @@ def test_prompts_of_many_lengths_share_a_program(monkeypatch):
     traced.clear()
     second = generate(model, prompts[1], max_new_tokens=7)
     assert not traced
-    exact = jax.jit(generation._generate.__wrapped__, static_argnums=(0, 1, 2))
     for prompt, out in zip(prompts, (first, second), strict=True):
         lengths = np.array([prompt.shape[1]], np.int32)  # with nothing behind the prompt
-        found, _ = exact(graph, 7, (), state, prompt, lengths, jax.random.key(0), None, None)
+        logits, cache = generation._begin(graph, prompt.shape[1] + 7, state, prompt, lengths)
+        chosen, chance = jnp.argmax(logits, axis=-1), (jax.random.key(0), None, None)
+        found, _, _ = generation._rest(graph, 7, (), state, chosen, cache, *chance)
         np.testing.assert_array_equal(out.tokens, found)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, WINDOW, OTHERS, BENT], ids=["plain", "window", "others", "bent"]
+)
+def test_prompts_read_in_chunks(config):
+    """The logits of a whole pass, for rows that end in any chunk, and what a cache gives after."""
+    model = random_model(config)
+    prompts, lengths = tokens(1, (4, 12))[0], np.array([12, 3, 4, 9], np.int32)
+    logits, cache = prefill(model, prompts[:, :4], np.minimum(lengths, 4), 14)
+    found = np.array(logits)
+    for start in (4, 8):
+        new, cache = extend(model, prompts[:, start : start + 4], lengths, cache, np.int32(start))
+        found[lengths > start] = new[lengths > start]
+    expected = np.asarray(whole(model, prompts))
+    # As above: float32 sums in another order.
+    np.testing.assert_allclose(found, expected[range(4), lengths - 1], rtol=1e-4, atol=1e-4)
+    assert cache.lengths.tolist() == lengths.tolist()
+    _, at_once = prefill(model, prompts, lengths, 14)
+    following = np.array([1, 2, 3, 4], np.int32)
+    after, expected = (decode(model, following, c)[0] for c in (cache, at_once))
+    np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_long_prompts_are_read_in_chunks_and_seconds_are_told(monkeypatch):
+    model, told = random_model(CONFIG), []
+    prompts = [tokens(1, (1, length), seed=length)[0][0].tolist() for length in (37, 5)]
+    expected = generate(model, prompts, max_new_tokens=11)
+    monkeypatch.setattr(generation, "PROMPT_CHUNK", 16)
+    out = generate(model, prompts, max_new_tokens=11)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    shown = [*generation.stream(model, prompts, max_new_tokens=11, watch=told.append)]
+    np.testing.assert_array_equal(np.concatenate(shown, axis=1), expected.tokens)
+    for seconds in (expected.seconds, out.seconds, told[-1]):
+        assert seconds.read == 42
+        assert min(seconds.compiling, seconds.reading, seconds.writing) > 0
+    assert (out.seconds.written, told[0].written, told[0].writing) == (20, 0, 0)
+    again = generate(model, prompts, max_new_tokens=11).seconds
+    assert again.compiling < out.seconds.compiling / 4
+    assert "42 prompt tokens, " in str(again)
 
 
 def test_buckets_are_few_and_close():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
 from wush_jax.evaluation.generation import greedy_text, score_generation
 from wush_jax.evaluation.harness import task_figures
-from wush_jax.models import stream
+from wush_jax.models import Seconds, stream
 from wush_jax.models.documents import LINES, read_documents, read_text
 from wush_jax.models.encodings import open_config
 from wush_jax.models.hugging_face import load_pretrained, read_model_config
@@ -230,6 +229,7 @@ def generate(
         empty = texts[rows.index([])]
         raise ValueError(f"--prompt {empty!r} holds no token; give some text, or --bos always")
     loaded: Any = open_model(model, dtype, mesh)  # a Llama, as its config says
+    told: list[Seconds] = []
     chunks = stream(
         loaded,
         rows,
@@ -238,9 +238,12 @@ def generate(
         top_p=top_p,
         stop_tokens=tokenizer.stop_tokens,
         key=jax.random.key(seed),
+        watch=told.append,
     )
     shown = "" if chat or len(rows) > 1 else texts[0]
     answers = _shown(chunks, tokenizer, rows, shown, special_tokens)
+    if sys.stderr.isatty():  # for who is watching
+        print(told[-1], file=sys.stderr)
     if len(rows) > 1:
         for text, answer in zip(texts, answers, strict=True):
             print(answer if chat else text + answer, end="\n\n")
@@ -250,11 +253,10 @@ def _shown(
     chunks: Iterable[np.ndarray], tokenizer: Tokenizer, rows: list, before: str, special: bool
 ) -> list[str]:
     """Return what follows each prompt; that of a single one is shown as it comes."""
-    start, first, stops = time.perf_counter(), 0.0, set(tokenizer.stop_tokens)
+    stops = set(tokenizer.stop_tokens)
     new: list[list[int]] = [[] for _ in rows]
     open_rows, done = set(range(len(rows))), ""
     for chunk in chunks:
-        first = first or time.perf_counter()
         for row in list(open_rows):
             for token in chunk[row].tolist():
                 new[row].append(token)
@@ -266,15 +268,10 @@ def _shown(
             whole = text.removesuffix("\ufffd")  # the rest of a character may be to come
             print(whole[len(done) :], end="", flush=True)
             done = whole
-    seconds = time.perf_counter() - first
     pairs = zip(rows, new, strict=True)
     answers = [tokenizer.continuation(row, own, special=special) for row, own in pairs]
     if len(rows) == 1:
         print((before + answers[0])[len(done) :])
-    if sys.stderr.isatty():  # for who is watching
-        count = sum(map(len, new))
-        rate = f", then {(count - len(rows)) / seconds:.1f} tokens/s" if count > len(rows) else ""
-        print(f"{count} tokens: {first - start:.1f} s to the first{rate}", file=sys.stderr)
     return answers
 
 

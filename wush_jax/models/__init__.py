@@ -1,7 +1,7 @@
 """Flax NNX decoders that the package can quantize without a download."""
 
 from wush_jax.models.config import LlamaConfig, RopeScaling
-from wush_jax.models.generation import Generated, generate, sample, stream
+from wush_jax.models.generation import Generated, Seconds, generate, sample, stream
 from wush_jax.models.hugging_face import from_tensors, load_pretrained, to_tensors
 from wush_jax.models.llama import Cache, Llama
 from wush_jax.models.placement import tensor_parallel
@@ -12,6 +12,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "RopeScaling",
+    "Seconds",
     "from_tensors",
     "generate",
     "load_pretrained",

@@ -47,6 +47,31 @@ class LayerCache:
         keys, values = (jnp.take_along_axis(x, last, axis=2) for x in (self.keys, self.values))
         return LayerCache(keys, values)
 
+    def rolled(self, new: "LayerCache", start: jax.Array, last: jax.Array) -> "LayerCache":
+        """Return a rolling cache that has read the positions from ``start`` on that ``new`` holds.
+
+        ``last`` (batch,) is the last position that counts, of each row: see :func:`held`.
+        """
+        wanted = held(last, self.keys.shape[2])
+        fresh = (wanted >= start)[:, None, :, None]
+        own = jnp.clip(wanted - start, 0, new.keys.shape[2] - 1)[:, None, :, None]
+        keys, values = (
+            jnp.where(fresh, jnp.take_along_axis(ours, own, axis=2), old)
+            for ours, old in ((new.keys, self.keys), (new.values, self.values))
+        )
+        return LayerCache(keys, values)
+
+    def followed(self, new: "LayerCache") -> "LayerCache":
+        """Return a cache of these positions and, behind them, those of another."""
+        pairs = ((self.keys, new.keys), (self.values, new.values))
+        return LayerCache(*(jnp.concatenate(pair, axis=2) for pair in pairs))
+
+    def placed(self, new: "LayerCache", start: jax.Array) -> "LayerCache":
+        """Return a cache with room for all positions that holds those of ``new`` from ``start``."""
+        place = jax.lax.dynamic_update_slice_in_dim
+        pairs = ((self.keys, new.keys), (self.values, new.values))
+        return LayerCache(*(place(old, ours, start, axis=2) for old, ours in pairs))
+
     def write(self, key: jax.Array, value: jax.Array, places: jax.Array) -> "LayerCache":
         """Return the cache with (batch, kv heads, head_dim) at one place (batch,) a row."""
         rows = jnp.arange(len(places))
@@ -154,16 +179,61 @@ class Attention(nnx.Module):
             seen = (distance >= 0) & (distance < (self.window or length))
             mixed = attend(query, cache, seen[None], scale=self._scale, **self._options)
         else:
-            # Of float16, jax's attention has a product that no CPU and no TPU compiles.
-            kind = jnp.float32 if query.dtype == jnp.float16 else query.dtype
-            mixed = jax.nn.dot_product_attention(
-                *(heads.astype(kind) for heads in (query, key, value)),
-                scale=self._scale,
-                is_causal=True,
-                local_window_size=None if self.window is None else (self.window - 1, 0),
-                implementation=self.implementation,
-            ).astype(query.dtype)
+            window = None if self.window is None else (self.window - 1, 0)
+            rule = {"is_causal": True, "local_window_size": window}
+            mixed = self._attention(query, key, value, **rule)
         return self._mixed(mixed), cache
+
+    def extend(
+        self,
+        projections: Sequence[jax.Array],
+        cache: LayerCache,
+        start: jax.Array,
+        lengths: jax.Array,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Let the next positions of every row read themselves and what the cache holds before them.
+
+        Args:
+            projections: what the `readers` give for the input, each (batch, length, width).
+            cache: of the positions before ``start``; without a window, with room for these.
+            start: () int32, the first of these positions.
+            lengths: (batch,) int32, positions of each row that count, from the first on.
+        """
+        length, size = projections[0].shape[1], cache.keys.shape[2]
+        positions = start + jnp.arange(length)
+        query, key, value = self._heads(projections, positions)
+        own = LayerCache(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        if self.window is None:
+            cache = read = cache.placed(own, start)
+            places = jnp.arange(size)[None]
+        else:
+            read = cache.followed(own)
+            old = held(jnp.minimum(lengths, start) - 1, size)
+            new = jnp.broadcast_to(positions, (len(old), length))
+            places = jnp.concatenate([old, new], axis=1)
+            cache = cache.rolled(own, start, jnp.minimum(lengths, start + length) - 1)
+        distance = positions[:, None] - places[:, None]
+        seen = (places[:, None] >= 0) & (distance >= 0)
+        if self.window is not None:
+            seen &= distance < self.window
+        if self._options:
+            mixed = attend(query, read, seen, scale=self._scale, **self._options)
+        else:
+            heads = (jnp.swapaxes(x, 1, 2) for x in (read.keys, read.values))
+            mixed = self._attention(query, *heads, mask=seen[:, None])
+        return self._mixed(mixed), cache
+
+    def _attention(self, *heads: jax.Array, **rule: Any) -> jax.Array:
+        """jax's attention of queries, keys and values: (batch, length, heads, head_dim)."""
+        # Of float16 it has a product that no CPU and no TPU compiles.
+        kind = jnp.float32 if heads[0].dtype == jnp.float16 else heads[0].dtype
+        mixed = jax.nn.dot_product_attention(
+            *(x.astype(kind) for x in heads),
+            scale=self._scale,
+            implementation=self.implementation,
+            **rule,
+        )
+        return mixed.astype(heads[0].dtype)
 
     def cache_size(self, positions: int) -> int:
         """Return how many of so many positions have to be kept: no more than the window."""

@@ -1,8 +1,8 @@
-"""Text from a decoder: prompts read once, then token by token over a cache, in one compilation."""
+"""Text from a decoder: prompts read in chunks, then token by token, over one cache."""
 
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,45 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wush_jax.models.llama import Llama
-from wush_jax.models.tokens import check_tokens
+from wush_jax.models.llama import Cache, Llama
+from wush_jax.models.prompts import bucket, chance_of, checked, padded
 
 SHOWN = 8  # tokens from one sight of them to the next
 CHUNK = 16  # tokens from one look at whether all rows have ended to the next
+
+
+PROMPT_CHUNK = 4096  # positions of prompts that are read at once
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a call of `generate` took, and of how many tokens.
+
+    Attributes:
+        compiling: seconds; none in a call of sizes that were called before.
+        reading: seconds, from the prompts to the first token of each row.
+        writing: seconds of the tokens after the first.
+        read: tokens of the prompts, all rows together.
+        written: new tokens after the first ones, all rows together.
+    """
+
+    compiling: float = 0.0
+    reading: float = 0.0
+    writing: float = 0.0
+    read: int = 0
+    written: int = 0
+
+    def __str__(self) -> str:
+        """Both rates, in words."""
+        parts = [
+            f"{count} {what} tokens, {count / seconds:.1f} tokens/s"
+            for what, count, seconds in (
+                ("prompt", self.read, self.reading),
+                ("new", self.written, self.writing),
+            )
+            if seconds
+        ]
+        return "; ".join([*parts, f"compiled in {self.compiling:.1f} s"])
 
 
 @dataclass(frozen=True)
@@ -25,10 +59,12 @@ class Generated:
     Attributes:
         tokens: (batch, max_new_tokens) int32; zeros after a row's end.
         lengths: (batch,) int32, tokens that each row has, a stop token included.
+        seconds: how long it took, by part.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    seconds: Seconds
 
 
 def sample(
@@ -83,11 +119,12 @@ def generate(
     stop_tokens: int | Sequence[int] = (),
     key: jax.Array | None = None,
 ) -> Generated:
-    """Continue prompts: one pass over them, then one token after another over a cache.
+    """Continue prompts: `PROMPT_CHUNK` positions at a time, then token after token, over one cache.
 
-    Everything runs in one compiled program, again used for prompts of about the same length (see
-    `bucket`) and the same ``max_new_tokens``. Quantized models and weights sharded over a mesh work
-    alike. With stop tokens, whether all rows have ended is looked up every `CHUNK` tokens.
+    Reading and writing are compiled once each, again used for prompts of about the same length (see
+    `bucket`) and the same ``max_new_tokens``; logits stay on the device. Quantized models and
+    weights sharded over a mesh work alike. With stop tokens, whether all rows have ended is looked
+    up every `CHUNK` tokens.
 
     Args:
         model: a :class:`Llama`, quantized or not.
@@ -101,7 +138,7 @@ def generate(
         key: random key; needed with a temperature.
 
     Returns:
-        The new tokens, without the prompts.
+        The new tokens, without the prompts, and how long reading and writing took.
 
     Raises:
         ValueError: an empty prompt, ids outside of the model's vocabulary, lengths that do not fit,
@@ -114,17 +151,21 @@ def generate(
     >>> config = LlamaConfig(vocab_size=11, hidden_size=16, intermediate_size=32,
     ...                      num_hidden_layers=1, num_attention_heads=2)
     >>> out = generate(Llama(config, rngs=nnx.Rngs(0)), [[1, 2, 3], [4]], max_new_tokens=5)
-    >>> out.tokens.shape, out.lengths.tolist()
-    ((2, 5), [5, 5])
+    >>> out.tokens.shape, out.lengths.tolist(), out.seconds.read, out.seconds.written
+    ((2, 5), [5, 5], 4, 8)
     """
-    prompts, lengths = _padded(prompts, lengths, model.config.vocab_size)
-    stops = _checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key)
+    prompts, lengths = padded(prompts, lengths, model.config.vocab_size)
+    stops = checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key)
     graph, state = nnx.split(model)
-    chance = _chance(temperature, top_p, key)
-    tokens, count = _generate(
-        graph, max_new_tokens, stops, state, _filled(prompts), lengths, *chance
+    chance = chance_of(temperature, top_p, key)
+    chosen, cache, seconds = _read(graph, state, prompts, lengths, max_new_tokens, chance)
+    (tokens, count, _), compiling, writing = _timed(
+        _rest, (graph, max_new_tokens, stops), state, chosen, cache, *chance
     )
-    return Generated(np.asarray(tokens), np.asarray(count))
+    tokens, count = np.asarray(tokens), np.asarray(count)
+    more = {"writing": writing, "written": int(count.sum()) - len(count)}
+    seconds = replace(seconds, compiling=seconds.compiling + compiling, **more)
+    return Generated(tokens, count, seconds)
 
 
 def stream(
@@ -136,6 +177,7 @@ def stream(
     top_p: float = 1.0,
     stop_tokens: int | Sequence[int] = (),
     key: jax.Array | None = None,
+    watch: Callable[[Seconds], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of `generate` as they come, some at a time: first one, then up to `SHOWN`.
 
@@ -147,6 +189,7 @@ def stream(
         top_p: as for `generate`.
         stop_tokens: a row ends with the first of these.
         key: as for `generate`.
+        watch: told before each of them what all took so far; ends that were not shown count.
 
     Yields:
         (batch, some) int32; zeros after a row's end. Nothing follows when all rows have ended.
@@ -154,32 +197,80 @@ def stream(
     Raises:
         ValueError: as `generate`, with the first tokens.
     """
-    prompts, lengths = _padded(prompts, None, model.config.vocab_size)
-    stops = _checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key)
+    prompts, lengths = padded(prompts, None, model.config.vocab_size)
+    stops = checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key)
     graph, state = nnx.split(model)
-    chance = _chance(temperature, top_p, key)
-    rounds = -(-(max_new_tokens - 1) // SHOWN)
-    filled = _filled(prompts)
-    chosen, cache = _first(
-        graph, filled.shape[1] + 1 + rounds * SHOWN, state, filled, lengths, *chance
-    )
+    chance = chance_of(temperature, top_p, key)
+    room = 1 + -(-(max_new_tokens - 1) // SHOWN) * SHOWN
+    chosen, cache, seconds = _read(graph, state, prompts, lengths, room, chance)
     ended, new, done = np.zeros(len(lengths), bool), np.asarray(chosen)[:, None], 0
     while True:
         new = new[:, : max_new_tokens - done]
         past = np.cumsum(np.isin(new, stops), axis=1) - np.isin(new, stops) > 0
+        if watch is not None:
+            watch(seconds)
         yield np.where(past | ended[:, None], 0, new)
         ended |= np.isin(new, stops).any(axis=1)
         done += new.shape[1]
         if done == max_new_tokens or ended.all():
             return
-        chosen, cache, new = _more(graph, state, done, chosen, cache, *chance)
+        (chosen, cache, new), compiling, writing = _timed(
+            _more, (graph,), state, np.int32(done), chosen, cache, *chance
+        )
         new = np.asarray(new)
+        seconds = replace(
+            seconds,
+            compiling=seconds.compiling + compiling,
+            writing=seconds.writing + writing,
+            written=seconds.written + new.size,
+        )
+
+
+def _timed(program: Any, static: tuple, *arguments: Any) -> tuple[Any, float, float]:
+    """Return what a jitted function returns, and the seconds of compiling and of running it."""
+    start = time.perf_counter()
+    compiled = program.lower(*static, *arguments).compile()  # once, then it is found
+    ready = time.perf_counter()
+    found = jax.block_until_ready(compiled(*arguments))
+    return found, ready - start, time.perf_counter() - ready
+
+
+def _read(
+    graph: Any, state: Any, prompts: np.ndarray, lengths: np.ndarray, room: int, chance: tuple
+) -> tuple[jax.Array, Cache, Seconds]:
+    """Return the first token of each row, a cache with room for so many, and what it took."""
+    width = prompts.shape[1]
+    whole = width // PROMPT_CHUNK * PROMPT_CHUNK
+    filled = np.pad(prompts, ((0, 0), (0, whole + bucket(width - whole) - width)))
+    first, ends = filled[:, :PROMPT_CHUNK], np.minimum(lengths, PROMPT_CHUNK)
+    (logits, cache), compiling, reading = _timed(
+        _begin, (graph, filled.shape[1] + room), state, first, ends
+    )
+    for start in range(PROMPT_CHUNK, filled.shape[1], PROMPT_CHUNK):
+        some = filled[:, start : start + PROMPT_CHUNK]
+        (logits, cache), *more = _timed(
+            _go_on, (graph,), state, some, lengths, logits, cache, np.int32(start)
+        )
+        compiling, reading = compiling + more[0], reading + more[1]
+    chosen, *more = _timed(_draw, (), logits, *chance)
+    compiling, reading = compiling + more[0], reading + more[1]
+    return chosen, cache, Seconds(compiling, reading, read=int(lengths.sum()))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _first(graph, room, state, prompts, lengths, key, temperature, top_p):
-    logits, cache = nnx.merge(graph, state).prefill(prompts, lengths, room)
-    return sample(logits, jax.random.fold_in(key, 0), temperature, top_p), cache
+def _begin(graph, room, state, prompts, lengths):
+    return nnx.merge(graph, state).prefill(prompts, lengths, room)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
+def _go_on(graph, state, prompts, lengths, logits, cache, start):
+    new, cache = nnx.merge(graph, state).extend(prompts, lengths, cache, start)
+    return jnp.where((lengths > start)[:, None], new, logits), cache
+
+
+@jax.jit
+def _draw(logits, key, temperature, top_p):
+    return sample(logits, jax.random.fold_in(key, 0), temperature, top_p)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -197,44 +288,17 @@ def _more(graph, state, done, chosen, cache, key, temperature, top_p):
     return chosen, cache, new.T
 
 
-def _checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key) -> tuple:
-    """Return the stop tokens, all having been checked."""
-    stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
-    if stops:
-        check_tokens([stops], model.config.vocab_size, name="stop_tokens")
-    _check_sampling(max_new_tokens, temperature, top_p, key)
-    positions, made_for = lengths.max() + max_new_tokens, model.config.max_position_embeddings
-    if positions > made_for:
-        warnings.warn(
-            f"prompts of up to {lengths.max()} tokens and max_new_tokens={max_new_tokens} need "
-            f"{positions} positions; the model was made for {made_for}, later text may degrade",
-            stacklevel=3,
-        )
-    return stops
-
-
-def _chance(temperature: float, top_p: float, key: jax.Array | None) -> tuple:
-    """Return how tokens are drawn, as the compiled programs take it."""
-    key = jax.random.key(0) if key is None else key
-    return key, temperature or None, None if top_p == 1 else top_p
-
-
-def _filled(prompts: np.ndarray) -> np.ndarray:
-    return np.pad(prompts, ((0, 0), (0, bucket(prompts.shape[1]) - prompts.shape[1])))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(graph, limit, stops, state, prompts, lengths, key, temperature, top_p):
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def _rest(graph, limit, stops, state, chosen, cache, key, temperature, top_p):
+    """Return tokens (batch, limit) and how many each row has, from the first ones on."""
     model = nnx.merge(graph, state)
-    logits, cache = model.prefill(prompts, lengths, prompts.shape[1] + limit)
-    batch = len(lengths)
+    batch = len(chosen)
     tokens, count = jnp.zeros((batch, limit), jnp.int32), jnp.zeros(batch, jnp.int32)
     # A loop of known length is launched ahead of the device. One that ends by what it computes
     # makes the device wait for the host, each time round.
     chunk = min(CHUNK, limit - 1) if stops else limit - 1
 
-    def choose(step, logits, tokens, count, ended):
-        chosen = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
+    def keep(step, chosen, tokens, count, ended):
         chosen = jnp.where(ended, 0, chosen)
         stopped = jnp.isin(chosen, jnp.array(stops, jnp.int32)) if stops else False
         return chosen, tokens.at[:, step].set(chosen), count + ~ended, ended | stopped
@@ -246,68 +310,17 @@ def _generate(graph, limit, stops, state, prompts, lengths, key, temperature, to
     def advance(_, carry):
         step, chosen, cache, tokens, count, ended = carry
         logits, cache = model.decode(chosen, cache)
-        chosen, tokens, count, ended = choose(step, logits, tokens, count, ended)
+        chosen = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
+        chosen, tokens, count, ended = keep(step, chosen, tokens, count, ended)
         return step + 1, chosen, cache, tokens, count, ended
 
     def advance_chunk(carry):
         return jax.lax.fori_loop(0, chunk, advance, carry)
 
-    chosen, tokens, count, ended = choose(0, logits, tokens, count, jnp.zeros(batch, bool))
+    chosen, tokens, count, ended = keep(0, chosen, tokens, count, jnp.zeros(batch, bool))
     carry = (1, chosen, cache, tokens, count, ended)
     # Without stop tokens every row ends with the one chunk.
     carry = jax.lax.while_loop(unfinished, advance_chunk, carry) if stops else advance_chunk(carry)
-    _, _, _, tokens, count, _ = carry
-    return tokens, jnp.minimum(count, limit)  # the last chunk may go on: tokens beyond are lost
-
-
-def bucket(length: int) -> int:
-    """Return the length that prompts are filled up to: few lengths, few compilations.
-
-    Multiples of 16 up to 128, then four between a power of two and the next: less than a quarter
-    more. What fills a row stands behind its text, where no position of the text looks.
-
-    >>> [bucket(n) for n in (1, 16, 17, 128, 129, 500)]
-    [16, 16, 32, 128, 160, 512]
-    """
-    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
-def _padded(prompts: Any, lengths: Any, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompts as one array, filled up on the right, and their lengths."""
-    if not (hasattr(prompts, "ndim") and prompts.ndim == 2):
-        if lengths is not None:
-            raise ValueError("lengths belong to an array of prompts; sequences have their own")
-        rows = [np.asarray(row) for row in prompts]
-        lengths = [row.size for row in rows]
-        # In the type that they have: one that is no integer, or too large, must not pass.
-        kind = np.result_type(*({row.dtype for row in rows if row.size} or {np.dtype(np.int32)}))
-        filled = np.zeros((len(rows), max(lengths, default=0)), kind)
-        for new, row in zip(filled, rows, strict=True):
-            new[: row.size] = row.reshape(-1)
-        prompts = filled
-    prompts = np.asarray(prompts)
-    lengths = np.asarray(
-        np.full(len(prompts), prompts.shape[1]) if lengths is None else lengths, np.int32
-    )
-    fits = lengths.shape == prompts.shape[:1] and len(lengths) > 0
-    if not fits or lengths.min() < 1 or lengths.max() > prompts.shape[1]:
-        raise ValueError(
-            f"prompts of shape {prompts.shape} with lengths {lengths.tolist()}: give at least one "
-            "row, and every row at least one token"
-        )
-    behind = np.arange(prompts.shape[1]) >= lengths[:, None]
-    return check_tokens(np.where(behind, 0, prompts), vocabulary, name="prompts"), lengths
-
-
-def _check_sampling(
-    max_new_tokens: int, temperature: float, top_p: float, key: jax.Array | None
-) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be positive")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be finite, 0 for the most likely token")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 keeps all tokens")
-    if temperature and key is None:
-        raise ValueError(f"temperature={temperature} draws at random; give key=jax.random.key(0)")
+    _, _, cache, tokens, count, _ = carry
+    # The last chunk may go on: tokens beyond are lost. A cache that is returned is not copied.
+    return tokens, jnp.minimum(count, limit), cache

@@ -84,6 +84,14 @@ class DecoderLayer(nnx.Module):
         mixed, cache = self.self_attn.prefill(projections)
         return self._rest(hidden, mixed), cache
 
+    def extend(
+        self, stream: Stream, cache: LayerCache, start: jax.Array, lengths: jax.Array
+    ) -> tuple[Stream, LayerCache]:
+        """Send the next positions of every row through the layer; see :meth:`Attention.extend`."""
+        projections, hidden = self._projected(stream)
+        mixed, cache = self.self_attn.extend(projections, cache, start, lengths)
+        return self._rest(hidden, mixed), cache
+
     def decode(
         self, stream: Stream, cache: LayerCache, positions: jax.Array
     ) -> tuple[Stream, LayerCache]:
@@ -202,9 +210,41 @@ class Llama(nnx.Module):
         for layer in self.layers:
             stream, cache = layer.prefill(stream)
             layers.append(cache.kept(lengths, layer.self_attn.cache_size(max_length)))
-        # Rows end at places of their own; what pads them is to their right, where none looks.
-        last = jnp.take_along_axis(added(stream), (lengths - 1)[:, None, None], axis=1)
-        return self.head(last)[:, 0], Cache(tuple(layers), lengths)
+        return self._after(stream, lengths - 1), Cache(tuple(layers), lengths)
+
+    def extend(
+        self, tokens: jax.Array, lengths: jax.Array, cache: Cache, start: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Read more of the prompts that :meth:`prefill` has begun.
+
+        Under ``jax.jit`` donate the cache, as for :meth:`decode`.
+
+        Args:
+            tokens: (batch, length) integers, of all rows from position ``start`` on; what is right
+                of a row's length is ignored.
+            lengths: (batch,) int32, tokens of each whole row.
+            cache: of the positions before ``start``, with room for these.
+            start: () int32, how many positions were read before.
+
+        Returns:
+            float32 (batch, vocab) logits of the token after each row's last, where that is one of
+            these; the cache.
+        """
+        stream: Stream = self.embed(tokens), None
+        layers = []
+        for layer, old in zip(self.layers, cache.layers, strict=True):
+            stream, new = layer.extend(stream, old, start, lengths)
+            layers.append(new)
+        end = jnp.minimum(lengths, start + tokens.shape[1])
+        return self._after(stream, jnp.maximum(end - 1 - start, 0)), Cache(tuple(layers), end)
+
+    def _after(self, stream: Stream, last: jax.Array) -> jax.Array:
+        """Return the logits (batch, vocab) after one position (batch,) of each row.
+
+        Rows end at places of their own; what pads them is to their right, where none looks.
+        """
+        hidden = jnp.take_along_axis(added(stream), last[:, None, None], axis=1)
+        return self.head(hidden)[:, 0]
 
     def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Read one more token a row: (batch,) integers.
