@@ -191,6 +191,39 @@ def test_a_text_of_another_models_tokenizer_is_refused(tmp_path):
         windows(tmp_path)
 
 
+def test_a_text_is_one_path_or_several(tmp_path):
+    file = tmp_path / "text.txt"
+    for given in (file, str(file), [file], (str(file),)):
+        assert Text(text=given) == Text(text=(file,))
+    bytes_in(tmp_path, **BOS)
+    (expected,) = windows(tmp_path).taken.values()
+    assert Text(text=file, length=8).windows(tmp_path).taken == {str(file): expected}
+    assert Text(tokens=str(file)) == Text(tokens=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "remedy"),
+    [
+        ("text", [3, (3,), {file: 1 for file in "ab"}], "a path, or a tuple of paths"),
+        ("tokens", [3, ("a.npy",), np.arange(3)], "the path of one .npy file"),
+        ("shares", [3, (0,), ("1",), (float("nan"),), (float("inf"), 1)], "positive numbers"),
+        ("length", [0, -1, "8", 8.0, None, True], "at least 1, a whole number"),
+        ("samples", [0, -1, "8", 8.0, True], "at least 1, a whole number"),
+        ("batch", [0, -1, "8", 8.0, None], "at least 1, a whole number"),
+        ("seed", [-1, "8", 8.0], "a whole number, 0 or more"),
+        ("pad_id", [-2, "8", 8.0], "an id, or -1 for none"),
+        ("bos", [None, "maybe", ["auto"]], "auto, always or never"),
+        ("split_special_tokens", [None, 1, "yes"], "True or False"),
+    ],
+)
+def test_settings_of_a_text_that_are_none(name, values, remedy):
+    for value in values:
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .*{remedy}"):
+            Text(**{name: value})
+    with pytest.raises(ValueError, match=r"--batch 'x'.*; --bos 3: "):
+        Text(batch="x", bos=3)
+
+
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": 'Say "<é>"'},

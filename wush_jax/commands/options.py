@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import inf
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
@@ -33,6 +36,7 @@ from wush_jax.solvers import presets, recipe
 from wush_jax.solvers.recipe import Recipe, Rules
 from wush_jax.storage.json_file import home, read_json
 
+PATHS = str | PathLike
 FORMATS = {
     name: value for name, value in vars(formats).items() if isinstance(value, formats.Format)
 }
@@ -171,6 +175,39 @@ class Text:
     pad_id: int | None = None
     split_special_tokens: bool = False
 
+    def __post_init__(self) -> None:
+        """Take one file, or a list, for a tuple of files; refuse values of other kinds."""
+        text = (self.text,) if isinstance(self.text, PATHS) else self.text
+        paths = isinstance(text, tuple | list) and all(isinstance(file, PATHS) for file in text)
+        numbers = isinstance(self.shares, tuple | list) and all(
+            isinstance(share, Real) and 0 < share < inf for share in self.shares
+        )
+        faults = [
+            *([] if paths else [f"--text {self.text!r}: give a path, or a tuple of paths"]),
+            *([] if numbers else [f"--shares {self.shares!r}: give a tuple of positive numbers"]),
+            *self._faults_of_one(),
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        object.__setattr__(self, "text", tuple(map(Path, text)))
+        object.__setattr__(self, "tokens", None if self.tokens is None else Path(self.tokens))
+
+    def _faults_of_one(self) -> Iterator[str]:
+        if not isinstance(self.tokens, PATHS | None):
+            yield f"--tokens {self.tokens!r}: give the path of one .npy file"
+        for name in ("length", "samples", "batch"):
+            value = getattr(self, name)
+            if (value is not None or name != "samples") and not _is_whole(value, 1):
+                yield f"--{name} {value!r} must be at least 1, a whole number"
+        if self.seed is not None and not _is_whole(self.seed, 0):
+            yield f"--seed {self.seed!r}: give a whole number, 0 or more"
+        if self.pad_id is not None and not _is_whole(self.pad_id, -1):
+            yield f"--pad-id {self.pad_id!r}: give an id, or -1 for none"
+        if self.bos not in ("auto", "always", "never"):
+            yield f"--bos {self.bos!r}: give auto, always or never"
+        if type(self.split_special_tokens) is not bool:
+            yield f"--split-special-tokens {self.split_special_tokens!r}: give True or False"
+
     def batches(self, folder: Path) -> list[np.ndarray]:
         """Return int32 (batch, length) arrays for the model in a folder; as `windows`."""
         return in_batches(self.windows(folder).rows, self.batch)
@@ -182,9 +219,6 @@ class Text:
           ValueError: not one of text and tokens, no such file, a text too short, no tokenizer, ids
             that the model does not know.
         """
-        for name in ("length", "samples", "batch"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} {value} must be at least 1")
         if bool(self.text) == (self.tokens is not None):
             raise ValueError("give one of --text FILE and --tokens FILE.npy")
         for name, file in (*(("text", file) for file in self.text), ("tokens", self.tokens)):
@@ -231,3 +265,7 @@ class Text:
         tokenizer = Tokenizer.of_config(folder, config).with_bos(self.bos)
         rows = read_tokens(file, size, pad=pad, stops=tokenizer.stop_tokens)
         return rows, tokenizer.prefix
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
