@@ -74,7 +74,7 @@ def transformed(x, transforms, group_sizes):
     shape = len(transforms), len(blocks), d, d
     matrices = jnp.broadcast_to(transforms, shape).swapaxes(0, 1).mT
     # XLA compiles no batch of ragged products for a GPU (jaxlib 0.11).
-    y = lax.map(lambda block: _ragged(*block, group_sizes), (blocks, matrices))
+    y = lax.map(lambda each: _ragged(each[0], each[1], group_sizes), (blocks, matrices))
     return y.swapaxes(0, 1).reshape(x.shape)
 
 

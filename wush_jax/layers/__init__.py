@@ -1,5 +1,6 @@
 """Quantized layers: the linear map, its Flax modules, and what dense layers look like."""
 
+from wush_jax.layers.bare import expose_matrices
 from wush_jax.layers.distill import distill, recover
 from wush_jax.layers.finetune import pack, unpack
 from wush_jax.layers.kernel_layout import pack_for_kernels, unpack_from_kernels
@@ -30,6 +31,7 @@ __all__ = [
     "call_together",
     "dense_layers",
     "distill",
+    "expose_matrices",
     "gated_dot",
     "layer_loss",
     "normed_dot",

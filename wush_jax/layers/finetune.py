@@ -12,8 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
-from wush_jax.formats import QuantizedArray, fake_quantize, quantize
+from pallas_kernels import dispatch, reference
+from pallas_kernels.library.xla_ragged import transformed
+from wush_jax.formats import Format, QuantizedArray, fake_quantize, quantize
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import (
     DENSE_TYPES,
@@ -54,7 +57,8 @@ class LatentDense(nnx.Module):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> jax.Array:
         """Apply the layer, to what `QuantizedDense` takes."""
-        return self.twin.applied(_latent_dot, arguments, keywords, self._value())
+        dot = _latent_ragged_dot if self.twin.contraction.ragged else _latent_dot
+        return self.twin.applied(dot, arguments, keywords, self._value())
 
     def __getattr__(self, name: str) -> Any:
         # Models read what the replaced layer shows: features, shapes, the kernel itself.
@@ -97,6 +101,36 @@ def _latent_dot(x: jax.Array, packed: PackedWeight, latent: jax.Array) -> jax.Ar
         precision=linalg.HIGHEST,
     )
     return dot.astype(x.dtype)
+
+
+def _latent_ragged_dot(
+    x: jax.Array, packed: PackedWeight, group_sizes: jax.Array, latent: jax.Array
+) -> jax.Array:
+    """As `_latent_dot`, each row with its expert's weight, transform and scales."""
+    groups, _, k = latent.shape
+    transforms = dispatch.of_groups(packed.transform, groups, k)
+    y = x.astype(jnp.float32)
+    if transforms is not None:
+        y = transformed(y, transforms.astype(jnp.float32), group_sizes)
+    if packed.input_format is not None:
+        scale: Any = packed.input_global_scale
+        if scale is None:
+            scale = packed.input_format.global_scale
+        if scale is None:
+            raise NotImplementedError(
+                f"{packed.input_format.name} derives its global scale from each expert's rows; "
+                "calibrate a static one"
+            )
+        expert = jnp.minimum(reference.group_of_rows(group_sizes, len(x)), groups - 1)
+        y = _each_rounded(y, jnp.broadcast_to(scale, groups)[expert], packed.input_format)
+    scales = jnp.broadcast_to(packed.weight.global_scale, groups)
+    weight = _each_rounded(latent, scales, packed.weight.format)
+    sizes = group_sizes.astype(jnp.int32)
+    return lax.ragged_dot(y, weight.mT, sizes, precision=linalg.HIGHEST).astype(x.dtype)
+
+
+def _each_rounded(x: jax.Array, global_scales: jax.Array, fmt: Format) -> jax.Array:
+    return jax.vmap(lambda x, scale: fake_quantize(x, fmt, global_scale=scale))(x, global_scales)
 
 
 def _effective(latent: jax.Array, packed: PackedWeight) -> jax.Array:

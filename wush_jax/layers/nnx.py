@@ -126,16 +126,20 @@ class QuantizedDense(nnx.Module):
         Raises:
           ValueError: an argument that asks for another product.
         """
-        dot = partial(quantized_dot, implementation=self.implementation)
-        return self.applied(dot, arguments, keywords)
+        dot = quantized_ragged_dot if self.contraction.ragged else quantized_dot
+        return self.applied(partial(dot, implementation=self.implementation), arguments, keywords)
 
     def applied(self, dot: Callable, arguments: tuple, keywords: dict, *more: Any) -> jax.Array:
-        """Apply the layer to a call's arguments, with another matrix product: see `around`."""
+        """Apply the layer to a call's arguments, with another matrix product: see `around`.
+
+        That of a ragged layer takes (rows, packed, group sizes, *more).
+        """
         given = [*arguments, *keywords.values()]
         inputs = [value for value in given if is_array(value)]
         others = [value for value in given if not is_array(value)]
         if self.contraction.ragged and len(inputs) == 2:
-            return self._ragged(*inputs)
+            x, sizes = inputs
+            return self.outputs_of_groups(dot(self.rows(x), self.packed, sizes, *more), sizes)
         if len(inputs) != 1 or not same_call(self.contraction, others):
             raise ValueError(
                 f"a quantized layer {self.contraction.equation!r} takes one input, not {given}"
@@ -144,10 +148,6 @@ class QuantizedDense(nnx.Module):
         for sharding in filter(is_sharding, others):
             y = jax.sharding.reshard(y, sharding)
         return y
-
-    def _ragged(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        dot = partial(quantized_ragged_dot, implementation=self.implementation)
-        return self.outputs_of_groups(dot(self.rows(x), self.packed, group_sizes), group_sizes)
 
     def outputs_of_groups(self, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Return the output of a ragged layer of rows (M, N): with their experts' biases."""
