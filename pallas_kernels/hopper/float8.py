@@ -261,8 +261,10 @@ def _add(sums, part, powers):
         bits = asm("ld.shared.v2.b32 {$0,$1}, [$2];", 2, at, volatile=True)
         two = [utils.bitcast(b, f32()) for b in bits]
         for i in range(4):
-            at = 4 * j + i
-            out[at] = ptx(f32(), "fma.rn.f32 $0, $1, $2, $3;", part[at], two[i % 2], sums[at])
+            place = 4 * j + i
+            out[place] = ptx(
+                f32(), "fma.rn.f32 $0, $1, $2, $3;", part[place], two[i % 2], sums[place]
+            )
     return out
 
 
