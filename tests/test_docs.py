@@ -14,6 +14,7 @@ import wush_jax
 
 DOCS = Path(wush_jax.__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+LONG = ("lab-notes", "api", "modules")  # looked up, not read
 
 
 @pytest.mark.files
@@ -34,6 +35,12 @@ def test_prompts_are_examples():
     assert not [
         n for n, text in pages.items() if ">>> " in re.sub(blocks, "", text, flags=re.M | re.S)
     ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_is_short_enough_to_read(page):
+    if page.stem not in LONG:
+        assert len(page.read_text("utf8").splitlines()) <= 250
 
 
 def test_reference_has_every_public_name():

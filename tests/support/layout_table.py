@@ -1,4 +1,4 @@
-"""The tables of docs/files.md: `python -m layout_table` in tests/support prints them anew."""
+"""The tables of files.md and other-libraries.md: `python -m layout_table` here prints them anew."""
 
 import tempfile
 from pathlib import Path
