@@ -1,56 +1,26 @@
 """gpt-oss as released, with MXFP4 experts: read as they are, and the same mathematics."""
 
-import dataclasses
 import json
 
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from folders import write
-from tiny import CONFIG, tokens
-from weights import random_model
+from gpt_oss_folders import OSS, gpt_oss, gpt_oss_tensors
+from tiny import tokens
 
 import wush_jax as wush
-from wush_jax.models import generate, load_pretrained, to_tensors
+from wush_jax.models import generate, load_pretrained
 
 pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
-
-OSS = dataclasses.replace(
-    CONFIG,
-    **{"num_hidden_layers": 1, "num_experts": 3, "norm_topk_prob": True, "mlp_bias": True},
-    **{"attention_sinks": True, "swiglu_limit": 1.5, "tie_word_embeddings": False},
-)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The same model twice: experts in 4 bits as released, and as floating point numbers."""
-    rng = np.random.default_rng(0)
-    released, plain = {}, {}
-    for name, value in to_tensors(random_model(OSS)).items():
-        if ".experts." not in name:
-            released[name] = plain[name] = value
-    experts = "model.layers.0.mlp.experts"
-    for name, rows in (("gate_up_proj", 128), ("down_proj", 64)):
-        codes = rng.integers(16, size=(3, rows, 64), dtype=np.uint8)
-        scales = rng.integers(122, 126, size=(3, rows, 2), dtype=np.uint8)
-        released[f"{experts}.{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).reshape(
-            3, rows, 2, 16
-        )
-        released[f"{experts}.{name}_scales"] = scales
-        values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-        values *= np.repeat(2.0 ** (scales - 127.0), 32, axis=-1)
-        plain[f"{experts}.{name}"] = np.ascontiguousarray(values.mT, np.float32)
-        bias = rng.standard_normal((3, rows)).astype(np.float32)
-        released[f"{experts}.{name}_bias"] = plain[f"{experts}.{name}_bias"] = bias
+    released, plain = gpt_oss_tensors()
     one, two = (tmp_path_factory.mktemp(name) for name in ("released", "plain"))
-    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    return (
-        write(one, OSS, released, 2, quantization_config=quantization),
-        write(two, OSS, plain),
-        released,
-    )
+    return gpt_oss(one, released, 2), write(two, OSS, plain), released
 
 
 def test_experts_are_read_as_they_are(folders, tmp_path):

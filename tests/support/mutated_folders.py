@@ -4,6 +4,7 @@ A change is drawn by hypothesis: an entry of a JSON file, or the name, type, sha
 tensor. `read` says what a folder computes: the structure of the model, its types, all its values.
 """
 
+import importlib.util
 import json
 import math
 import struct
@@ -14,6 +15,7 @@ import hypothesis.strategies as st
 import numpy as np
 from checkpoint_tools import llama_of
 from flax import nnx
+from gpt_oss_folders import gpt_oss, gpt_oss_tensors
 from layout_tools import ROUND_175
 
 import wush_jax as wush
@@ -52,11 +54,22 @@ def make_all(root):
     encoded_folders.gptq(root / "gptq")
     encoded_folders.gptq(root / "gptq-order", desc_act=True, sym=False, version="gptq_v2")
     encoded_folders.awq(root / "awq")
+    encoded_folders.awq(root / "awq-packed", zero_point=False)
     encoded_folders.pack_quantized(root / "pack", sym=False)
+    encoded_folders.pack_quantized(root / "pack-packed")
     encoded_folders.fp8(root / "fp8")
+    encoded_folders.fp8(root / "fp8-tensor", block=None, activation_scheme="static")
     encoded_folders.float_quantized(root / "float")
+    encoded_folders.float_quantized(root / "float-blocks", "block")
     encoded_folders.int_quantized(root / "int")
     encoded_folders.write(root / "plain", unencoded(), None)
+    gpt_oss(root / "gpt_oss", gpt_oss_tensors()[0])
+    if importlib.util.find_spec("gguf"):
+        from gguf_files import write
+
+        for architecture in ("llama", "qwen3"):
+            (root / f"gguf-{architecture}").mkdir()
+            write(root / f"gguf-{architecture}" / "m.gguf", architecture)
     return sorted(root.iterdir())
 
 
@@ -118,8 +131,7 @@ def read(folder):
     """What a folder computes: structure and types of its model, and its values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = json.loads((folder / "config.json").read_text()).get("quantization_config")
-        if plain is None and not (folder / "hf_quant_config.json").exists():
+        if not encoded(folder):
             model = load_pretrained(folder)
         else:
             model = wush.load(folder, implementation="reference")
@@ -129,6 +141,24 @@ def read(folder):
         for path, v in nnx.to_flat_state(state)
     }
     return graph, values
+
+
+def encoded(folder):
+    """Whether anything but plain weights, or a GGUF file, is named in a folder."""
+    if not (folder / "config.json").exists():
+        return False
+    content = json.loads((folder / "config.json").read_text())
+    named = content.get("quantization_config") if isinstance(content, dict) else None
+    return named is not None or (folder / "hf_quant_config.json").exists()
+
+
+def changes(folder):
+    """What can be changed of a folder: a JSON file, a tensor, an entry of a GGUF file."""
+    if folder.name.startswith("gguf"):
+        from mutated_gguf import gguf_changes
+
+        return [gguf_changes]
+    return [json_changes, json_changes, tensor_changes]
 
 
 # Changes: each returns what was changed, for messages.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,14 +134,14 @@ def records_from_json(config: Mapping[str, Any]) -> dict[str, LayerRecord]:
             "library or a later version"
         )
     stored = _take(config, "formats", dict)
-    formats = {key: format_from_json(_take(stored, key, dict)) for key in stored}
+    formats, records = {}, {}
+    for key in stored:
+        with _within(f"formats {key!r}"):
+            formats[key] = format_from_json(_take(stored, key, dict))
     layers = _take(config, "layers", dict)
-    records = {}
     for name in layers:
-        try:
+        with _within(f"layer {name!r}"):
             records[name] = _record(_take(layers, name, dict), formats)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
     for name, record in records.items():
         first = records.get(record.site or name)
         if first is None or first.site != record.site or first.block != record.block:
@@ -189,11 +190,12 @@ def _element(value: str | Mapping[str, Any]) -> Element:
             if element.name == value:
                 return element
         raise ValueError(f"element={value!r} is unknown; expected e2m1, e4m3 or the like")
-    bits = _take(value, "bits", int)
-    if bits not in (4, 6, 8):
-        raise ValueError(f"element has bits={bits}, expected 4, 6 or 8")
-    full = "full" in value and _take(value, "full", bool)
-    return IntElement(_take(value, "name", str), bits, _take(value, "midrise", bool), full)
+    with _within("element"):
+        bits = _take(value, "bits", int)
+        if bits not in (4, 6, 8):
+            raise ValueError(f"bits={bits}, expected 4, 6 or 8")
+        full = "full" in value and _take(value, "full", bool)
+        return IntElement(_take(value, "name", str), bits, _take(value, "midrise", bool), full)
 
 
 def _record(values: Mapping[str, Any], formats: Mapping[str, Format]) -> LayerRecord:
@@ -243,6 +245,15 @@ def is_scale(value: Any) -> bool:
     except (ValueError, TypeError, OverflowError):
         return False
     return bool(((array >= limits.tiny) & (array <= limits.max)).all())
+
+
+@contextmanager
+def _within(place: str) -> Iterator[None]:
+    """Name the place of whatever is refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _take(values: Mapping[str, Any], key: str, kinds: type | tuple[type, ...]) -> Any:

@@ -59,7 +59,7 @@ def read_layer_types(values: TypedValues, *, windowed: bool, pattern: int | None
     if (counted and len(types) != count) or set(types) - {FULL, SLIDING}:
         values.faults.append(
             f"layer_types = {list(types)!r}"[:80]
-            + f", expected {count} of {FULL!r} and {SLIDING!r}"
+            + f", expected {count} (num_hidden_layers) of {FULL!r} and {SLIDING!r}"
         )
     if window is None and SLIDING in types:
         values.faults.append("layer_types has windows, but sliding_window is null or not in use")

@@ -15,6 +15,7 @@ class TypedValues:
     Args:
         given: what the file holds.
         defaults: of the keys that may be missing.
+        said: what is put before names where they are told.
 
     Attributes:
         faults: what no reader could make sense of.
@@ -29,8 +30,8 @@ class TypedValues:
     ValueError: heads = 0, expected a positive whole number; act = 'gelu' is not supported: ...
     """
 
-    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]):
-        self.given, self.defaults = dict(given), dict(defaults)
+    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any], said: str = ""):
+        self.given, self.defaults, self.said = dict(given), dict(defaults), said
         self.faults: list[str] = []
         self.lacking: list[str] = []
         self.unknown: set[str] = set()
@@ -95,7 +96,7 @@ class TypedValues:
         """Note it where a value that is there is none of those that we can compute."""
         value = self.given.get(name, self.defaults.get(name, allowed[0]))
         if not any(type(value) is type(good) and value == good for good in allowed):
-            self.lack(f"{name} = {_short(value)}", "is not supported")
+            self.lack(f"{self.said}{name} = {_short(value)}", "is not supported")
 
     def lack(self, what: str, why: str) -> None:
         """Note mathematics that we do not have."""
@@ -127,7 +128,7 @@ class TypedValues:
             return None
         if missing or not good(value):
             found = "is missing" if missing else f"= {_short(value)}"
-            self.faults.append(f"{name} {found}, expected {wanted}")
+            self.faults.append(f"{self.said}{name} {found}, expected {wanted}")
             self.unknown.add(name)
             return otherwise
         return value

@@ -22,7 +22,7 @@ from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import NVFP4
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.json_file import read_json
-from wush_jax.storage.tensor_folder import TensorFolder
+from wush_jax.storage.tensor_folder import TensorFolder, some
 
 NAME = "modelopt"
 FILE = "hf_quant_config.json"
@@ -53,7 +53,14 @@ def _records(folder: TensorFolder) -> dict[str, LayerRecord]:
         )
     records = {}
     fmt = NVFP4.replace(global_scale=None)
-    for name in shared.layer_names(folder, ".weight_scale_2"):
+    names = shared.layer_names(folder, ".weight_scale_2")
+    bare = [name for name in names if f"{name}.input_scale" not in folder.entries]
+    if 0 < len(bare) < len(names):
+        raise ValueError(
+            f"{folder.path}: {some(bare)} have no input_scale, and other layers have; fetch the "
+            "folder again"
+        )
+    for name in names:
         if f"{name}.weight" not in folder.entries or f"{name}.pre_quant_scale" in folder.entries:
             raise ValueError(
                 f"{folder.path}: layer {name!r} has no weight, or scales its input by channel "

@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wush_jax.models.encodings.encoded import Headers, checked, tensor_faults
+from wush_jax.models.encodings.encoded import (
+    BLOCK,
+    Headers,
+    checked,
+    is_block,
+    tensor_faults,
+)
 from wush_jax.models.typed_values import TypedValues
 from wush_jax.storage.tensor_folder import TensorFolder
 
@@ -125,8 +131,8 @@ def _scheme(
     block: tuple[int, ...] = (1, values.size("group_size")) if strategy == "group" else (1, 1)
     if strategy == "block":
         block = values.numbers("block_structure")
-    if len(block) != 2 or 0 in block:
-        values.faults.append(f"block_structure = {list(block)}, expected two positive numbers")
+    if strategy == "block" and not is_block(block):
+        values.faults.append(f"block_structure = {list(block)}, expected {BLOCK}")
         block = (1, 1)
     inputs = group.get("input_activations")
     return Scheme(

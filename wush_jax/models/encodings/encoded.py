@@ -205,6 +205,17 @@ def checked(folder: TensorFolder, values: TypedValues, known: Sequence[str]) -> 
         raise type(error)(f"{folder.path / CONFIG}: quantization_config: {error}") from error
 
 
+BLOCK = "two numbers, each 1 or a multiple of 8"
+
+
+def is_block(size: Sequence[int]) -> bool:
+    """Tell whether two numbers are rows and columns of a block that any library has.
+
+    Nothing else in the files tells blocks of 33 columns from those of 32, where both are two.
+    """
+    return len(size) == 2 and all(n == 1 or (n > 0 and n % 8 == 0) for n in size)
+
+
 def weight_dtype(folder: TensorFolder) -> np.dtype:
     """Return the type of weights that a model's config names; bfloat16 where it names none."""
     named = folder.config.get("dtype", folder.config.get("torch_dtype"))

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from wush_jax.models.encodings.encoded import (
+    BLOCK,
     SCALES,
     Codes,
     EncodedWeight,
@@ -21,6 +22,7 @@ from wush_jax.models.encodings.encoded import (
     Headers,
     checked,
     encoded_layers,
+    is_block,
     raw,
     weight_dtype,
 )
@@ -51,8 +53,8 @@ def _block(folder: TensorFolder) -> tuple[int, int] | None:
     values.need("scale_fmt", "float", "ue8m0")
     values.need("expert_dtype", "fp8")
     block = values.numbers("weight_block_size")
-    if block and (len(block) != 2 or 0 in block):
-        values.faults.append(f"weight_block_size = {list(block)}, expected two positive numbers")
+    if block and not is_block(block):
+        values.faults.append(f"weight_block_size = {list(block)}, expected {BLOCK}")
     checked(folder, values, FREE)
     return (block[0], block[1]) if block else None
 

@@ -48,7 +48,8 @@ def config_of(
         )
     prefix = f"{architecture}."
     own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    values = TypedValues(own, {"rope.freq_base": 10_000.0, "rope.scaling.type": "none"})
+    defaults = {"rope.freq_base": 10_000.0, "rope.scaling.type": "none"}
+    values = TypedValues(own, defaults, said=prefix)
     values.need("rope.scaling.type", "none")
     for key, value in own.items():
         if key not in KNOWN and value not in (None, False, 0, 0.0, 1.0, ""):

@@ -84,7 +84,8 @@ class GGUFFile(TensorFolder):
                 scaling = rope_scaling(self.decoded(FACTORS), self.config)
                 self.config["rope_scaling"] = scaling
         except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"{file}: {error}") from error
+            named = f"general.architecture={self.architecture!r}"
+            raise type(error)(f"{file}: {error} ({named})") from error
         self.entries = {
             name: Entry(file, np.dtype(np.uint8), (int(t.n_bytes),), int(t.data_offset), (), None)
             for name, t in self.tensors.items()
@@ -162,7 +163,7 @@ def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
             "model's own folder"
         )
     kinds = {str(t.tensor_type.name): n for n, t in folder.tensors.items()}
-    faults = [kind for kind, name in kinds.items() if not _decodes(folder, name)]
+    faults = [f"{k} of {name!r}" for k, name in kinds.items() if not _decodes(folder, name)]
     if faults:
         raise NotImplementedError(
             f"{folder.path}: the gguf package does not decode {', '.join(sorted(faults))}; use a "
