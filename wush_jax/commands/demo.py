@@ -33,6 +33,8 @@ SHOWN = (
     (formats.MXFP4, formats.FP8, ("wush", "PAPER")),
 )
 QUICK = 4  # the first of the first format
+SHARES = 8, 4  # of the tokens, to calibrate and to evaluate, the quick one reads one in so many
+ROWS = 2048  # tokens at a time, and those that the losses of layers are measured on
 
 
 def demo(
@@ -52,7 +54,7 @@ def demo(
 
     Args:
       out: folder for the results.
-      quick: four settings of one format on a quarter of the text.
+      quick: four settings of one format on less text.
       all: every format with every transform and preset, BEST_WIDE among them.
       model: a Hugging Face folder in place of the embedded model.
       text: with --model, a text: its last twentieth to evaluate, the one before it to calibrate.
@@ -66,8 +68,8 @@ def demo(
         raise ValueError("--model and --text go together: a folder, and a text for it")
     start = time.perf_counter()
     terminal = console()
-    share = 4 if quick else 1
-    counts = calibration_tokens // share, evaluation_tokens // share
+    shares = SHARES if quick else (1, 1)
+    counts = calibration_tokens // shares[0], evaluation_tokens // shares[1]
     network, batches = _yours(model, text, counts) if model and text else _embedded(counts)
     settings = settings_of(quick=quick, all=all)
     out.mkdir(parents=True, exist_ok=True)
@@ -170,6 +172,6 @@ def _yours(
 
 
 def _windows(text: bytes | np.ndarray, count: int, length: int) -> list[np.ndarray]:
-    batch = min(16, max(1, len(text) // length))
+    batch = max(1, min(ROWS, count, len(text)) // length)
     limit = max(1, count // (batch * length))
     return list(token_batches(text, batch=batch, length=length, limit=limit))
