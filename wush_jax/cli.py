@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from wush_jax.commands.models import evaluate, generate
 from wush_jax.commands.promise import verify
 from wush_jax.commands.quantize import plan, quantize
 
-COMMANDS = (plan, quantize, evaluate, verify, generate, export, inspect, bench, demo)
+Command = Callable[..., None]
+OF_MODELS: tuple[Command, ...] = (plan, quantize, evaluate, verify, generate, export, inspect)
+COMMANDS = (*OF_MODELS, bench, demo)
 ABOUT = (
     "4-bit quantization of language models with WUSH transforms. Every command takes "
     "--config FILE (.toml or .json): flags by name, which those of the command line override."
@@ -44,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     app = tyro.extras.SubcommandApp()
     for command in COMMANDS:
-        app.command(command)
+        app.command(_naming_its_folder(command) if command in OF_MODELS else command)
     try:
         argv = with_config_file(argv)
         if argv[:1] == ["bench"] and "--help" not in argv:
@@ -58,6 +62,27 @@ def main(argv: list[str] | None = None) -> int:
         print("wush: interrupted; --resume continues a layer-after-layer run", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _naming_its_folder(command: Command) -> Command:
+    """Return a command that puts its model's folder before what is wrong, unless that has it.
+
+    What goes wrong with a layer is said of the layer; of which model, only the command knows.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **flags: Any) -> None:
+        try:
+            return command(*args, **flags)
+        except (ValueError, NotImplementedError) as error:
+            given = signature(command).bind(*args, **flags).arguments
+            folder, said = str(next(iter(given.values()))), str(error)
+            named = folder in said or said.startswith("--")
+            if named or type(error) not in (ValueError, NotImplementedError):
+                raise
+            raise type(error)(f"{folder}: {said}") from error
+
+    return run
 
 
 def with_config_file(argv: list[str]) -> list[str]:

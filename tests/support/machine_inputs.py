@@ -131,11 +131,11 @@ def text_windows(content, folder, settings):
     inner = tokenizer(folder)
     text = content.decode("utf-8-sig")
     ids = inner.encode(text, add_special_tokens=False).ids
-    names = json.loads((folder / "tokenizer_config.json").read_text())
     whole = inner.encode(text, add_special_tokens=True).ids
     rule = settings.get("--bos", "auto")
     prefix = whole[: len(whole) - len(ids)] if rule == "auto" else []
     if rule == "always":
+        names = json.loads((folder / "tokenizer_config.json").read_text())
         prefix = [inner.token_to_id(token_name(names["bos_token"]))]
     return windows([np.asarray(ids)], folder, settings, prefix)
 

@@ -124,13 +124,14 @@ def quantize(r):
     np.save(tokens, np.arange(32) % 61 + 3)
     argv = ["evaluate", r.work / "out" / "checkpoint", "--tokens", tokens, "--length", 4]
     code, said = r.run([*argv, "--out", out])
-    if code != 0:
-        return f"the result cannot be evaluated: {said[-300:]}"
-    found = json.loads(out.read_text())["cross_entropy"]
     twin = reference(quantized_twin(folders[1], r.work / "rounded"))
-    if twin is None:
-        return None
-    return differs(found, cross_entropy(twin, (np.arange(32) % 61 + 3).reshape(8, 4)), 1e-3)
+    rows = (np.arange(32) % 61 + 3).reshape(8, 4)
+    expected = None if twin is None else cross_entropy(twin, rows)
+    if code != 0:  # finite weights may overflow, in the reference as well
+        overflows = expected is not None and not np.isfinite(expected) and "not finite" in said
+        return None if overflows else f"the result cannot be evaluated: {said[-300:]}"
+    found = json.loads(out.read_text())["cross_entropy"]
+    return None if expected is None else differs(found, expected, 1e-3)
 
 
 def export(r):

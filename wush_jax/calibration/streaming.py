@@ -53,6 +53,7 @@ from wush_jax.models.hugging_face import (
     typed,
 )
 from wush_jax.models.llama import scaled
+from wush_jax.models.misfits import check_all_finite
 from wush_jax.models.placement import Placement
 from wush_jax.models.tokens import check_batches
 from wush_jax.solvers.recipe import Rules
@@ -130,6 +131,7 @@ def quantize_folder(
     Source: as `wush_jax.calibration.sequential.quantize_sequentially`.
     """
     tensors = FolderTensors(source)
+    check_all_finite(tensors, tensors.path)
     checked = [np.asarray(batch) for batch in batches]
     texts = list(check_batches(checked, tensors.config.vocab_size))
     if not texts:

@@ -34,7 +34,7 @@ from wush_jax.models.tokens import (
 )
 from wush_jax.solvers import presets, recipe
 from wush_jax.solvers.recipe import Recipe, Rules
-from wush_jax.storage.json_file import home, read_json
+from wush_jax.storage.json_file import home, present, read_json
 
 PATHS = str | PathLike
 FORMATS = {
@@ -258,7 +258,7 @@ class Text:
         self, file: Path, folder: Path, size: int
     ) -> tuple[list[np.ndarray], list[int]]:
         config = open_config(folder)
-        if (home(folder) / GENERATION).is_file():
+        if present(home(folder) / GENERATION):
             config = {**config, **read_json(home(folder) / GENERATION)}
         pad, found = self.pad_id, config.get("pad_token_id")
         pad = found if pad is None and type(found) is int else pad

@@ -42,6 +42,7 @@ from wush_jax.commands.run_log import RunLog
 from wush_jax.commands.terminal import console, progress
 from wush_jax.layers.served import served_line, served_plan
 from wush_jax.models.hugging_face import FolderTensors, abstract_of, load_pretrained
+from wush_jax.models.misfits import check_all_finite
 from wush_jax.models.placement import Placement
 from wush_jax.models.tokens import in_batches
 from wush_jax.solvers.costs import SiteCost
@@ -169,6 +170,7 @@ def quantize(
             report = quantize_folder(model, out / "checkpoint", batches, rules, **options)
         else:
             inputs: Any = [jax.device_put(batch, rows) for batch in batches]
+            check_all_finite(FolderTensors(model), model)
             whole = load_pretrained(model, param_dtype=None, **options)
             if calibrated is not None:
                 inputs = _calibration(calibrated, whole, inputs, update)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from wush_jax.storage.json_file import JSON_BYTES, check_inside, read_json
+from wush_jax.storage.json_file import JSON_BYTES, check_inside, present, read_json
 
 FILE, OLD_FILE = "chat_template.jinja", "chat_template.json"
 CUT = "THE_ANSWER_GOES_ON_HERE "  # stands behind a message that is to be continued
@@ -46,9 +46,9 @@ class ChatTemplate:
           ValueError: several without a default; files that are damaged.
         """
         source: Any = settings.get("chat_template")
-        if (folder / OLD_FILE).is_file():
+        if present(folder / OLD_FILE):
             source = read_json(folder / OLD_FILE).get("chat_template", source)
-        if (folder / FILE).is_file():
+        if present(folder / FILE):
             source = _read_file(folder / FILE)
         if isinstance(source, list):
             entries = [entry for entry in source if isinstance(entry, Mapping)]
@@ -124,12 +124,14 @@ def _up_to_cut(text: str) -> str:
 
 def _read_file(file: Path) -> str:
     check_inside(file)
-    if file.stat().st_size > JSON_BYTES:
-        raise ValueError(f"{file} is huge for a template; fetch it again")
     try:
+        if file.stat().st_size > JSON_BYTES:
+            raise ValueError(f"{file} is huge for a template; fetch it again")
         return file.read_text("utf8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 ({error.reason}); fetch it again") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); fetch it again") from error
 
 
 def _environment() -> Any:

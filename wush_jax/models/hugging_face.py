@@ -251,6 +251,8 @@ class FolderTensors(Mapping[str, np.ndarray]):
     def dtype(self, name: str) -> np.dtype:
         """Return the type of a tensor; of gathered ones, the type that holds them all."""
         kinds = [self._folder.entries[stored].dtype for stored in self._names[name]]
+        if not {*kinds} <= {*map(np.dtype, FLOATS)}:
+            self[name]  # says what is wrong with it
         return np.dtype(functools.reduce(jnp.promote_types, kinds))
 
     def __getitem__(self, name: str) -> np.ndarray:

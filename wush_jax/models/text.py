@@ -12,7 +12,7 @@ from typing import Any
 
 from wush_jax.models.chat import ChatTemplate
 from wush_jax.models.encodings import open_config
-from wush_jax.storage.json_file import check_inside, home, read_json
+from wush_jax.storage.json_file import check_inside, home, present, read_json
 
 TOKENIZER, SETTINGS, GENERATION = (
     "tokenizer.json",
@@ -59,11 +59,11 @@ class Tokenizer:
         """
         config = open_config(folder)
         folder = home(folder)
-        if (folder / GENERATION).is_file():
+        if present(folder / GENERATION):
             config = {**config, **read_json(folder / GENERATION)}
-        settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+        settings = read_json(folder / SETTINGS) if present(folder / SETTINGS) else {}
         plain = cls.of_config(folder, config)
-        if not (folder / TOKENIZER).is_file():
+        if not present(folder / TOKENIZER):
             if config.get("vocab_size") != 256:
                 raise ValueError(
                     f"{folder} has no tokenizer.json, and {config.get('vocab_size')} tokens are no "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,26 @@ def check_inside(file: Path) -> None:
 
 
 def parse_json(text: bytes) -> Any:
-    """Return the content of a JSON text; ValueError where an object has a name twice."""
-    return json.loads(text, object_pairs_hook=_unique)
+    """Return the content of a JSON text; ValueError where an object has a name twice.
+
+    NaN and infinities are no JSON, and could not be written again.
+    """
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text} is no number of JSON")
+    return value
+
+
+def present(file: Path) -> bool:
+    """Tell whether there is a file, or a link that should lead to one: such a link is read.
+
+    >>> present(Path("no such file"))
+    False
+    """
+    return file.is_file() or file.is_symlink()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

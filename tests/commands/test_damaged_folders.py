@@ -1,0 +1,97 @@
+"""Folders that something is wrong with: every command says what, of which folder, at once."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from folders import write
+from machine import SIZES, WORDS, run
+from token_tools import word_tokenizer
+from weights import random_model
+
+from wush_jax.models import to_tensors
+
+pytestmark = pytest.mark.files
+RTN = ["--preset", "rtn", "--length", "8"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of one layer, its tokenizer and some tokens."""
+    pytest.importorskip("tokenizers")
+    where = tmp_path / "model"
+    where.mkdir()
+    write(where, SIZES, to_tensors(random_model(SIZES)), model_type="llama")
+    word_tokenizer(where, WORDS)
+    np.save(tmp_path / "tokens.npy", np.arange(40) % 61 + 3)
+    return where
+
+
+def commands(folder):
+    """Each that opens the model, with what it is given."""
+    tokens, out = folder.parent / "tokens.npy", folder.parent / "out"
+    quantize = ["quantize", folder, "--out", out, "--tokens", tokens, *RTN]
+    return {
+        "plan": ["plan", folder],
+        "sequential": quantize,
+        "one-shot": [*quantize, "--calibration", "one-shot"],
+        "evaluate": ["evaluate", folder, "--tokens", tokens, "--length", "8"],
+        "generate": ["generate", folder, "--prompt", "w1"],
+    }
+
+
+def refusals(folder, *names):
+    """What is said by commands, each of which ends with exit code 2."""
+    for name in names or commands(folder):
+        code, said = run(commands(folder)[name])
+        assert code == 2, (name, said)
+        assert str(folder) in said.replace("\n", ""), (name, said)
+        yield " ".join(said.split())
+    assert not (folder.parent / "out" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999"])
+def test_a_config_that_could_not_be_written_again(text, folder):
+    file = folder / "config.json"
+    tree = json.loads(file.read_text()) | {"attention_dropout": "X"}
+    file.write_text(json.dumps(tree).replace('"X"', text))
+    for said in refusals(folder):
+        assert f"config.json is not readable JSON ({text} is no number of JSON)" in said
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite(dtype, folder):
+    tensors = {n: t.astype(dtype) for n, t in to_tensors(random_model(SIZES)).items()}
+    tensors["model.norm.weight"][0] = np.inf  # no dense layer that is quantized sees it
+    tensors["model.layers.0.mlp.up_proj.weight"][:2, 0] = np.nan
+    write(folder, SIZES, tensors, model_type="llama")
+    for said in refusals(folder, "sequential", "one-shot"):
+        assert "1 value of tensor 'model.norm.weight' is NaN or infinite" in said
+        assert "2 values of tensor 'model.layers.0.mlp.up_proj.weight' are" in said
+
+
+def test_weights_of_integers(folder):
+    tensors = to_tensors(random_model(SIZES))
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name].astype(np.int8)
+    write(folder, SIZES, tensors, model_type="llama")
+    for said in refusals(folder, "sequential", "one-shot", "evaluate", "generate"):
+        assert f"tensor '{name}' is int8" in said
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_link_that_leads_nowhere_is_not_taken_for_no_file(name, folder):
+    for target in (folder / name, folder / "gone"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+        for said in refusals(folder, "generate"):
+            assert f"{name} is not readable JSON" in said
+
+
+def test_a_fault_of_a_layer_is_told_of_its_model(folder):
+    tree = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 48}
+    tensors = to_tensors(random_model(type(SIZES).from_dict(tree)))
+    write(folder, type(SIZES).from_dict(tree), tensors, model_type="llama")
+    for said in refusals(folder, "plan", "sequential", "one-shot"):
+        assert f"wush: {folder}: layer layers.0.mlp.down_proj: K=48" in said
