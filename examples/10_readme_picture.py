@@ -1,9 +1,9 @@
-"""README's picture from committed figures: quality on a language model, speed of a layer.
+"""README's picture and that of docs/speed.md, from committed figures.
 
-    python examples/10_readme_picture.py --out docs/figures/readme.png
+    python examples/10_readme_picture.py --out docs/figures
 
-Left: docs/figures/quality_llm.jsonl, mean of the draws. Right: docs/figures/layer_speed.json, each
-implementation's time of BF16 over its own, measured in one run a row.
+Quality: docs/figures/quality_llm.jsonl, mean of the draws. Speed: docs/figures/layer_speed.json,
+BF16's time over that of an implementation, measured in one run a row.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -30,16 +31,31 @@ SETTINGS = {
 }
 GROUPS = {"MXFP4": "", "NVFP4": "", "NVINT4": "", "MXFP4, FP8 inputs": " A8"}
 
+LAYER = "MXFP4 A4"
+SHOWN = {
+    LAYER: "W4A4 layer, MXFP4",
+    "MXFP4 A8": "W4A8 layer, MXFP4 by FP8",
+    "MXFP4 A4, default": 'W4A4, MXFP4, precision="default"',
+    "NVFP4 A8, folded": 'W4A8, NVFP4, precision="folded"',
+}
+COLUMNS = [f"{fmt} {kind}" for fmt in ("MXFP4", "NVFP4") for kind in ("A16", "A8", "A4")]
+COLUMNS.insert(3, "MXFP4 A4, default")
+COLUMNS.append("NVFP4 A8, folded")
+HEAD = (
+    '| (K, N) | M | BF16 | MXFP4: A16 | A8 | A4 | A4, "default" '
+    '| NVFP4: A16 | A8 | A4 | A8, "folded" |'
+)
+
 
 @dataclass(frozen=True)
 class Options:
     """What to write.
 
     Attributes:
-      out: the picture.
+      out: the folder of the pictures.
     """
 
-    out: Path = FIGURES / "readme.png"
+    out: Path = FIGURES
 
 
 def quality() -> dict[str, dict[str, float]]:
@@ -57,28 +73,61 @@ def quality() -> dict[str, dict[str, float]]:
     return found
 
 
+def speed() -> dict[str, Any]:
+    """What was measured of layers: the times of BF16, and how many times as fast others are."""
+    return json.loads((FIGURES / "layer_speed.json").read_text("utf8"))
+
+
+def table(measured: dict[str, Any]) -> str:
+    """The table of docs/speed.md."""
+    lines = [HEAD, "| " + " | ".join(["---"] * 11) + " |"]
+    for row in measured["layers"]:
+        ratios = [f"{row[name]:.2f}x" if name in row else "" for name in COLUMNS]
+        ratios[COLUMNS.index(LAYER)] = f"**{ratios[COLUMNS.index(LAYER)]}**"
+        first = [str(tuple(row["shape"])), str(row["tokens"]), f"{row['bf16_us']:.1f} us"]
+        lines.append(f"| {' | '.join([*first, *ratios])} |")
+    return "\n".join(lines)
+
+
+def over_tokens(axes: Any, measured: dict[str, Any], shape: list[int], peers: bool) -> None:
+    """Draw how many times as fast as BF16 a layer is, by tokens."""
+    rows = [row for row in measured["layers"] if row["shape"] == shape]
+    lines = {
+        label: {row["tokens"]: row[name] for row in rows if name in row}
+        for name, label in SHOWN.items()
+    }
+    if peers:
+        lines |= {n: {int(t): x for t, x in r.items()} for n, r in measured["peers"].items()}
+    for marker, (label, ratios) in zip("os^vDP", lines.items(), strict=False):
+        axes.plot(list(ratios), list(ratios.values()), marker=marker, label=label)
+    axes.axhline(1.0, color="black", lw=0.8)
+    axes.set_xscale("log", base=2)
+    tokens = [row["tokens"] for row in rows]
+    axes.set_xticks(tokens, [str(t) for t in tokens])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("times as fast as BF16")
+    axes.set_title(f"Layer (K, N) = {tuple(shape)}, {measured['device']}", fontsize=10)
+    axes.grid(alpha=0.3)
+
+
 def main(options: Options) -> None:
-    """Draw and write."""
+    """Draw and write both."""
+    measured = speed()
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     grouped_bars(left, quality(), "KL to the float32 model (nats)")
-    left.set_title("135M Llama: less is better", fontsize=10)
+    left.set_title("135M Llama, WikiText-2: less is better", fontsize=10)
     left.legend(fontsize=7, ncols=2)
-    speed = json.loads((FIGURES / "layer_speed.json").read_text("utf8"))
-    markers = iter("os^vD")
-    for name, by_tokens in speed["ratios"].items():
-        tokens = [int(t) for t in by_tokens]
-        right.plot(tokens, list(by_tokens.values()), marker=next(markers), label=name)
-    right.axhline(1.0, color="black", lw=0.8)
-    right.set_xscale("log", base=2)
-    shown = sorted({int(t) for by_tokens in speed["ratios"].values() for t in by_tokens})
-    right.set_xticks(shown, [str(t) for t in shown])
-    right.set_xlabel("tokens")
-    right.set_ylabel("times as fast as BF16")
-    right.set_title(f"Layer (K, N) = {tuple(speed['shape'])}, {speed['device']}", fontsize=10)
+    over_tokens(right, measured, measured["peers_shape"], peers=True)
     right.legend(fontsize=7)
-    right.grid(alpha=0.3)
-    figure.savefig(options.out, dpi=130)
+    figure.savefig(options.out / "readme.png", dpi=130)
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in measured["layers"]))
+    for axes, shape in zip(figure.subplots(2, 2, sharey=True).flat, shapes, strict=True):
+        over_tokens(axes, measured, list(shape), peers=False)
+        handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, ncols=4, fontsize=8, loc="outside upper center")
+    figure.savefig(options.out / "speed.png", dpi=110)
 
 
 if __name__ == "__main__":

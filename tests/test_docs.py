@@ -54,14 +54,31 @@ def test_reference_has_every_public_name():
     assert sorted(entries) == sorted(names)
 
 
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS.parent / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.files
 def test_tables_of_quality_are_made_from_their_lines():
-    file = DOCS.parent / "examples" / "09_quality_page.py"
-    spec = importlib.util.spec_from_file_location("quality_page", file)
-    page = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = page  # dataclasses look their module up
-    spec.loader.exec_module(page)
+    page = example("09_quality_page")
     text = (DOCS / "quality.md").read_text("utf8")
     for model in ("llm", "demo"):
         lines = page.tables(page.read(DOCS / "figures" / f"quality_{model}.jsonl"))
         assert lines.split("\n\n", 1)[1] in text
+
+
+@pytest.mark.files
+def test_the_table_of_speed_is_made_from_its_figures():
+    picture = example("10_readme_picture")
+    assert picture.table(picture.speed()) in (DOCS / "speed.md").read_text("utf8")
+
+
+@pytest.mark.files
+def test_pictures_are_drawn_from_committed_figures(tmp_path):
+    picture = example("10_readme_picture")
+    picture.main(picture.Options(out=tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["readme.png", "speed.png"]
