@@ -23,7 +23,7 @@ from wush_jax.commands.quantize import plan, quantize
 
 Command = Callable[..., None]
 OF_MODELS: tuple[Command, ...] = (plan, quantize, evaluate, verify, generate, export, inspect)
-COMMANDS = (*OF_MODELS, bench, demo)
+COMMANDS: tuple[Command, ...] = (*OF_MODELS, bench, demo)
 ABOUT = (
     "4-bit quantization of language models with WUSH transforms. Every command takes "
     "--config FILE (.toml or .json): flags by name, which those of the command line override."
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     app = tyro.extras.SubcommandApp()
     for command in COMMANDS:
-        app.command(_naming_its_folder(command) if command in OF_MODELS else command)
+        shown: Command = _naming_its_folder(command) if command in OF_MODELS else command
+        app.command(shown)
     try:
         argv = with_config_file(argv)
         if argv[:1] == ["bench"] and "--help" not in argv:

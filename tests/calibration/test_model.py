@@ -9,7 +9,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import Net, rows
 
 import wush_jax as wush
-from wush_jax.calibration.steps import quantize_all
+from wush_jax.calibration import model
+from wush_jax.calibration.site_plan import site_cost
+from wush_jax.calibration.steps import alike, quantize_all
 from wush_jax.layers.nnx import Packed, QuantizedDense, dense_layers
 from wush_jax.solvers.site import quantize_site
 
@@ -126,6 +128,42 @@ def test_a_gain_that_does_not_exist_is_none(net):
     _, report = wush.quantize_model(net, [BATCHES[0][:1]], recipe)
     assert [layer.predicted_gain for layer in report.layers] == [None, None, None]
     assert min(layer.relative_loss for layer in report.layers) > 0
+
+
+class Seen(list):
+    """A progress callback that keeps what it is told, and what steps cost."""
+
+    def __call__(self, *step):
+        self.append(step)
+
+    def weigh(self, costs):
+        self.costs = list(costs)
+
+
+@pytest.mark.parametrize("known", ["plan", "batches", "calibration"])
+def test_progress_in_one_shot_goes_by_cost(known, net, monkeypatch):
+    (one,) = rows(1)
+    recipe, batches = wush.Recipe(), [one, jnp.concatenate([one, one])]
+    planned = wush.plan(net, recipe, batches[0])
+    seen, given = Seen(), {"plan": batches, "batches": iter(batches)}
+    given["calibration"] = wush.calibrate(net, batches, recipe) if known == "calibration" else None
+    options = {"planned": planned} if known == "plan" else {}
+    with monkeypatch.context() as patched:
+        if known == "plan":  # nothing is planned twice
+            patched.setattr(model, "plan", None)
+        wush.quantize_model(net, given[known], recipe, progress=seen, **options)
+    first = 0 if known == "calibration" else 2
+    names = [item.site.name for some in alike(planned.sites, dense_layers(net)[0]) for item in some]
+    assert [what for *_, what in seen] == ["calibrate"] * first + names
+    assert [done for done, *_ in seen] == list(range(1, first + len(names) + 1))
+    assert {total for _, total, _ in seen[first if known == "batches" else 0 :]} == {len(seen)}
+    assert len(seen.costs) == len(seen)
+    assert min(seen.costs) > 0
+    if known == "plan":  # twice the rows, twice the operations
+        assert seen.costs[1] == 2 * seen.costs[0]
+    layers, _ = dense_layers(net)
+    solved = {item.site.name: site_cost(item, layers).solver_flops for item in planned.sites}
+    assert seen.costs[first:] == [solved[name] for name in names]
 
 
 def test_no_batches(net):

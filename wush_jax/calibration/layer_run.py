@@ -111,6 +111,10 @@ class Counter:
         if weigh is not None:
             weigh(costs)
 
+    def passed(self, done: int, total: int | None, what: str) -> None:
+        """Count one pass of what does not know of the others."""
+        self(what)
+
     def __call__(self, what: str) -> None:
         """Count one pass over a chunk."""
         self.done += 1

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
 
 from wush_jax.solvers.costs import SiteCost
 
@@ -45,6 +50,11 @@ def pass_costs(stages: Sequence[StageCost], tokens: Sequence[int]) -> list[float
         waiting = solving
         costs += chunks
     return costs
+
+
+def rows_of(batch: Any) -> int:
+    """Return the tokens, or rows, of the first array of a batch."""
+    return sum(math.prod(np.shape(leaf)[:2]) for leaf in jax.tree.leaves(batch)[:1])
 
 
 def _steps(stages: Sequence[StageCost]) -> Iterator[tuple[float, float]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from wush_jax.calibration.host_memory import check_device_memory, check_host_memory, within_memory
@@ -24,7 +22,7 @@ from wush_jax.calibration.layer_run import (
 )
 from wush_jax.calibration.layer_run import Stack as Stack
 from wush_jax.calibration.observe import Call, Progress, plain_call
-from wush_jax.calibration.pass_costs import pass_costs
+from wush_jax.calibration.pass_costs import pass_costs, rows_of
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest, model_digest
@@ -129,8 +127,7 @@ def _costs(run: LayerRun, model, layers, stages, rest, batches) -> list[float]:
         for layer, local in zip(layers, stages, strict=True)
     ]
     costs += [run.cost(model, rest, together=True, advances=False)] if rest else []
-    # Tokens, or rows, of the first array of a batch.
-    return pass_costs(costs, [math.prod(np.shape(jax.tree.leaves(b)[0])[:2]) for b in batches])
+    return pass_costs(costs, [rows_of(batch) for batch in batches])
 
 
 @contextlib.contextmanager

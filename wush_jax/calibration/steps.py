@@ -20,12 +20,12 @@ from wush_jax.calibration.ranges import refitted
 from wush_jax.calibration.replicas import on_one_device
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.site_plan import SitePlan, site_cost
-from wush_jax.formats import elements
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import Dense
 from wush_jax.layers.swap import swap
 from wush_jax.solvers.batched import few_tokens, filled, quantize_alike, quantize_batched
 from wush_jax.solvers.site import PackedWeight
+from wush_jax.transforms.checks import check_weight
 from wush_jax.transforms.moments import Moments
 
 # A constant that saturates shrinks by 2^-4 at a time: eight times span all of float32's magnitudes
@@ -56,8 +56,7 @@ def quantize_planned(
     weights = [layers[path].weight for path in item.site.layers]
     names = [prefix + path for path in item.site.layers]
     for name, weight in zip(names, weights, strict=True):
-        if elements.not_finite(weight):
-            raise ValueError(f"layer {name}: its weight has non-finite values; mend the checkpoint")
+        check_weight(name, weight)
     _check_seen(item, layers, moments, names)
     recipe, always = item.recipe.solved_alone, item.recipe.global_scale == "derived"
     try:
@@ -91,6 +90,7 @@ def quantize_all(
     layers: Mapping[str, Dense],
     moments: Callable[[Site], Moments],
     at_once: Callable[[SitePlan], int] | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> dict[str, PackedWeight]:
     """Quantize all planned sites; those of one recipe and shape in one program where that pays.
 
@@ -100,6 +100,7 @@ def quantize_all(
       moments: of a site's input.
       at_once: how many sites like this one are solved together; None: what fits an accelerator's
         memory.
+      told: called with the name of each site that is quantized, in the order of `alike`.
 
     Returns:
       Packed weights by path.
@@ -108,17 +109,25 @@ def quantize_all(
       ValueError: as `quantize_planned`.
     """
     at_once = partial(most_at_once, layers) if at_once is None else at_once
-    alike: dict[Any, list[SitePlan]] = {}
-    for item in items:
-        weights = [jax.eval_shape(lambda p=p: layers[p].weight) for p in item.site.layers]
-        key = item.recipe, tuple((w.shape, str(w.dtype)) for w in weights)
-        alike.setdefault(key, []).append(item)
     packed: dict[str, PackedWeight] = {}
-    for some in alike.values():
+    for some in alike(items, layers):
         count = at_once(some[0])
         for i in range(0, len(some), count):
             packed |= _quantize_together(some[i : i + count], layers, moments)
+            if told is not None:
+                for item in some[i : i + count]:
+                    told(item.site.name)
     return packed
+
+
+def alike(items: Sequence[SitePlan], layers: Mapping[str, Dense]) -> list[list[SitePlan]]:
+    """Return sites by recipe and shape, in the order in which `quantize_all` takes them."""
+    found: dict[Any, list[SitePlan]] = {}
+    for item in items:
+        weights = [jax.eval_shape(lambda p=p: layers[p].weight) for p in item.site.layers]
+        key = item.recipe, tuple((w.shape, str(w.dtype)) for w in weights)
+        found.setdefault(key, []).append(item)
+    return list(found.values())
 
 
 def most_at_once(layers: Mapping[str, Dense], item: SitePlan) -> int:

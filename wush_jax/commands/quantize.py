@@ -174,7 +174,7 @@ def quantize(
             whole = load_pretrained(model, param_dtype=None, **options)
             if calibrated is not None:
                 inputs = _calibration(calibrated, whole, inputs, update)
-            report = _in_one_shot(whole, inputs, rules, max_kl, out / "checkpoint", update)
+            report = _in_one_shot(whole, inputs, planned, rules, max_kl, out / "checkpoint", update)
             copy_companions(model, out / "checkpoint")
     log.end(report)
     report.to_json(out / "report.json")
@@ -199,12 +199,19 @@ def _model_free(
 
 
 def _in_one_shot(
-    whole: nnx.Module, inputs: Any, rules: Rules, max_kl: float | None, out: Path, update: Progress
+    whole: nnx.Module,
+    inputs: Any,
+    planned: ModelPlan,
+    rules: Rules,
+    max_kl: float | None,
+    out: Path,
+    update: Progress,
 ) -> Report:
     """Quantize a whole model, within a KL where one is given, and write it."""
     certificate = None
     if max_kl is None:
-        quantized, report = quantize_model(whole, inputs, rules, progress=update)
+        options: dict[str, Any] = {"planned": planned, "progress": update}
+        quantized, report = quantize_model(whole, inputs, rules, **options)
     else:
         quantized, report, certificate = keep_promise(whole, inputs, rules, max_kl)
     checkpoint.save(out, quantized)

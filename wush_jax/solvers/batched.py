@@ -20,7 +20,7 @@ import numpy as np
 from wush_jax.solvers import hessian as hessians
 from wush_jax.solvers.recipe import Recipe
 from wush_jax.solvers.site import Notes, PackedWeight, quantize_site
-from wush_jax.transforms.checks import check_finite
+from wush_jax.transforms.checks import check_finite, check_weight
 from wush_jax.transforms.moments import Moments
 
 
@@ -112,7 +112,7 @@ def quantize_alike(
     for weights, moment, labels in zip(sites, moments, names, strict=True):
         moment.finalize()
         for weight, name in zip(weights, labels, strict=True):
-            check_finite(f"weight of {name}", weight)
+            check_weight(name, weight)
     pairs = [(list(weights), moment) for weights, moment in zip(sites, moments, strict=True)]
     solved, notes = solve_alike(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs), recipe)
     dampings = hessians.dampings(recipe.damping)

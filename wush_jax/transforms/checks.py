@@ -45,6 +45,15 @@ def check_finite(name: str, x: jax.Array) -> None:
         )
 
 
+def check_weight(name: str, weight: jax.Array) -> None:
+    """Raise ValueError, with the layer's name, when its weight holds NaN or infinities."""
+    if bad := int(elements.not_finite(weight)):
+        raise ValueError(
+            f"layer {name}: its weight has non-finite values, {bad} of {jnp.shape(weight)}; mend "
+            "the checkpoint"
+        )
+
+
 def check_finite_result(name: str, x: jax.Array, damping) -> None:
     """Raise ValueError when a construction failed for want of damping (tracers pass)."""
     if isinstance(x, jax.core.Tracer):
