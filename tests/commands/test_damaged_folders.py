@@ -80,6 +80,19 @@ def test_weights_of_integers(folder):
         assert f"tensor '{name}' is int8" in said
 
 
+def test_tensors_of_other_shapes(folder):
+    tensors = to_tensors(random_model(SIZES))
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        tensors[name] = np.ascontiguousarray(tensors[name].T)
+    write(folder, SIZES, tensors, model_type="llama")
+    for said in refusals(folder):
+        assert (
+            "'model.embed_tokens.weight'] has shape (32, 64) where the config implies (64, 3"
+            in said
+        )
+        assert "'model.layers.0.mlp.up_proj.weight'] has shape (32, 64)" in said
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
 def test_a_link_that_leads_nowhere_is_not_taken_for_no_file(name, folder):
     for target in (folder / name, folder / "gone"):

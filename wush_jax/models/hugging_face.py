@@ -13,7 +13,7 @@ from flax import nnx
 from wush_jax.models.config import LlamaConfig
 from wush_jax.models.encodings import ENCODINGS, DecodedFolder, open_config, open_folder
 from wush_jax.models.llama import Llama
-from wush_jax.models.misfits import check_repeated, sizes_named
+from wush_jax.models.misfits import check_fit, check_repeated, sizes_named
 from wush_jax.models.placement import Placement, place
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.storage.json_file import CONFIG
@@ -93,25 +93,19 @@ def from_tensors(
         param_dtype=param_dtype,
         attention_implementation=attention_implementation,
     )
-    check_names(model, tensors)
+    check_fit(to_shapes(model), _shapes_of(tensors), _place(tensors))
     return fill(model, tensors, sharding=sharding)
-
-
-def check_names(model: Llama, tensors: Mapping[str, Any]) -> None:
-    """Raise ValueError unless there is a tensor for every weight of a model, and no other."""
-    names = set(to_shapes(model))
-    if names != set(tensors):
-        missing, extra = sorted(names - set(tensors)), sorted(set(tensors) - names)
-        raise MisfitError(
-            f"{_place(tensors)}tensors do not fit the config: missing {missing[:4]} "
-            f"({len(missing)} in all), left over {extra[:4]} ({len(extra)} in all); check layers, "
-            "biases and tying, and whether it should have a quantization_config"
-        )
 
 
 def _place(tensors: Mapping[str, Any]) -> str:
     """Return where tensors are from, for messages."""
     return f"{tensors.path}: " if isinstance(tensors, FolderTensors) else ""
+
+
+def _shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Return shapes by name, None of what has to be read for it: `fill` looks at those."""
+    known = tensors.shape if isinstance(tensors, FolderTensors) else lambda name: None
+    return {name: known(name) for name in tensors}
 
 
 def fill(
@@ -180,7 +174,7 @@ def abstract_of(
     kept = tensors.dtype(EMBEDDING) if param_dtype is None else param_dtype
     model = abstract(tensors.config, dtype=dtype, param_dtype=kept, **options)
     with sizes_named(tensors.config):
-        check_names(model, tensors)
+        check_fit(to_shapes(model), _shapes_of(tensors), _place(tensors))
     return model if param_dtype is not None else typed(model, tensors)
 
 
@@ -254,6 +248,12 @@ class FolderTensors(Mapping[str, np.ndarray]):
         if not {*kinds} <= {*map(np.dtype, FLOATS)}:
             self[name]  # says what is wrong with it
         return np.dtype(functools.reduce(jnp.promote_types, kinds))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor, as its file says; of gathered ones None."""
+        if name in self._experts:
+            return None
+        return self._folder.entries[self._names[name][0]].shape
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensors = [

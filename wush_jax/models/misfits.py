@@ -38,6 +38,43 @@ def sizes_named(config: LlamaConfig | None) -> Iterator[None]:
         raise ValueError(f"{error}; {CONFIG} means {said}") from error
 
 
+def check_fit(
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...] | None],
+    place: str = "",
+) -> None:
+    """Refuse tensors that are not the weights of a model: by their names, then by their shapes.
+
+    Args:
+        shapes: of the model's weights, by the names of tensors.
+        found: shapes of the tensors; None where nobody knows.
+        place: where they are from, for messages.
+
+    Raises:
+        MisfitError: with what is missing, left over or of another shape.
+
+    >>> check_fit({"norm": (4,)}, {"norm": (3,)})
+    Traceback (most recent call last):
+    ...
+    wush_jax.storage.tensor_folder.MisfitError: tensors['norm'] has shape (3,) where the config ...
+    """
+    if shapes.keys() != found.keys():
+        missing, extra = sorted(shapes.keys() - found), sorted(found.keys() - shapes)
+        raise MisfitError(
+            f"{place}tensors do not fit the config: missing {missing[:4]} ({len(missing)} in all), "
+            f"left over {extra[:4]} ({len(extra)} in all); check layers, biases and tying, and "
+            "whether it should have a quantization_config"
+        )
+    faults = [
+        f"tensors[{name!r}] has shape {shape} where the config implies {shapes[name]}"
+        for name, shape in found.items()
+        if shape not in (None, shapes[name])
+    ]
+    if faults:
+        more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise MisfitError(f"{place}{'; '.join(faults[:4])}{more}; check the sizes in config.json")
+
+
 def check_repeated(folder: TensorFolder, head: str, embedding: str) -> None:
     """Refuse a head that a config ties to the embedding, and that is another matrix in the files.
 
