@@ -32,6 +32,7 @@ NO_SIGN = ("byte", "dtype")
 INSTEAD = ("digest", "crc32", "quantization_config", "config_groups", "weight_map", "_size=")
 INSTEAD += ("input_activations", "head_dim", "[N, K]", "have the layers", "no entry for")
 INSTEAD += ("gguf cannot be read",)  # as its package says
+INSTEAD += ("have no place in the decoder", "no tensor ends in 'down_proj_blocks'")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,8 @@ def check(originals, data, target):
     if found == originals[folder]:
         return "same"
     excused = kind in NO_SIGN if isinstance(where, str) else AT_THEIR_WORD & set(map(str, where))
+    # llama.cpp has no other word for a head that is the embedding.
+    excused = excused or (file.endswith(".gguf") and where == "output.weight" and kind == "delete")
     assert excused, (folder.name, file, what)
     assert folder.name not in SEALED, (folder.name, file, what)
     return "other"

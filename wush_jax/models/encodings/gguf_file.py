@@ -162,8 +162,8 @@ def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
             f"{folder.path}: tensors {some(unknown)} have no place in the decoder; quantize the "
             "model's own folder"
         )
-    kinds = {str(t.tensor_type.name): n for n, t in folder.tensors.items()}
-    faults = [f"{k} of {name!r}" for k, name in kinds.items() if not _decodes(folder, name)]
+    kinds = {n: str(t.tensor_type.name) for n, t in folder.tensors.items()}
+    faults = [f"{kind} of {name!r}" for name, kind in kinds.items() if not _decodes(folder, name)]
     if faults:
         raise NotImplementedError(
             f"{folder.path}: the gguf package does not decode {', '.join(sorted(faults))}; use a "
@@ -180,6 +180,11 @@ def _decodes(folder: GGUFFile, name: str) -> bool:
         gguf.dequantize(tensor.data[:1], tensor.tensor_type)
     except NotImplementedError:
         return False
+    except ValueError as error:
+        raise ValueError(
+            f"{folder.path}: tensor {name!r} is {tensor.tensor_type.name} "
+            f"{folder.shapes[name]}, whose rows are no whole blocks ({error}); fetch it again"
+        ) from error
     return True
 
 
