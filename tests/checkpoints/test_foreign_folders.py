@@ -110,11 +110,15 @@ def test_modelopt(tmp_path):
     config = {"quantization_config": {"quant_method": "modelopt", **algorithm}}
     write_foreign(tmp_path / "config", tensors, config)
     check_loaded(tmp_path / "config", wanted)
-    config["quantization_config"]["quant_algo"] = "FP8"
+    config["quantization_config"]["quant_algo"] = "W4A8_AWQ"
+    write_foreign(tmp_path / "w4a8", tensors, config)
+    with pytest.raises(ValueError, match=r"quant_algo='W4A8_AWQ' .* only 'NVFP4'.*and 'FP8'"):
+        wush.load(tmp_path / "w4a8", shapes())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
     write_foreign(tmp_path / "fp8", tensors, config)
-    with pytest.raises(ValueError, match=r"quant_algo='FP8' .* only 'NVFP4'"):
+    with pytest.raises(ValueError, match=r"'up.weight' is uint8 .* expected float8_e4m3fn"):
         wush.load(tmp_path / "fp8", shapes())
-    config["quantization_config"]["quant_algo"] = "NVFP4"
+    config["quantization_config"] = {"quant_method": "modelopt", **algorithm}
     tensors["up.pre_quant_scale"] = np.ones(64, "f4")
     write_foreign(tmp_path / "awq", tensors, config)
     with pytest.raises(ValueError, match="scales its input by channel"):

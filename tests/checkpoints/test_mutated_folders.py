@@ -22,7 +22,9 @@ AT_THEIR_WORD = {
     *("rope_theta", "rms_norm_eps", "sliding_window", "max_window_layers", "use_sliding_window"),
     *("dtype", "torch_dtype", "wush_activation_dtype", "version", "max_position_embeddings"),
     *("model_type", "architectures", "rope_parameters", "rope_scaling", "forward_dtype"),
-    *("input_activations", "desc_act"),  # packed, or decoded since inputs may have an order
+    *("num_experts_per_tok", "swiglu_limit"),
+    # Packed, or decoded since inputs may have an order, or groups zero points.
+    *("input_activations", "desc_act", "zero_point"),
     *("llama.context_length", "llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"),
     *("qwen3.context_length", "qwen3.attention.layer_norm_rms_epsilon", "qwen3.rope.freq_base"),
 }

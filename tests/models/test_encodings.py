@@ -10,6 +10,7 @@ from encoded_folders import (
     CASES,
     EIGHT_BITS,
     LINEARS,
+    OVERRIDES,
     UP,
     awq,
     float_quantized,
@@ -28,7 +29,8 @@ from wush_jax.models.hugging_face import FolderTensors, load_pretrained
 
 pytestmark = pytest.mark.files
 
-PACKED = {"awq symmetric", "gptq", "gptq g64", "pack", "pack rows", "pack no order"}
+ALL = ("awq symmetric", "gptq", "gptq of old", "gptq g64", "pack", "pack rows", "pack no order")
+PACKED = {case: set(LINEARS) for case in ALL} | {"gptq dynamic": set(LINEARS) - set(OVERRIDES)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -42,7 +44,7 @@ def test_weights_are_what_the_writer_meant(case, tmp_path):
         exact = open_folder(folder).read(name, [np.float32], [weight.shape])
         np.testing.assert_array_equal(exact, weight)
     layers = interchange.read_layers(folder)
-    assert set(layers) == (set(LINEARS) if case in PACKED else set())
+    assert set(layers) == PACKED.get(case, set())
     for name, packed in layers.items():
         np.testing.assert_array_equal(wush.dequantize(packed.weight), wanted[f"{name}.weight"])
 
@@ -149,13 +151,14 @@ REFUSED = {
         "checkpoint_format": ("marlin", "checkpoint_format = 'marlin'"),
         "pack_dtype": ("int16", "pack_dtype = 'int16'"),
         "rotation": ("hadamard", "rotation = 'hadamard' is unknown"),
-        "dynamic": ({"up": {"bits": 8}}, "dynamic"),
+        "dynamic": ({"[": {"bits": 8}}, "dynamic '['"),
     },
     "awq": {
         "bits": (8, "bits = 8"),
         "group_size": (-2, "group_size = -2"),
         "zero_point": (False, "write zero_point=true"),
-        "version": ("gemv", "version = 'gemv'"),
+        "version": ("marlin", "version = 'marlin' is not read"),
+        "format": ("gemv", "format = 'gemv'"),
         "backend": ("llm-awq", "backend = 'llm-awq'"),
     },
     "fp8 blocks": {
@@ -199,6 +202,23 @@ def test_fields_that_would_change_what_is_computed(case, tmp_path):
     if case != "pack":  # a format that nobody reads is told alone
         assert message in str(caught.value)
         assert "surprise" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({".*up_proj": {"bits": 8}}, "up_proj.scales' is float16"),
+        ({".*up_proj": {"bits": 5}}, "bits = 5"),
+        ({".*up_proj": 8}, "expected an object"),
+        ({"(a+)+b": {"bits": 8}}, "repeats too much"),
+        ([1], r"dynamic = [1], expected an object"),
+    ],
+)
+def test_overrides_that_make_no_sense(rules, message, tmp_path):
+    folder, _ = gptq(tmp_path / "model")
+    change(folder, dynamic=rules)
+    with pytest.raises((ValueError, NotImplementedError), match=re.escape(message)):
+        wush.load(folder)
 
 
 @pytest.mark.parametrize("case", ["gptq", "awq", "pack asymmetric"])

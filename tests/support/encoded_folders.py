@@ -5,6 +5,7 @@ comes from this library. Words are made of Python's whole numbers, one number af
 """
 
 import json
+import math
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -30,6 +31,16 @@ LINEARS = {
     "model.layers.0.mlp.down_proj": (64, 96),
 }
 UP = "model.layers.0.mlp.up_proj"
+# GPTQModel's overrides, the first that matches from the start; and what they come to.
+DYNAMIC = {
+    "-:.*q_proj": {},
+    r".*\.mlp\.(?:up|down)_proj": {"bits": 8, "group_size": 16, "damp_percent": 0.1},
+    "+:.*down_proj": {"bits": 2},
+    "up_proj": {"bits": 3},
+}
+EIGHT = {"bits": 8, "group_size": 16}
+OVERRIDES = {UP: EIGHT, "model.layers.0.mlp.down_proj": EIGHT}
+OVERRIDES["model.layers.0.self_attn.q_proj"] = False
 
 
 def plain(dtype=np.float16):
@@ -80,11 +91,18 @@ def meant(codes, zeros, scales, place):
     return ((codes - zeros[:, place]) * scales.astype(np.float64)[:, place]).astype(np.float32)
 
 
-def gptq(folder, *, bits=4, group=32, sym=True, desc_act=False, version="gptq", **fields):
-    """A folder, and what its weights mean."""
-    tensors, wanted = plain(), {}
+def gptq(
+    folder, *, bits=4, group=32, sym=True, desc_act=False, version="gptq", elsewhere=False, **fields
+):
+    """A folder, and what its weights mean; the config in a file of its own, as of old."""
+    tensors, wanted, general = plain(), {}, bits
     for seed, (name, (n, k)) in enumerate(LINEARS.items()):
-        size = k if group == -1 else group
+        own = OVERRIDES.get(name, {}) if "dynamic" in fields else {}
+        if own is False:
+            tensors[f"{name}.weight"] = np.ones((n, k), np.float16)
+            continue
+        bits = own.get("bits", general)
+        size = own.get("group_size", k if group == -1 else group)
         codes, zeros, scales = random_codes(n, k, k // size, bits, seed)
         zeros = np.full_like(zeros, 2 ** (bits - 1)) if sym else zeros
         place = np.arange(k) // size
@@ -98,9 +116,17 @@ def gptq(folder, *, bits=4, group=32, sym=True, desc_act=False, version="gptq", 
             f"{name}.g_idx": place.astype(np.int32),
         }
         wanted[f"{name}.weight"] = meant(codes, zeros, scales, place)
-    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym}
+    config = {"quant_method": "gptq", "bits": general, "group_size": group, "sym": sym}
     config |= {"desc_act": desc_act, "checkpoint_format": version, "damp_percent": 0.01}
     config |= {"true_sequential": True, "meta": {"quantizer": ["gptqmodel:5.0.0"]}}
+    if elsewhere:
+        del config["quant_method"], config["checkpoint_format"]
+        write(folder, tensors, None)
+        model = json.loads((folder / "config.json").read_text())
+        del model["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(model))
+        (folder / "quantize_config.json").write_text(json.dumps(config))
+        return folder, wanted
     return write(folder, tensors, config | fields), wanted
 
 
@@ -126,6 +152,28 @@ def awq(folder, *, group=32, zero_point=True, **fields):
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": zero_point}
     config |= {"version": "gemm", "modules_to_not_convert": None}
     return write(folder, tensors, config | fields), wanted
+
+
+def awq_rows(folder, *, group=32):
+    """Version gemv: rows of outputs, all in order; zeros and scales filled up with nothing."""
+    tensors, wanted = plain(), {}
+    for seed, (name, (n, k)) in enumerate(LINEARS.items()):
+        size = k if group == -1 else group
+        codes, zeros, scales = random_codes(n, k, k // size, 4, seed)
+        width = {32: 4, 64: 2}.get(size, 1)
+        words_a_row = math.ceil(math.ceil((k // size) / 8) / width) * width
+        full = np.zeros((n, 8 * words_a_row), np.float16)
+        full[:, : k // size] = scales
+        tensors |= {
+            f"{name}.qweight": rows(codes, 4),
+            f"{name}.qzeros": np.zeros((n, words_a_row), np.int32),
+            f"{name}.scales": full,
+        }
+        packed = rows(zeros, 4)
+        tensors[f"{name}.qzeros"][:, : packed.shape[1]] = packed
+        wanted[f"{name}.weight"] = meant(codes, zeros, scales, np.arange(k) // size)
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True}
+    return write(folder, tensors, config | {"version": "gemv"}), wanted
 
 
 def scheme(**weights):
@@ -205,6 +253,27 @@ def fp8(folder, *, block=(32, 32), **fields):
     return float8(folder, config | fields, "weight_scale_inv", block or (None, None), **options)
 
 
+def modelopt_fp8(folder, *, elsewhere=True):
+    """As NVIDIA's library has it: what it says in a file of its own, or in the config."""
+    options = {"extra": ("input_scale",), "single": True}
+    kv, named = {"kv_cache_quant_algo": None}, {"quant_method": "modelopt", "ignore": ["lm_head"]}
+    config = {"quant_algo": "FP8"} | ({**kv, "exclude_modules": ["lm_head"]} if elsewhere else {})
+    scheme8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {"config_groups": {"group_0": {"input_activations": scheme8, "weights": scheme8}}}
+    folder, wanted = float8(
+        folder,
+        None if elsewhere else config | named | group,
+        "weight_scale",
+        (None, None),
+        **options,
+    )
+    if elsewhere:
+        producer = {"name": "modelopt", "version": "0.29.0"}
+        content = {"producer": producer, "quantization": config}
+        (folder / "hf_quant_config.json").write_text(json.dumps(content))
+    return folder, wanted
+
+
 def float_quantized(folder, strategy="channel", inputs=None):
     """As compressed-tensors has it, activations quantized or not."""
     block = {"channel": (1, None), "tensor": (None, None), "block": (32, 32)}[strategy]
@@ -242,7 +311,11 @@ CASES = {
     "gptq v2 asymmetric": (gptq, {"sym": False, "version": "gptq_v2"}),
     "gptq v1 asymmetric": (gptq, {"sym": False}),
     "gptq act order": (gptq, {"desc_act": True}),
+    "gptq of old": (gptq, {"elsewhere": True}),
+    "gptq dynamic": (gptq, {"dynamic": DYNAMIC}),
     "awq": (awq, {}),
+    "awq gemv": (awq_rows, {}),
+    "awq gemv, one group": (awq_rows, {"group": -1}),
     "awq symmetric": (awq, {"zero_point": False, "checkpoint_format": "gemm", "sym": True}),
     "awq one group": (awq, {"group": -1}),
     "pack": (pack_quantized, {}),
@@ -258,6 +331,8 @@ EIGHT_BITS = {
     "fp8 blocks": (fp8, {}),
     "fp8 blocks that do not tile": (fp8, {"block": (40, 48)}),
     "fp8 tensor": (fp8, {"block": None}),
+    "modelopt": (modelopt_fp8, {}),
+    "modelopt, in the config": (modelopt_fp8, {"elsewhere": False}),
     "float rows": (float_quantized, {}),
     "float tensor": (float_quantized, {"strategy": "tensor"}),
     "float blocks": (float_quantized, {"strategy": "block"}),

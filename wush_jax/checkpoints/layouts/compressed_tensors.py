@@ -103,6 +103,11 @@ def _input_format(folder: TensorFolder, layout: str) -> Format | None:
     groups = list(groups.values()) if isinstance(groups, dict) else []
     if not groups or not all(isinstance(group, dict) for group in groups):
         raise ValueError(f"{folder.path}: quantization_config has no config_groups; fetch it again")
+    if not all(isinstance(group.get("weights"), dict) for group in groups):
+        raise ValueError(
+            f"{folder.path}: a group of config_groups in quantization_config has no weights; fetch "
+            "the folder again"
+        )
     inputs = [group.get("input_activations") for group in groups]
     if any(i != inputs[0] for i in inputs):
         raise NotImplementedError(f"{folder.path}: groups of layers with different inputs")

@@ -8,9 +8,6 @@ Quantized keys and values (``k_scale``, ``v_scale``) are left out: our cache is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,36 +17,31 @@ from wush_jax.checkpoints.layouts.layout import Layout
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import NVFP4
+from wush_jax.models.encodings import DecodedFolder
+from wush_jax.models.encodings.said_elsewhere import MODELOPT_FILE as FILE
+from wush_jax.models.encodings.said_elsewhere import quantization_said
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.storage.json_file import read_json
 from wush_jax.storage.tensor_folder import TensorFolder, some
 
 NAME = "modelopt"
-FILE = "hf_quant_config.json"
 ALGORITHM = "NVFP4"
 
 
 def _claims(folder: TensorFolder) -> bool:
-    method = shared.quantization_config(folder).get("quant_method")
-    return method == NAME or (method is None and (folder.path / FILE).is_file())
-
-
-def _quantization(folder: TensorFolder) -> Mapping[str, Any]:
-    config = shared.quantization_config(folder)
-    if "quant_algo" in config:
-        return config
-    found = read_json(folder.path / FILE).get("quantization")
-    return found if isinstance(found, dict) else {}
+    return (
+        not isinstance(folder, DecodedFolder)
+        and quantization_said(folder).get("quant_method") == NAME
+    )
 
 
 def _records(folder: TensorFolder) -> dict[str, LayerRecord]:
-    config = _quantization(folder)
+    config = quantization_said(folder)
     algorithm, group = config.get("quant_algo"), config.get("group_size", 16)
     if algorithm != ALGORITHM or group != NVFP4.group_size:
         raise ValueError(
             f"{folder.path}: quantization of {FILE}, or quantization_config: quant_algo="
             f"{algorithm!r} with group_size={group!r}; only {ALGORITHM!r} with groups of "
-            f"{NVFP4.group_size} is read: quantize the original model with it"
+            f"{NVFP4.group_size}, and 'FP8', are read: quantize the original model with one of them"
         )
     records = {}
     fmt = NVFP4.replace(global_scale=None)

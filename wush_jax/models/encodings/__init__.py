@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wush_jax.models.encodings import awq, fp8, gguf_file, gptq, pack_quantized, plain_quantized
+from wush_jax.models.encodings import (
+    awq,
+    fp8,
+    gguf_file,
+    gptq,
+    modelopt_fp8,
+    pack_quantized,
+    plain_quantized,
+)
 from wush_jax.models.encodings.encoded import DecodedFolder, Encoding
 from wush_jax.models.encodings.gguf_file import GGUFFile, gguf_path
+from wush_jax.models.encodings.said_elsewhere import quantization_said
 from wush_jax.storage.json_file import read_config
 from wush_jax.storage.tensor_folder import TensorFolder
 
@@ -19,6 +28,7 @@ ENCODINGS: dict[str, Encoding] = {
         gptq.ENCODING,
         awq.ENCODING,
         fp8.ENCODING,
+        modelopt_fp8.ENCODING,
         gguf_file.ENCODING,
     )
 }
@@ -39,9 +49,10 @@ def open_folder(path: str | Path, *, mapped: bool = False) -> TensorFolder:
     if file is not None:
         return DecodedFolder(GGUFFile(file), gguf_file.ENCODING)
     folder = TensorFolder(path, mapped=mapped)
-    config = folder.config.get("quantization_config")
+    config = quantization_said(folder)
     for encoding in ENCODINGS.values():
-        if isinstance(config, dict) and encoding.claims(config):
+        if encoding.claims(config):
+            folder.config = {**folder.config, "quantization_config": config}
             return DecodedFolder(folder, encoding)
     return folder
 

@@ -260,6 +260,30 @@ def group_order(
     return found
 
 
+def centred(
+    folder: TensorFolder, name: str, codes: np.ndarray, zeros: np.ndarray, half: int, said: str
+) -> np.ndarray:
+    """Return codes from 0 up as signed ones, of a config that says that all zeros are the middle.
+
+    Args:
+      folder: for the message.
+      name: of the tensor of zeros.
+      codes: from 0 up.
+      zeros: of the groups.
+      half: the middle.
+      said: the field and its value, and what to write in its place.
+
+    Raises:
+      ValueError: other zeros.
+    """
+    if (zeros != half).any():
+        field, remedy = said.split(": ")
+        raise ValueError(
+            f"{folder.path}: {field}, but {name!r} has zero points other than {half}; {remedy}"
+        )
+    return codes.astype(np.int16) - half
+
+
 def tensor_faults(folder: TensorFolder, wanted: Headers) -> list[str]:
     """Return what is wrong with the headers of some tensors."""
     faults = []

@@ -7,11 +7,13 @@ Of a layer with N outputs and K inputs, groups of g inputs, b bits:
 - ``g_idx`` I32 (K,): each input's group, in an order of its own with ``desc_act``.
 
 ``w = (code - zero) * scale``. Format "gptq" (v1) stores zero - 1, "gptq_v2" the zero itself.
+``dynamic`` gives modules bits, groups and the like of their own, by regular expressions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +26,7 @@ from wush_jax.models.encodings.encoded import (
     EncodedWeight,
     Encoding,
     Headers,
+    centred,
     checked,
     encoded_layers,
     group_order,
@@ -53,9 +56,51 @@ class _Settings:
     first: bool  # version 1
 
 
-def _settings(folder: TensorFolder) -> _Settings:
+# What an entry of `dynamic` may change that its numbers mean; all else there is how they came.
+DYNAMIC = ("bits", "group_size", "sym", "desc_act")
+# Regular expressions that cannot run away: no repeated group, few repetitions.
+TAME = re.compile(r"(?!.*\)[*+{])(?:[^*+{]*[*+{]){0,6}[^*+{]{0,200}")
+
+
+def _rules(folder: TensorFolder) -> list[tuple[str, Any]]:
+    """Return the regular expressions of ``dynamic`` and the overrides of each; None for plain ones.
+
+    As GPTQModel has it: the first that matches a module's name from its start counts; "-:" leaves
+    the module as it is, "+:" and none say what its numbers are.
+    """
+    found = folder.config["quantization_config"].get("dynamic") or {}
+    values, rules = TypedValues({"dynamic": found}, {}), []
+    for pattern, change in values.table("dynamic").items():
+        plain, regex = pattern.startswith("-:"), re.sub(r"^[-+]:", "", pattern)
+        try:
+            re.compile(regex)
+        except re.error as error:
+            values.faults.append(f"dynamic {pattern!r} is no regular expression ({error})")
+        if not TAME.fullmatch(regex):
+            values.lack(f"dynamic {pattern[:80]!r}", "repeats too much; name the modules")
+        if not isinstance(change, Mapping):
+            values.faults.append(f"dynamic {pattern!r} = {str(change)[:60]!r}, expected an object")
+        rules.append((regex, None if plain else change))
+    checked(folder, values, ("dynamic",))
+    return rules
+
+
+def _own_settings(folder: TensorFolder) -> Callable[[str], _Settings]:
+    """Return what gives a layer's settings, by name; all are checked here, overrides too."""
+    general, found = _settings(folder, {}), []
+    for regex, change in _rules(folder):
+        own = {key: change[key] for key in DYNAMIC if key in change} if change else {}
+        found.append((regex, _settings(folder, own)))
+
+    def own_settings(name: str) -> _Settings:
+        return next((own for regex, own in found if re.match(regex, name)), general)
+
+    return own_settings
+
+
+def _settings(folder: TensorFolder, changes: Mapping[str, Any]) -> _Settings:
     defaults = {"sym": True, "desc_act": False, "pack_dtype": "int32", "group_size": 128}
-    values = TypedValues(folder.config["quantization_config"], defaults)
+    values = TypedValues({**folder.config["quantization_config"], **changes}, defaults)
     names = ("checkpoint_format", "format")
     version = next((values.given[n] for n in names if n in values.given), "gptq")
     for name in names:
@@ -66,15 +111,16 @@ def _settings(folder: TensorFolder) -> _Settings:
     settings = _Settings(
         values.size("bits"), group, values.flag("sym"), values.flag("desc_act"), version == "gptq"
     )
-    checked(folder, values, ("bits", *names, *FREE))
+    checked(folder, values, ("bits", "dynamic", *names, *FREE))
     return settings
 
 
 def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
-    settings = _settings(folder)
-    bits = settings.bits
+    own_settings = _own_settings(folder)
 
     def describe(name: str) -> tuple[Headers, dict[str, Any]]:
+        settings = own_settings(name)
+        bits = settings.bits
         shape = folder.entries[f"{name}.qweight"].shape
         k, n = (shape[0] * 32 // bits, shape[1]) if len(shape) == 2 else (0, 0)
         group = min(settings.group or k, k) or 1
@@ -119,12 +165,9 @@ def _read(folder: TensorFolder, name: str, settings: _Settings, group: int) -> C
     scales = raw(folder, f"{name}.scales").T
     if not settings.symmetric:
         return Codes(codes, scales, (1, group), zeros, columns)
-    if (zeros != half).any():
-        raise ValueError(
-            f"{folder.path}: sym=true, but '{name}.qzeros' has zero points other than {half}; say "
-            "sym=false, or another checkpoint_format, in quantization_config"
-        )
-    return Codes(codes - half, scales, (1, group), None, columns)
+    said = "sym=true: say sym=false, or another checkpoint_format, in quantization_config"
+    codes = centred(folder, f"{name}.qzeros", codes, zeros, half, said)
+    return Codes(codes, scales, (1, group), None, columns)
 
 
 def _claims(config: Mapping[str, Any]) -> bool:
