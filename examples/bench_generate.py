@@ -5,19 +5,21 @@
     python examples/bench_generate.py --shape 70b --layers 10 --mesh model=2
     python examples/bench_generate.py --shape small --new 4    # to see it run anywhere
 
-A variant is BF16, a format (W4A4), or a format and that of its activations, as MXFP4-FP8 (W4A8).
+A variant is BF16, a format (W4A4), or a format and that of its activations, as MXFP4-FP8 (W4A8);
+behind a +, "norms" leaves the norms to XLA, "head" quantizes the head, too, its inputs to FP8.
 
 Weights are random and the same in every layer; transforms are per block, as WUSH's are, and layers
 that share an input share them. Each variant runs in a process of its own, so that the peak of
-device memory is its own.
-Decoding is the time of the second half of `--new` tokens: what a call takes besides (the prompt,
-and the driver's recording of a step's kernels, once a call) is out; prefill is the logits of one
-prompt of 4096 tokens. The head stays BF16 in both.
+device memory is its own. All but the first compile side by side; then they are timed one after the
+other. Decoding is a loop of `--new` steps over a cache of 32 positions and these, prefill the
+logits of one prompt of 4096 tokens. Compiling is the loop's, of the largest batch.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,7 +33,6 @@ from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import dense_layers
 from wush_jax.layers.swap import swap
 from wush_jax.models import Llama, LlamaConfig, tensor_parallel
-from wush_jax.models.generation import generate
 from wush_jax.solvers.site import quantize_site
 
 LLAMA_8B = LlamaConfig(
@@ -62,6 +63,7 @@ LLAMA_70B = dataclasses.replace(
     num_attention_heads=64,
 )
 SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B, "small": SMALL}
+PROMPT = 32  # positions before those that are generated
 SITES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -70,7 +72,11 @@ SITES = (
 )
 
 
-def build(config, recipe, attention=None, placement=None):
+class Norm(nnx.RMSNorm):
+    """A norm that no kernel takes for its own."""
+
+
+def build(config, recipe, attention=None, placement=None, head=None):
     """Return a decoder with random weights: bfloat16, or by a recipe wherever sites are."""
     kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     kinds["attention_implementation"] = attention
@@ -82,6 +88,8 @@ def build(config, recipe, attention=None, placement=None):
             first = random_site([f"layers.0.{name}" for name in site], layers, recipe)
             for i in range(config.num_hidden_layers):
                 packed |= zip((f"layers.{i}.{name}" for name in site), copies(first), strict=True)
+        if head is not None:
+            (packed["lm_head"],) = random_site(["lm_head"], layers, head)
         model = swap(model, layers, packed)
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten_with_path(state)
@@ -136,40 +144,53 @@ def copies(site):
     ]
 
 
-def decode_seconds(model, batch, prompt, new):
-    """Seconds a token of decoding, all rows together, once it goes on by itself."""
-    tokens = jax.random.randint(jax.random.key(1), (batch, prompt), 0, model.config.vocab_size)
+def decoding(model, batch, new):
+    """Compile a loop of so many steps; return how to time it, and the seconds of compiling."""
+    graph, state = nnx.split(model)
 
-    def run(count):
-        generate(model, tokens, max_new_tokens=count)  # compiles
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            generate(model, tokens, max_new_tokens=count)
-            times.append(time.perf_counter() - start)
-        return min(times)
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def loop(state, chosen, cache):
+        model = nnx.merge(graph, state)
 
-    half = new // 2
-    return (run(new) - run(half)) / (new - half)
+        def step(_, carry):
+            chosen, cache = carry
+            logits, cache = model.decode(chosen, cache)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, new, step, (chosen, cache))
+
+    first, lengths = jnp.zeros(batch, jnp.int32), jnp.full(batch, PROMPT, jnp.int32)
+    read = functools.partial(Llama.prefill, max_length=PROMPT + new)
+    _, shapes = nnx.eval_shape(read, model, jnp.zeros((batch, PROMPT), jnp.int32), lengths)
+    start = time.perf_counter()
+    compiled = loop.lower(state, first, shapes).compile()
+    compiling = time.perf_counter() - start
+
+    def seconds():
+        cache = dataclasses.replace(jax.tree.map(jnp.zeros_like, shapes), lengths=lengths + 0)
+        return timed(compiled, state, first + 0, cache)
+
+    return seconds, compiling
 
 
-def prefill_seconds(model, length):
-    """Seconds of the logits of one prompt."""
+def timed(compiled, *arguments):
+    jax.block_until_ready(arguments)
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    return time.perf_counter() - start
+
+
+def reading(model, length):
+    """Compile the logits of one prompt; return how to time it."""
     tokens = jax.random.randint(jax.random.key(2), (1, length), 0, model.config.vocab_size)
     graph, state = nnx.split(model)
 
     @jax.jit
     def last(state, tokens):
-        logits, cache = nnx.merge(graph, state).prefill(tokens, jnp.array([length]), length)
-        return logits, cache
+        return nnx.merge(graph, state).prefill(tokens, jnp.array([length]), length)
 
-    jax.block_until_ready(last(state, tokens))
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        jax.block_until_ready(last(state, tokens))
-        times.append(time.perf_counter() - start)
-    return min(times)
+    compiled = last.lower(state, tokens).compile()
+    return lambda: timed(compiled, state, tokens)
 
 
 def placement_of(mesh):
@@ -181,31 +202,72 @@ def placement_of(mesh):
     return tensor_parallel(jax.make_mesh((int(count),), (axis,), **axes), axis)
 
 
+def recipe_of(name):
+    """The recipe of a variant, None for BF16."""
+    weights, _, inputs = name.partition("-")
+    if weights == "BF16":
+        return None
+    recipe = wush.Recipe(format=getattr(wush, weights))
+    return recipe.replace(activation_format=getattr(wush, inputs)) if inputs else recipe
+
+
 def measure(options):
-    """One variant: a JSON line."""
-    weights, _, inputs = options.variant.partition("-")
-    recipe = None if weights == "BF16" else wush.Recipe(format=getattr(wush, weights))
-    if inputs:
-        recipe = recipe.replace(activation_format=getattr(wush, inputs))
+    """One variant: says when it has compiled, waits for a line, prints a line of JSON."""
+    name, *more = options.variant.split("+")
     config = SHAPES[options.shape]
     if options.layers:
         config = dataclasses.replace(config, num_hidden_layers=options.layers)
-    model = build(config, recipe, options.attention, placement_of(options.mesh))
-    result = {"variant": options.variant}
-    start = time.perf_counter()
-
-    def note(name, value):
-        result[name] = value
-        done = f"{options.variant} {name} = {value:.5g} ({time.perf_counter() - start:.0f} s)"
-        print(done, file=sys.stderr, flush=True)
-
-    for batch in options.batches:
-        seconds = decode_seconds(model, batch, 32, options.new)
-        note(f"tokens_per_second_{batch}", batch / seconds)
-    note("prefill_seconds", prefill_seconds(model, 64 if options.shape == "small" else 4096))
+    recipe = recipe_of(name)
+    head = recipe.replace(activation_format=wush.FP8) if "head" in more else None
+    model = build(config, recipe, options.attention, placement_of(options.mesh), head)
+    if "norms" in more:
+        for _, module in nnx.iter_modules(model):
+            if type(module) is nnx.RMSNorm:
+                module.__class__ = Norm
+    loops = {batch: decoding(model, batch, options.new) for batch in options.batches}
+    read = reading(model, 64 if options.shape == "small" else 4096)
+    result = {"variant": options.variant, "compile_seconds": [*loops.values()][-1][1]}
+    print("compiled", flush=True)
+    sys.stdin.readline()
+    for batch, (seconds, _) in loops.items():
+        result[f"tokens_per_second_{batch}"] = (
+            batch * options.new / min(seconds() for _ in range(4))
+        )
+    result["prefill_seconds"] = min(read() for _ in range(4))
     stats = [device.memory_stats() or {} for device in jax.devices()]
     result["peak_gib"] = max(s.get("peak_bytes_in_use", 0) for s in stats) / 2**30
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+
+
+def started(variant):
+    """Start a variant's process."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes share the device
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | memory, **pipes)
+
+
+def compiled(process):
+    """Wait until a variant's process has compiled."""
+    for line in process.stdout:
+        if line.strip() == "compiled":
+            return
+    raise SystemExit(f"a variant ended before it had compiled: {process.args}")
+
+
+def line_of(row, base, batches):
+    """One variant in words, beside the first."""
+    speeds = "  ".join(
+        f"batch {b}: {row[key]:8.1f} tokens/s ({row[key] / base[key]:.3f}x)"
+        for b in batches
+        for key in [f"tokens_per_second_{b}"]
+    )
+    seconds = row["prefill_seconds"]
+    return (
+        f"{row['variant']:15s} {speeds}  prefill {seconds * 1e3:7.1f} ms"
+        f" ({base['prefill_seconds'] / seconds:.3f}x)  peak {row['peak_gib']:.2f} GiB"
+        f"  compiled in {row['compile_seconds']:.0f} s"
+    )
 
 
 def main():
@@ -217,30 +279,28 @@ def main():
     parser.add_argument("--new", type=int, default=256, help="tokens to generate")
     parser.add_argument("--layers", type=int, help="fewer decoder layers")
     parser.add_argument("--attention", help='of jax.nn.dot_product_attention: "cudnn" or "xla"')
+    parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.new < 2:
-        parser.error(f"--new {options.new}: at least 2, the second half is timed")
+    if options.new < 1:
+        parser.error(f"--new {options.new}: at least 1 step")
     if options.variant:
         measure(options)
         return
+    # The first is what the others are compared with: XLA's tuner chooses its kernels undisturbed.
+    processes = [started(options.variants[0])]
+    compiled(processes[0])
+    processes += [started(variant) for variant in options.variants[1:]]
+    for process in processes[1:]:
+        compiled(process)
     rows = []
-    for variant in options.variants:
-        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for process in processes:
+        out, _ = process.communicate("go\n")
         rows.append(json.loads(out.splitlines()[-1]))
-        base = rows[0]
-        speeds = "  ".join(
-            f"batch {b}: {rows[-1][key]:8.1f} tokens/s ({rows[-1][key] / base[key]:.2f}x)"
-            for b in options.batches
-            for key in [f"tokens_per_second_{b}"]
-        )
-        seconds = rows[-1]["prefill_seconds"]
-        print(
-            f"{variant:9s} {speeds}  prefill {seconds * 1e3:7.1f} ms"
-            f" ({base['prefill_seconds'] / seconds:.2f}x)  peak {rows[-1]['peak_gib']:.2f} GiB",
-            flush=True,
-        )
+        print(line_of(rows[-1], rows[0], options.batches), flush=True)
+    if options.output:
+        with open(options.output, "w", encoding="utf8") as file:
+            json.dump({"device": jax.devices()[0].device_kind, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":
