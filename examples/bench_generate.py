@@ -9,17 +9,16 @@ A variant is BF16, a format (W4A4), or a format and that of its activations, as 
 behind a +, "norms" leaves the norms to XLA, "head" quantizes the head, too, its inputs to FP8.
 
 Weights are random and the same in every layer; transforms are per block, as WUSH's are, and layers
-that share an input share them. Each variant runs in a process of its own, so that the peak of
-device memory is its own. All but the first compile side by side; then they are timed one after the
-other. Decoding is a loop of `--new` steps over a cache of 32 positions and these, prefill the
-logits of one prompt of 4096 tokens. Compiling is the loop's, of the largest batch.
+that share an input share them. Each variant runs in a process of its own, one after the other, so
+that the peak of device memory is its own. Decoding is a loop of `--new` steps over a cache of 32
+positions and these, prefill the logits of one prompt of 4096 tokens. Compiling is the loop's, of
+the largest batch.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -212,7 +211,7 @@ def recipe_of(name):
 
 
 def measure(options):
-    """One variant: says when it has compiled, waits for a line, prints a line of JSON."""
+    """One variant: a line of JSON."""
     name, *more = options.variant.split("+")
     config = SHAPES[options.shape]
     if options.layers:
@@ -226,9 +225,13 @@ def measure(options):
                 module.__class__ = Norm
     loops = {batch: decoding(model, batch, options.new) for batch in options.batches}
     read = reading(model, 64 if options.shape == "small" else 4096)
-    result = {"variant": options.variant, "compile_seconds": [*loops.values()][-1][1]}
-    print("compiled", flush=True)
-    sys.stdin.readline()
+    kind = jax.devices()[0].device_kind
+    result = {
+        "variant": options.variant,
+        "device": kind,
+        "compile_seconds": [*loops.values()][-1][1],
+    }
+    print(f"{options.variant}: compiled", file=sys.stderr, flush=True)
     for batch, (seconds, _) in loops.items():
         result[f"tokens_per_second_{batch}"] = (
             batch * options.new / min(seconds() for _ in range(4))
@@ -237,22 +240,6 @@ def measure(options):
     stats = [device.memory_stats() or {} for device in jax.devices()]
     result["peak_gib"] = max(s.get("peak_bytes_in_use", 0) for s in stats) / 2**30
     print(json.dumps(result), flush=True)
-
-
-def started(variant):
-    """Start a variant's process."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes share the device
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | memory, **pipes)
-
-
-def compiled(process):
-    """Wait until a variant's process has compiled."""
-    for line in process.stdout:
-        if line.strip() == "compiled":
-            return
-    raise SystemExit(f"a variant ended before it had compiled: {process.args}")
 
 
 def line_of(row, base, batches):
@@ -287,20 +274,15 @@ def main():
     if options.variant:
         measure(options)
         return
-    # The first is what the others are compared with: XLA's tuner chooses its kernels undisturbed.
-    processes = [started(options.variants[0])]
-    compiled(processes[0])
-    processes += [started(variant) for variant in options.variants[1:]]
-    for process in processes[1:]:
-        compiled(process)
     rows = []
-    for process in processes:
-        out, _ = process.communicate("go\n")
+    for variant in options.variants:
+        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(out.splitlines()[-1]))
         print(line_of(rows[-1], rows[0], options.batches), flush=True)
     if options.output:
         with open(options.output, "w", encoding="utf8") as file:
-            json.dump({"device": jax.devices()[0].device_kind, "rows": rows}, file, indent=1)
+            json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def measure(folder, preset, tokens, options):
     print(
         f"{preset}: {seconds:.1f} s; layers {', '.join(f'{s:.1f}' for s in each)}; start,"
         f" embedding and writing {row['other']:.1f}; 32 layers like these"
-        f" {row['of_32_layers']:.0f}; peak {memory['device']:.1f} GiB on the device, {memory['host']:.1f} on the host",
+        f" {row['of_32_layers']:.0f}; peak {memory['device']:.1f} GiB on the device,"
+        f" {memory['host']:.1f} on the host",
         flush=True,
     )
     return row

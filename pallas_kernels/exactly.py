@@ -39,6 +39,11 @@ def bfloat16_parts(codes, scales, fmt) -> tuple:
     return tuple(parts)
 
 
+def is_sum_of_parts(fmt) -> bool:
+    """Whether values of a format of 4 bits are several bfloat16 numbers each: products are slow."""
+    return fmt.element.bits == 4 and fmt.element.name != "e2m1" and fmt.scale_dtype != "e4m3"
+
+
 def in_float8(fmt) -> bool:
     """Whether a format's values are FP8 numbers times one power of two, within its octaves."""
     return fmt.element.name == "e2m1" and fmt.scale_dtype == "e8m0"

@@ -76,6 +76,8 @@ PRESETS: Mapping[str, Recipe] = {
     "best": presets.BEST,
     "best-wide": presets.BEST_WIDE,
 }
+HEAD = "lm_head"
+Head = Literal["w4a8"]
 Preset = Literal["rtn", "fast", "paper", "best", "best-wide"]
 
 
@@ -125,9 +127,15 @@ def recipe_of(preset: str | None, flags: Mapping[str, Any], target: str | None =
 
 
 def rules_of(
-    preset: str | None, flags: Mapping[str, Any], skip: tuple[str, ...], target: str | None = None
+    preset: str | None,
+    flags: Mapping[str, Any],
+    skip: tuple[str, ...],
+    target: str | None = None,
+    head: str | None = None,
 ) -> Rules:
     """Return rules: what matches ``skip`` stays as it is, the rest gets one recipe.
+
+    With ``head``, "w4a8", so does the head, by round to nearest, its inputs in FP8.
 
     Raises:
       ValueError: what is no regular expression; fields that contradict each other.
@@ -140,7 +148,15 @@ def rules_of(
                 f"--skip {pattern!r} is no regular expression ({error}); give one of paths, such "
                 "as 'lm_head'"
             ) from error
-    return [*((pattern, None) for pattern in skip), (".*", recipe_of(preset, flags, target))]
+    if head is not None and target is not None:
+        raise ValueError(
+            f"--head {head} is for native files, --for {target} is not: leave one of them out"
+        )
+    chosen = recipe_of(preset, flags, target)
+    rules: list[tuple[str, Recipe | None]] = []
+    if head is not None:
+        rules.append((HEAD, Recipe(format=chosen.format, activation_format=formats.FP8)))
+    return [*rules, *((pattern, None) for pattern in skip), (".*", chosen)]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import tyro
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels.exactly import is_sum_of_parts
 from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
 from wush_jax.calibration.observe import Progress
@@ -28,7 +29,10 @@ from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.checkpoints.targets import TARGETS
 from wush_jax.commands.model_free import ModelFree
 from wush_jax.commands.options import (
+    FORMATS,
+    HEAD,
     PRESETS,
+    Head,
     Preset,
     RecipeFlags,
     ResearchFlags,
@@ -65,6 +69,7 @@ def plan(
     recipe: RecipeFlags = NOTHING,
     research: ResearchFlags = NOTHING,
     skip: tuple[str, ...] = SKIP,
+    head: Head | None = None,
     target: Target = None,
     all_layers: bool = False,
 ) -> None:
@@ -77,10 +82,11 @@ def plan(
       recipe: what most people change.
       research: what researchers change: the parts of the presets.
       skip: regular expressions of module paths that stay as they are.
+      head: quantize the head, too: w4a8 rounds its weights to the format, its inputs to FP8.
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
       all_layers: a row for every layer, not one for those alike.
     """
-    rules = rules_of(preset, {**recipe, **research}, skip, target)
+    rules = rules_of(preset, {**recipe, **research}, skip, target, head)
     _show(_planned(model, rules).report, skip, all_layers)
 
 
@@ -93,6 +99,7 @@ def quantize(
     recipe: RecipeFlags = NOTHING,
     research: ResearchFlags = NOTHING,
     skip: tuple[str, ...] = SKIP,
+    head: Head | None = None,
     target: Target = None,
     calibration: Literal["sequential", "one-shot"] = "sequential",
     granularity: Literal["site", "layer"] = "site",
@@ -119,6 +126,7 @@ def quantize(
       recipe: what most people change.
       research: what researchers change: the parts of the presets.
       skip: regular expressions of module paths that stay as they are.
+      head: quantize the head, too: w4a8 rounds its weights to the format, its inputs to FP8.
       target: a layout of other libraries: sets formats and rules for ``wush export`` to it.
       calibration: layer after layer, one of them in memory; or in one shot on the whole model.
       granularity: layer after layer, whether each site sees the sites before it quantized.
@@ -139,11 +147,12 @@ def quantize(
         given: dict[str, Any] = {"text": source.text or None, "tokens": source.tokens}
         given |= {"calibrated": calibrated, "max-kl": max_kl, "mesh": mesh}
         given |= {"data-parallel": data_parallel}
+        given["head"] = head
         free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
         rules = free.rules(preset, recipe, skip, target)
         _show(_model_free(free, model, out, rules, target, resume, dry_run), skip, all_layers)
         return
-    rules = rules_of(preset, recipe, skip, target)
+    rules = rules_of(preset, recipe, skip, target, head)
     if dry_run:
         _show(_planned(model, rules).report, skip, all_layers)
         return
@@ -272,7 +281,22 @@ def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None
 def _planned(model: Path, rules: Rules) -> ModelPlan:
     """Trace a model of shapes alone."""
     whole = abstract_of(FolderTensors(model), dtype=jnp.float32)
-    return plan_model(whole, rules, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    if whole.config.tie_word_embeddings and any(
+        pattern == HEAD and kept for pattern, kept in rules
+    ):
+        raise ValueError(
+            f"--head: the head of {model} is its embedding (tie_word_embeddings), which stays as "
+            "it is; leave --head out"
+        )
+    planned = plan_model(whole, rules, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    names = dict.fromkeys(p.weight.format.name for p in packed_of(planned).values())
+    for name in names:
+        if is_sum_of_parts(FORMATS[name]):
+            console().print(
+                f"{name} weights are multiplied as sums of bfloat16 numbers, slower than BF16 for "
+                "many tokens; take NVINT4 or MXFP4 where prompts count"
+            )
+    return planned
 
 
 def _with_cost(planned: ModelPlan, preset: str) -> ModelPlan:
