@@ -132,7 +132,7 @@ class QuantizedDense(nnx.Module):
     def applied(self, dot: Callable, arguments: tuple, keywords: dict, *more: Any) -> jax.Array:
         """Apply the layer to a call's arguments, with another matrix product: see `around`.
 
-        That of a ragged layer takes (rows, packed, group sizes, *more).
+        That of a ragged layer takes ``(rows, packed, group sizes, *more)``.
         """
         given = [*arguments, *keywords.values()]
         inputs = [value for value in given if is_array(value)]
