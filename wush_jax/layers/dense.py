@@ -2,169 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 
 from wush_jax.layers.contraction import Contraction
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A dense layer as quantization sees it.
-
-    Attributes:
-      contraction: what the layer computes, without its bias.
-      kernel: the weight, in the layer's own shape.
-      bias: N values added to the outputs, or None.
-      dtype: what the layer casts its input to; None promotes input and kernel to one dtype.
-      attributes: the layer's static attributes and the shapes of its parameters, which models may
-        read (``layer.out_features``, ``layer.kernel.shape``).
-      result_dtype: of the product, where the layer asks for another one than its input's.
-      source: the parameter that the kernel is computed from; None where it is the parameter itself.
-      kernel_name: the attribute that holds the parameter, empty where none does.
-      adapter: a module whose output is added to the layer's, or None.
-      view: what made this of the layer.
-    """
-
-    contraction: Contraction
-    kernel: jax.Array
-    bias: nnx.Variable | None
-    dtype: Any = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    result_dtype: Any = None
-    source: jax.Array | None = None
-    kernel_name: str = ""
-    adapter: nnx.Module | None = None
-    view: Callable[[Any], Dense] | None = None
-
-    @property
-    def weight(self) -> jax.Array:
-        """W (N, K), or (*batch, N, K)."""
-        return self.contraction.weight(self.kernel)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(N, K), or (*batch, N, K)."""
-        return *self.contraction.batch, *self.contraction.shape
-
-
-DenseTypes = tuple[tuple[type, Callable[[Any], Dense]], ...]
-
-
-def check_product(module: Any, names: Sequence[tuple[str, Any]]) -> None:
-    """Raise ValueError where a flax layer computes its product in a way of its own.
-
-    Args:
-      module: the layer.
-      names: attributes, and their values where the product is the usual one.
-    """
-    strange = [n for n, usual in names if getattr(module, n, None) not in (None, usual)]
-    if strange:
-        raise ValueError(f"it computes in a way of its own: {', '.join(strange)}")
-
-
-USUAL = (
-    ("dot_general", jax.lax.dot_general),
-    ("dot_general_cls", None),
-    ("einsum_op", jnp.einsum),
-    ("promote_dtype", promote_dtype),
-)
-
-
-def _flax(equation: str, module: Any) -> Dense:
-    check_product(module, USUAL)
-    kernel = module.kernel.get_value()
-    contraction = Contraction(equation, kernel.shape)
-    result = getattr(module, "preferred_element_type", None)
-    return Dense(contraction, kernel, module.bias, module.dtype, result_dtype=result)
-
-
-def _linear(module: nnx.Linear) -> Dense:
-    return _flax("...k,kn->...n", module)
-
-
-def _linear_general(module: nnx.LinearGeneral) -> Dense:
-    axis = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
-    features = 1 if isinstance(module.out_features, int) else len(module.out_features)
-    return _flax(general_equation(axis, sorted(module.batch_axis), features), module)
-
-
-def general_equation(axis: Sequence[int], batch: Sequence[int], features: int) -> str:
-    """Return the einsum of a `LinearGeneral` or `DenseGeneral`.
-
-    Args:
-      axis: input axes to contract; they must be the last ones.
-      batch: input axes that the kernel has too; they must be the first ones.
-      features: number of output axes.
-
-    Raises:
-      ValueError: other axes.
-
-    >>> general_equation((-2, -1), (), 1)
-    '...ab,abc->...c'
-    """
-    if sorted(axis) != list(range(-len(axis), 0)) or list(batch) != list(range(len(batch))):
-        raise ValueError(f"axis={tuple(axis)}, batch_axis={tuple(batch)}: not the last, the first")
-    names = iter(string.ascii_lowercase)
-    # In whatever order `axis` names them, flax contracts them in the order of the input.
-    experts, inputs, outputs = (
-        "".join(itertools.islice(names, n)) for n in (len(batch), len(axis), features)
-    )
-    return f"{experts}...{inputs},{experts}{inputs}{outputs}->{experts}...{outputs}"
-
-
-def _einsum(module: nnx.Einsum) -> Dense:
-    if module.einsum_str is None:
-        raise ValueError("its equation is given by the call alone")
-    return _flax(module.einsum_str, module)
-
-
-def _lora(module: nnx.LoRALinear) -> Dense:
-    return replace(_linear(module), adapter=module.lora)
-
-
-def _weight_norm(module: nnx.WeightNorm) -> Dense:
-    """The normalised kernel: a call leaves it in the layer that it wraps."""
-    view = dict(DENSE_TYPES).get(type(module.layer_instance))
-    if view is not _linear:
-        raise ValueError(f"WeightNorm of {type(module.layer_instance).__name__}, not nnx.Linear")
-    source = module.layer_instance.kernel.get_value()  # type: ignore[attr-defined]
-
-    def normalise(module: nnx.WeightNorm) -> jax.Array:
-        module = nnx.clone(module)
-        module(jnp.zeros((1, source.shape[-2]), source.dtype))
-        return module.layer_instance.kernel.get_value()  # type: ignore[attr-defined]
-
-    abstract = any(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(nnx.state(module)))
-    if abstract or len(source.shape) != 2:
-        kernel = source  # only its shape matters; a stack has no call of its own
-        if not abstract:
-            raise ValueError("WeightNorm of layers stacked for a scan")
-    else:
-        kernel = normalise(module)
-    return replace(_linear(module.layer_instance), kernel=kernel, source=source)
-
+from wush_jax.layers.nnx_views import NNX_TYPES
+from wush_jax.layers.view import Dense as Dense
+from wush_jax.layers.view import DenseTypes as DenseTypes
+from wush_jax.layers.zoos import TUNIX_TYPES
 
 # Which layers are dense. To add one of yours, give it a method ``dense_view()`` or, if you cannot
 # change it, pass ``(*DENSE_TYPES, (MyDense, view))``: each returns the layer's `Dense` view, or
 # raises ValueError for what it cannot express. A tuple, since it has to be hashable: compiled
 # functions are cached by it. Subclasses count where they leave ``__call__`` as it is.
-DENSE_TYPES: DenseTypes = (
-    (nnx.Linear, _linear),
-    (nnx.LinearGeneral, _linear_general),
-    (nnx.Einsum, _einsum),
-    (nnx.LoRALinear, _lora),
-    (nnx.WeightNorm, _weight_norm),
-)
-
+DENSE_TYPES: DenseTypes = (*NNX_TYPES, *TUNIX_TYPES)
 
 # The attribute of a layer that says which axes of its kernel a scan takes away, where they are not
 # the first ones. A call shows it (`wush_jax.calibration.observe.stacked`).
@@ -177,21 +33,30 @@ def view_of(kind: type, dense_types: DenseTypes = DENSE_TYPES) -> Callable[[Any]
     Raises:
       ValueError: a subclass of a dense type with a call of its own.
     """
-    views = dict(dense_types)
-    if kind in views:
-        return views[kind]
     own = getattr(kind, "dense_view", None)
-    if own is not None:
-        return own
+    view = _listed(kind, dense_types) or own
+    if view is not None:
+        return view
     for base in kind.__mro__[1:]:
-        if base in views:
+        view = _listed(base, dense_types)
+        if view is not None:
             if kind.__call__ is not base.__call__:
                 raise ValueError(
                     f"{kind.__name__} overrides __call__ of {base.__name__}; pass a view of it in "
                     "dense_types"
                 )
-            return views[base]
+            return view
     return None
+
+
+def _listed(kind: type, dense_types: DenseTypes) -> Callable[[Any], Dense] | None:
+    """Return the view of exactly this type: by itself, or else by its name."""
+    views = dict(dense_types)
+    if kind in views:
+        return views[kind]
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    names = (key for key in views if isinstance(key, str) and fnmatchcase(name, key))
+    return next((views[key] for key in names), None)
 
 
 def dense_view(module: nnx.Module, dense_types: DenseTypes = DENSE_TYPES) -> Dense | None:

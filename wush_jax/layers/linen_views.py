@@ -11,12 +11,13 @@ from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
 from wush_jax.layers.contraction import Contraction
-from wush_jax.layers.dense import Dense, check_product, general_equation
+from wush_jax.layers.view import Dense, check_product, general_equation
+from wush_jax.layers.zoos import GEMMA_TYPES
 
 # From (linen module, its parameters as NNX variables, the arguments of its call, the input as a
 # shape) to the layer's `Dense` view; ValueError for what it cannot express.
 View = Callable[..., Dense]
-LinenTypes = tuple[tuple[type[nn.Module], View], ...]
+LinenTypes = tuple[tuple[type[nn.Module] | str, View], ...]
 
 
 USUAL = (
@@ -63,4 +64,5 @@ LINEN_TYPES: LinenTypes = (
     (nn.Dense, _dense),
     (nn.DenseGeneral, _dense_general),
     (nn.Einsum, _einsum),
+    *GEMMA_TYPES,
 )
