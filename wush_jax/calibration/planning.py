@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wush_jax.calibration.accounts import accounts
 from wush_jax.calibration.calibration import Calibration, observe, parts_of
 from wush_jax.calibration.observe import Call, Site, observe_calls, plain_call
 from wush_jax.calibration.rehearsal import check_runs, warn_of_training
@@ -166,7 +167,10 @@ class _Look:
             self.running.add(chosen)
         rows = [row for item in planned for row in dry_rows(item, layers)]
         details = dict(total_costs([site_cost(item, layers) for item in planned]))
-        return ModelPlan(planned, Report(rows, skipped, book.unused(layers), details))
+        found = accounts(self.model, layers, chosen)
+        details |= found.counts
+        skipped = {**found.alone, **skipped}
+        return ModelPlan(planned, Report(rows, skipped, book.unused(layers), details, found.notes))
 
 
 def _sites_apart(layers: Mapping[str, Dense]) -> tuple[tuple[Site, ...], dict[str, str]]:

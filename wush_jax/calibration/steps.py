@@ -186,7 +186,7 @@ def finish(
     packed.clear()
     gained = pack_for_kernels(quantized)
     rows = [replace(row, bytes_after=row.bytes_after + gained.get(row.path, 0)) for row in rows]
-    return quantized, Report(rows, dry.skipped, dry.unused_rules, dry.details)
+    return quantized, Report(rows, dry.skipped, dry.unused_rules, dry.details, dry.notes)
 
 
 def measured_rows(

@@ -155,7 +155,7 @@ def quantize_folder(
         write_folder(out, stream.written, config, shard_bytes=stream.largest)
     copy_companions(source, out)
     dry = planned.report
-    return Report(rows, dry.skipped, dry.unused_rules, dry.details)
+    return Report(rows, dry.skipped, dry.unused_rules, dry.details, dry.notes)
 
 
 @contextmanager

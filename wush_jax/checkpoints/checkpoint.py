@@ -251,10 +251,23 @@ def _hollow(model: nnx.Module) -> nnx.Module:
     found = nnx.merge(graph, random, nnx.from_flat_state(hollow))
     for _, module in nnx.iter_modules(found):
         for name, value in list(vars(module).items()):
-            # What `nnx.eval_shape` makes of an array without a variable.
-            if isinstance(value, jax.core.Tracer):
-                setattr(module, name, nnx.data(jnp.zeros(value.shape, value.dtype)))
+            if isinstance(value, (*SHAPES, dict, list, tuple)) and any(
+                isinstance(leaf, SHAPES) for leaf in jax.tree.leaves(value, is_leaf=_is_node)
+            ):
+                setattr(module, name, nnx.data(jax.tree.map(_array, value, is_leaf=_is_node)))
     return found
+
+
+# What `nnx.eval_shape` makes of an array without a variable, by itself and in a container.
+SHAPES = (jax.core.Tracer, jax.ShapeDtypeStruct)
+
+
+def _array(leaf: Any) -> Any:
+    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SHAPES) else leaf
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, (nnx.Variable, nnx.Pytree))
 
 
 def _zeros(leaf: Any) -> np.ndarray:

@@ -112,19 +112,42 @@ def _fresh(params: Mapping[str, Any], node: _Fresh) -> dict[str, Any]:
     return inner | {f"{STANDIN}_trace": node}
 
 
+# They call a layer with parameters that they compute of its own.
+NORMS = (nn.WeightNorm, nn.SpectralNorm)
+
+
+@dataclass(frozen=True)
+class _Normed:
+    """What stands for a module whose parameters are computed where it is called."""
+
+    name: str | None
+    kind: str
+
+
+def kind_of(module: Any) -> str:
+    """Return the name by which a report tells what a module is."""
+    return module.kind if isinstance(module, _Normed) else type(module).__name__
+
+
 def calls(module: nn.Module, variables, arguments, keywords) -> dict[tuple, list]:
     """Return, by path, the modules that a call reaches, unbound, and the arguments of each call."""
     found: dict[tuple, list] = {}
+    norms: list[str] = []
 
     def note(call: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
-        if context.method_name == "__call__":
-            shapes = [
-                jax.ShapeDtypeStruct(a.shape, a.dtype) if is_array(a) else a
-                for a in (*arguments, *keywords.values())
-            ]
-            module = context.module
-            found.setdefault(module.path, []).append((module, tuple(shapes)))
-        return call(*arguments, **keywords)
+        if context.method_name != "__call__":
+            return call(*arguments, **keywords)
+        module = context.module
+        seen = _Normed(module.name, f"{kind_of(module)} in {norms[-1]}") if norms else module
+        shapes = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype) if is_array(a) else a
+            for a in (*arguments, *keywords.values())
+        ]
+        found.setdefault(module.path, []).append((seen, tuple(shapes)))
+        norms.extend([kind_of(module)] if isinstance(module, NORMS) else norms[-1:])
+        out = call(*arguments, **keywords)
+        del norms[-1:]
+        return out
 
     arrays, rebuild = shown((arguments, keywords))
 
@@ -160,7 +183,7 @@ def fill(scope: LinenScope, params: Mapping[str, Any], path: tuple, calls, views
         elif view_for(module, views) is not None:
             setattr(scope, name, _layer(noted, module, value, views))
         else:
-            child = LinenScope("scope" if module is None else type(module).__name__)
+            child = LinenScope("scope" if module is None else kind_of(module))
             setattr(scope, name, child)
             fill(child, value, here, calls, views)
             share(child, value, noted, name, views)

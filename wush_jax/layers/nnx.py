@@ -245,7 +245,8 @@ def replace_modules(
         module that stands in several places is asked for once and replaced in all.
 
     Raises:
-      ValueError: a module to be replaced sits in something else than modules, lists, tuples, dicts.
+      ValueError: a module to be replaced sits in something else than modules, instances of
+        `nnx.Pytree`, lists, tuples, dicts.
 
     >>> twice = replace_modules(nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))]),
     ...                         lambda path, module: nnx.List([]) if path == "0" else None)
@@ -262,7 +263,9 @@ def replace_modules(
     if id(model) in new:
         return new[id(model)][-1]
     placed: set[int] = set()
-    for _, parent in list(nnx.iter_modules(model)):
+    for _, parent in list(nnx.iter_graph(model)):
+        if not isinstance(parent, nnx.Pytree):  # as modules are
+            continue
         for name, child in list(vars(parent).items()):
             exchanged = _exchange(child, new, placed)
             if exchanged is not child:

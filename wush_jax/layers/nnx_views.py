@@ -57,7 +57,8 @@ def _weight_norm(module: nnx.WeightNorm) -> Dense:
 
     def normalise(module: nnx.WeightNorm) -> jax.Array:
         module = nnx.clone(module)
-        module(jnp.zeros((1, source.shape[-2]), source.dtype))
+        # Its own call, also where the module is one that tags its input.
+        nnx.WeightNorm.__call__(module, jnp.zeros((1, source.shape[-2]), source.dtype))
         return module.layer_instance.kernel.get_value()  # type: ignore[attr-defined]
 
     abstract = any(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(nnx.state(module)))
