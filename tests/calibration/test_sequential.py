@@ -185,6 +185,31 @@ def test_any_stack_and_any_batch():
     assert "floors.1.idle" in report.skipped
 
 
+class Called(nnx.Module):
+    """Layers in a list, called with more than what flows through them, as in others' decoders."""
+
+    def __init__(self):
+        self.layers = nnx.List([nnx.Linear(32, 32, rngs=nnx.Rngs(i)) for i in range(2)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_stack_that_does_not_run_is_told_what_it_needs():
+    needs = r"no attribute 'embed'.*Stack\(layers='layers', embed=lambda model, batch"
+    with pytest.raises(ValueError, match=f"does not run Called: AttributeError: .*{needs}"):
+        wush.quantize_model(Called(), BATCHES, RECIPE, sequential=FLOAT32)
+    narrow = dataclasses.replace(FLOAT32, stack=Stack(embed=lambda model, x: x[:, :16]))
+    with pytest.raises(ValueError, match="does not run Called: TypeError: "):
+        wush.quantize_model(Called(), BATCHES, RECIPE, sequential=narrow)
+    right = Stack(embed=lambda model, x: x)
+    settings = dataclasses.replace(FLOAT32, stack=right)
+    quantized, _ = wush.quantize_model(Called(), BATCHES, RECIPE, sequential=settings)
+    assert list(codes(quantized)) == ["layers.0", "layers.1"]
+
+
 def test_a_model_without_the_stack():
     with pytest.raises(
         ValueError, match=r"model Net has no layers in \.layers; describe its Stack"

@@ -1,6 +1,5 @@
 """Models of Flax's own modules, and of what stands between layers in others' code."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

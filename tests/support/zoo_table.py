@@ -1,8 +1,9 @@
 """The table of docs/zoos.md: `python tests/support/zoo_table.py` writes what it sees anew.
 
-Rows of models whose packages are missing stay as they are.
+With names of models as arguments only their rows are; those whose packages are missing stay.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def journey(case, folder):
         assert bool((run(wush.load(folder / "model", source), case.batch) == y).all())
     student = unpack(quantized, model)
     assert _error(run(student, case.batch), exact) < 0.01
-    optimizer = nnx.Optimizer(student, optax.adam(1e-3), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(student, optax.adam(1e-4), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer):
@@ -82,26 +83,26 @@ def row(name, columns):
 
 
 def main():
-    old = dict(
-        line[2:].split(" | ", 1)
-        for line in PAGE.read_text("utf8").split("\n")
-        if line.startswith("| ")
-    )
-    rows = []
-    for name, make in CASES.items():
+    for name in sys.argv[1:] or CASES:
         print(name, flush=True)
         try:
-            case = make()
+            case = CASES[name]()
         except pytest.skip.Exception as reason:
             print(f"  {reason}")
-            rows += [f"| {name} | {old[name]}"] if name in old else []
             continue
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(row(name, journey(case, Path(folder))) + " |")
+            write(row(name, journey(case, Path(folder))) + " |")
+
+
+def write(line):
+    """Put a row in its place, and the table in the order of the cases."""
     above, _, below = PAGE.read_text("utf8").partition(HEAD)
-    below = below.lstrip("\n").split("\n")
-    rest = [line for line in below if not line.startswith("| ")]
-    PAGE.write_text("\n".join([above + HEAD, *rows, *rest]), encoding="utf8")
+    lines = below.strip("\n").split("\n")
+    rows = {old.split(" | ")[0]: old for old in lines if old.startswith("| ")}
+    rows[line.split(" | ")[0]] = line
+    table = [rows[f"| {name}"] for name in CASES if f"| {name}" in rows]
+    rest = [text for text in lines if not text.startswith("| ")]
+    PAGE.write_text("\n".join([above + HEAD, *table, *rest, ""]), encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from wush_jax.calibration.pass_costs import pass_costs, rows_of
 from wush_jax.calibration.planning import plan
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest, model_digest
+from wush_jax.calibration.sites import inputs_of
 from wush_jax.calibration.steps import finish
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.layers.swap import swap
@@ -81,6 +82,7 @@ def quantize_sequentially(
             f"model {type(model).__name__} has no layers in .{stack.layers}; describe its Stack, "
             "or calibrate in one shot"
         )
+    _check_stack(model, settings.stack, batches[0])
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     planned = plan(model, rules, batches[0], **options)
     stages = [local_sites(planned, f"{stack.layers}.{i}.") for i in range(len(layers))]
@@ -118,6 +120,35 @@ def quantize_sequentially(
         finished |= packed
         rows += new_rows
     return finish(model, everything, finished, implementation, rows, planned.report)
+
+
+def _check_stack(model: nnx.Module, stack: Stack, batch: Any) -> None:
+    """Refuse a model whose first layer its stack does not run, abstractly."""
+    graph, state = nnx.split(model)
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        model = nnx.merge(graph, state)
+        hidden = stack.embed(model, batch)
+        # A function of the caller's own is traced where it is needed.
+        usual = stack.layer is plain_call
+        return hidden, stack.layer(getattr(model, stack.layers)[0], hidden) if usual else hidden
+
+    try:
+        hidden, out = jax.eval_shape(run, state, inputs_of(batch))
+        fault = (
+            ""
+            if np.shape(hidden) == np.shape(out)
+            else f"a layer makes {np.shape(out)} of {np.shape(hidden)}"
+        )
+    except Exception as error:  # whatever a model's own code trips over
+        fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if fault:
+        raise ValueError(
+            f"sequential.stack does not run {type(model).__name__}: {fault}; describe it by "
+            f"wush_jax.calibration.Stack(layers={stack.layers!r}, embed=lambda model, batch: the "
+            "first layer's input, layer=lambda layer, hidden: its output, of the same shape), with "
+            "positions and masks made inside of layer, or calibrate in one shot"
+        )
 
 
 def _costs(run: LayerRun, model, layers, stages, rest, batches) -> list[float]:
