@@ -102,7 +102,9 @@ def write(line):
     rows[line.split(" | ")[0]] = line
     table = [rows[f"| {name}"] for name in CASES if f"| {name}" in rows]
     rest = [text for text in lines if not text.startswith("| ")]
-    PAGE.write_text("\n".join([above + HEAD, *table, *rest, ""]), encoding="utf8")
+    PAGE.write_text(
+        "\n".join([above + HEAD, *table, "", *rest[rest[:1] == [""] :], ""]), encoding="utf8"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from wush_jax.calibration.host_memory import check_device_memory, check_host_memory, within_memory
