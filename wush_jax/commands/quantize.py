@@ -50,7 +50,7 @@ from wush_jax.models.misfits import check_all_finite
 from wush_jax.models.placement import Placement
 from wush_jax.models.tokens import in_batches
 from wush_jax.solvers.costs import SiteCost
-from wush_jax.solvers.recipe import Rules
+from wush_jax.solvers.recipe import Recipe, Rules
 from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 
 Model = tyro.conf.Positional[Path]

@@ -163,8 +163,12 @@ def generate(
         _rest, (graph, max_new_tokens, stops), state, chosen, cache, *chance
     )
     tokens, count = np.asarray(tokens), np.asarray(count)
-    more = {"writing": writing, "written": int(count.sum()) - len(count)}
-    seconds = replace(seconds, compiling=seconds.compiling + compiling, **more)
+    seconds = replace(
+        seconds,
+        compiling=seconds.compiling + compiling,
+        writing=writing,
+        written=int(count.sum()) - len(count),
+    )
     return Generated(tokens, count, seconds)
 
 
