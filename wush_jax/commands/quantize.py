@@ -281,9 +281,9 @@ def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None
 def _planned(model: Path, rules: Rules) -> ModelPlan:
     """Trace a model of shapes alone."""
     whole = abstract_of(FolderTensors(model), dtype=jnp.float32)
-    if whole.config.tie_word_embeddings and any(
-        pattern == HEAD and kept for pattern, kept in rules
-    ):
+    pairs = [] if isinstance(rules, Recipe) else rules
+    head = any(pattern == HEAD and recipe is not None for pattern, recipe in pairs)
+    if whole.config.tie_word_embeddings and head:
         raise ValueError(
             f"--head: the head of {model} is its embedding (tie_word_embeddings), which stays as "
             "it is; leave --head out"
