@@ -195,3 +195,30 @@ def test_every_matrix_is_a_layers_or_listed():
     report = wush.plan(Loose(), INT8, X).report
     assert [row.path for row in report.layers] == ["layer"]
     assert list(report.skipped) == ["held.w"]
+
+
+class Tied(nnx.Module):
+    def __init__(self):
+        self.one, self.two = linear(), linear()
+        self.two.kernel = self.one.kernel
+
+    def __call__(self, x):
+        return self.two(jnp.tanh(self.one(x)))
+
+
+def test_layers_on_one_param_stay_tied_through_unpack_and_pack():
+    model = Tied()
+    twin = quantized(model)
+    report = wush.plan(model, INT8, X).report
+    assert report.details["parameters_quantized"] == 32 * 32
+    assert report.notes == (
+        "one.kernel is one parameter with two.kernel; quantized, each layer has its own",
+    )
+    trained = unpack(twin, model)
+    assert trained.one.latent is trained.two.latent
+    np.testing.assert_allclose(trained(X), twin(X), atol=1e-5)  # one rounding, in float32
+    slope = nnx.grad(lambda m: m(X).sum())(trained)
+    trained.one.latent[...] -= 0.1 * slope.one.latent[...]
+    packed = pack(trained)
+    np.testing.assert_array_equal(packed.one.codes[...], packed.two.codes[...])
+    assert np.any(packed.one.codes[...] != twin.one.codes[...])

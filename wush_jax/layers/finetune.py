@@ -25,6 +25,7 @@ from wush_jax.layers.nnx import (
     Kernel,
     QuantizedDense,
     dense_layers,
+    dotted,
     replace_modules,
 )
 from wush_jax.solvers.batched import over_batch
@@ -40,12 +41,18 @@ class LatentDense(nnx.Module):
     Args:
       twin: the packed layer; it keeps its transform, formats and bias.
       weight: W (N, K), or (*batch, N, K), in original coordinates.
+      tied: the parameter W that several layers have in common, without a stack; what is trained
+        is W then, and V is computed of it in every call.
     """
 
-    def __init__(self, twin: QuantizedDense, weight: jax.Array):
+    def __init__(self, twin: QuantizedDense, weight: jax.Array, tied: nnx.Param | None = None):
         self.twin = twin
+        self.tied = tied is not None
         move = over_batch(_to_latent, weight.shape[:-2])
         stack = twin.stack
+        if tied is not None:
+            self.latent = tied
+            return
         self.natural = weight.shape if stack is None else weight.shape[len(stack.axes) :]
         latent = move(weight, twin.packed)
         self.latent = nnx.Param(latent if stack is None else stack.lay(latent))
@@ -53,6 +60,8 @@ class LatentDense(nnx.Module):
     def _value(self) -> jax.Array:
         """The latent weight (N, K), or (*batch, N, K), also where a scan has taken a stack."""
         stack, latent = self.twin.stack, self.latent[...]
+        if self.tied:
+            return over_batch(_to_latent, latent.shape[:-2])(latent, self.twin.packed)
         return latent if stack is None else stack.undo(latent, self.natural)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> jax.Array:
@@ -159,6 +168,7 @@ def unpack(
     Returns:
       The model with `LatentDense` layers, float32 parameters ``latent``. A layer that was rounded
       to nearest computes the same as before; one that GPTQ rounded starts from its nearest codes.
+      Layers on one Param of the original stay on one: what they share is W itself.
 
     Raises:
       ValueError: nothing quantized, or a quantized layer that the original does not have.
@@ -172,18 +182,41 @@ def unpack(
     ((8, 32), 'QuantizedDense')
     """
     layers, _ = dense_layers(original, dense_types)
-    found = []
+    found, tied = [], _tied(original, layers)
 
     def latent(path: str, module: nnx.Module) -> nnx.Module | None:
         if not isinstance(module, QuantizedDense):
             return None
         found.append(path)
-        return LatentDense(module, _weight(layers, path, module))
+        weight = _weight(layers, path, module)
+        if path in tied and module.stack is None:
+            return LatentDense(module, weight, tied[path].setdefault(weight.shape, _latent(weight)))
+        return LatentDense(module, weight)
 
     unpacked = replace_modules(quantized, latent)
     if not found:
         raise ValueError("quantized has no quantized layers; pass what quantize_model returned")
     return unpacked
+
+
+def _latent(weight: jax.Array) -> nnx.Param:
+    return nnx.Param(weight.astype(jnp.float32))
+
+
+def _tied(original: nnx.Module, layers: dict[str, Dense]) -> dict[str, dict]:
+    """Return, for layers on one Param and in one orientation, what they have in common."""
+    holders: dict[Any, list[str]] = {}
+    for path, module in nnx.iter_modules(original):
+        layer = layers.get(dotted(path))
+        if layer is not None and layer.kernel_name:
+            kernel = getattr(module, layer.kernel_name)
+            holders.setdefault((id(kernel), layer.contraction), []).append(dotted(path))
+    found: dict[str, dict] = {}
+    for paths in holders.values():
+        if len(paths) > 1:
+            common: dict = {}
+            found |= {path: common for path in paths}  # one for all
+    return found
 
 
 def _weight(layers: dict[str, Dense], path: str, twin: QuantizedDense) -> jax.Array:
