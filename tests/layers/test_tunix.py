@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import wush_jax as wush
+from wush_jax.layers import expose_matrices
 from wush_jax.layers.nnx import DENSE_TYPES, Contraction, Dense, QuantizedDense, replace_modules
 
 pytestmark = [
@@ -167,4 +168,18 @@ def test_experts_in_bare_parameters_are_named_and_can_be_rewritten():
         "layers.0.mlp.up": (384, 64),
         "layers.0.mlp.down": (4, 64, 96),
     }
+    assert 0 < share_of_error(model, quantized) < 0.01
+
+
+def test_experts_in_bare_parameters_become_layers():
+    module = tunix_model("qwen3")
+    kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    model = build(module, "Qwen3", num_experts=4, num_experts_per_tok=2, **kinds)
+    options = {"call": call, "dense_types": tunix_types(module)}
+    exposed = expose_matrices(model, TOKENS, **options)
+    np.testing.assert_array_equal(run(exposed, TOKENS), run(model, TOKENS))
+    rules = [(r".*\.router", None), (".*", RTN)]  # so that tokens reach the experts they did
+    quantized, report = wush.quantize_model(exposed, [TOKENS], rules, **options)
+    of_experts = {row.path for row in report.layers if row.path.startswith("layers.0.mlp")}
+    assert of_experts == {f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert 0 < share_of_error(model, quantized) < 0.01
