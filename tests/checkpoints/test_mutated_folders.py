@@ -22,7 +22,7 @@ AT_THEIR_WORD = {
     *("rope_theta", "rms_norm_eps", "sliding_window", "max_window_layers", "use_sliding_window"),
     *("dtype", "torch_dtype", "wush_activation_dtype", "version", "max_position_embeddings"),
     *("model_type", "architectures", "rope_parameters", "rope_scaling", "forward_dtype"),
-    *("num_experts_per_tok", "swiglu_limit"),
+    *("num_experts_per_tok", "swiglu_limit", "swiglu_alpha"),
     # Packed, or decoded since inputs may have an order, or groups zero points.
     *("input_activations", "desc_act", "zero_point"),
     *("llama.context_length", "llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"),
