@@ -27,8 +27,9 @@ from wush_jax.calibration.observe import (
 )
 from wush_jax.calibration.resume import model_digest
 from wush_jax.calibration.site_plan import SitePlan, planned_sites, site_cost
+from wush_jax.formats.checks import check_kind
 from wush_jax.layers.nnx import DENSE_TYPES, Dense, DenseTypes, dense_layers
-from wush_jax.models.tokens import model_inputs
+from wush_jax.models.tokens import check_batches_given, model_inputs
 from wush_jax.solvers.batched import empty_moments
 from wush_jax.solvers.recipe import RuleBook, Rules
 from wush_jax.storage.tensor_folder import some
@@ -281,6 +282,8 @@ def observe(
       rows: as for `calibrate`.
       progress: as for `calibrate`.
     """
+    check_kind(nnx.Module, "an NNX module", model=model)
+    check_batches_given(batches)
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     batches = iter(model_inputs(model, batches) if call is plain_call else batches)
     first = next(batches, None)

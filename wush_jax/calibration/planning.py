@@ -19,6 +19,7 @@ from wush_jax.calibration.observe import Call, Site, observe_calls, plain_call
 from wush_jax.calibration.rehearsal import check_runs, warn_of_training
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.site_plan import SitePlan, planned_sites, site_cost
+from wush_jax.formats.checks import check_kind
 from wush_jax.layers.nnx import (
     DENSE_TYPES,
     Dense,
@@ -83,6 +84,7 @@ def plan(
     >>> plan(layer, Recipe()).report.layers[0].bytes_after
     5188
     """
+    check_kind(nnx.Module, "an NNX module", model=model)
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     look = _Look.at(model, batch, options)
     planned = look.plan(rules, options)

@@ -29,9 +29,10 @@ from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.resume import RunState, digest, model_digest
 from wush_jax.calibration.sites import inputs_of
 from wush_jax.calibration.steps import finish
+from wush_jax.formats.checks import check_kind
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
 from wush_jax.layers.swap import swap
-from wush_jax.models.tokens import model_inputs
+from wush_jax.models.tokens import check_batches_given, model_inputs
 from wush_jax.solvers.recipe import Rules
 from wush_jax.solvers.site import PackedWeight
 
@@ -73,6 +74,8 @@ def quantize_sequentially(
 
     Source: WUSH paper, algorithm 2 and section 5 (calibration order).
     """
+    check_kind(nnx.Module, "an NNX module", model=model)
+    check_batches_given(batches)
     batches = list(model_inputs(model, batches) if call is plain_call else batches)
     if not batches:
         raise ValueError("batches is empty; pass at least one calibration batch")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import reference
 from pallas_kernels.fragments import Fragments
 from wush_jax.formats import scales
-from wush_jax.formats.checks import refuse_tensors
+from wush_jax.formats.checks import check_arrays, check_kind, refuse_tensors
 from wush_jax.formats.format import Format
 
 
@@ -75,8 +77,7 @@ def quantize(
     >>> q.codes.shape, q.scales.shape, q.shape
     ((16,), (1,), (32,))
     """
-    refuse_tensors(x=x)
-    x = jnp.asarray(x)
+    x = _as_array(x)
     _check_groups(x, fmt)
     if global_scale is None:
         amax = jnp.max(jnp.abs(x), initial=0.0)  # of no rows: 0
@@ -102,9 +103,9 @@ def dequantize(q: QuantizedArray | Fragments, dtype=jnp.float32) -> jax.Array:
     """
     if not isinstance(q, QuantizedArray | Fragments):
         raise ValueError(
-            f"q is a {type(q).__name__}, not a QuantizedArray. Of a PackedWeight, "
-            "wush_jax.solvers.effective_weight(packed) is the weight in its own coordinates and "
-            "dequantize(packed.weight) in transformed ones"
+            f"q is a {type(q).__name__}, not a QuantizedArray; give what wush_jax.quantize gives. "
+            "Of a PackedWeight, wush_jax.solvers.effective_weight(packed) is the weight in its own "
+            "coordinates and dequantize(packed.weight) in transformed ones"
         )
     return reference.dequantize(q).astype(dtype)
 
@@ -131,15 +132,24 @@ def fake_quantize(
     >>> fake_quantize(jnp.float32([2.0, 5.2] * 16), MXFP8)[:2].tolist()
     [2.0, 5.0]
     """
-    refuse_tensors(x=x)
-    x = jnp.asarray(x)
+    x = _as_array(x)
+    _check_groups(x, fmt)
     frozen = lax.stop_gradient(x)
     limit = float(jnp.finfo(x.dtype).max)
     rounded = dequantize(quantize(frozen, fmt, global_scale=global_scale))
     return _straight_through(x, jnp.clip(rounded, -limit, limit).astype(x.dtype))
 
 
+def _as_array(x: Any) -> jax.Array:
+    """Return numbers, such as a list of them, as an array."""
+    refuse_tensors(x=x)
+    x = x if hasattr(x, "dtype") else np.asarray(x)
+    check_arrays(x=x)
+    return jnp.asarray(x)
+
+
 def _check_groups(x: jax.Array, fmt: Format) -> None:
+    check_kind(Format, "a Format, such as wush_jax.MXFP4", fmt=fmt)
     if x.ndim == 0 or not fmt.holds(x.shape[-1]):
         raise ValueError(
             f"x has shape {x.shape}; {fmt.name} needs a last axis that is a positive multiple of "

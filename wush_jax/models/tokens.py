@@ -88,6 +88,15 @@ def check_batches(
     return found
 
 
+def check_batches_given(batches: Any) -> None:
+    """Raise ValueError unless batches are several inputs: no text, mapping or number."""
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}; give a list of the model's inputs, or another "
+            "iterable of them"
+        )
+
+
 def model_inputs(model: Any, batches: Iterable[Any]) -> Any:
     """Return a model's calibration inputs; integers among those of a language model are checked.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -257,6 +257,12 @@ class RuleBook:
     """
 
     def __init__(self, rules: Rules):
+        known = isinstance(rules, Recipe | Iterable) and not isinstance(rules, str | Mapping)
+        if not known or hasattr(rules, "dtype"):
+            raise ValueError(
+                f"rules is a {type(rules).__name__}; give a Recipe or a list of (pattern, Recipe "
+                "or None)"
+            )
         pairs = [(".*", rules)] if isinstance(rules, Recipe) else list(rules)
         if not pairs:
             raise ValueError("rules is empty; pass a Recipe or a list of (pattern, Recipe or None)")

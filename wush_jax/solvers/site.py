@@ -16,6 +16,7 @@ import numpy as np
 from pallas_kernels.fragments import Fragments
 from wush_jax import transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
+from wush_jax.formats.checks import check_arrays, check_kind
 from wush_jax.formats.partition import Partition
 from wush_jax.solvers import noise, scale_search
 from wush_jax.solvers.gptq import gptq
@@ -132,6 +133,8 @@ def _quantize_alone(
     notes: Notes | None = None,
 ) -> PackedWeight:
     """As `quantize_weight`, for `quantize_site`, which may take notes."""
+    check_arrays(weight=weight)
+    check_kind(Recipe, "a Recipe, such as wush_jax.PAPER", recipe=recipe)
     recipe = recipe.fitted(weight.shape[-1] if weight.shape else 0)  # no axes: refused below
     known = known_input([weight], moments, sample, recipe, built=transform is not None)
     blocks, sample = known.blocks, known.sample

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from wush_jax import transforms
 from wush_jax.formats import elements
-from wush_jax.formats.checks import refuse_tensors
+from wush_jax.formats.checks import check_arrays, refuse_tensors
 from wush_jax.solvers.recipe import DATA_FREE, Recipe
 from wush_jax.transforms import Moments, Sample, linalg
 
@@ -55,7 +55,9 @@ def known_input(
             "layer give the format a global_scale of its own, or None for that of its weights"
         )
     k = _check_weights(weights, recipe)
-    refuse_tensors(activation_moment=moments, sample=sample)
+    refuse_tensors(sample=sample)
+    if not isinstance(moments, Moments | None):
+        check_arrays(activation_moment=moments)
     if isinstance(moments, Moments):
         sample = moments.sample if sample is None else sample
         moments = moments.finalize()
@@ -73,7 +75,7 @@ def _check_weights(weights: Sequence[jax.Array], recipe: Recipe) -> int:
     """Return K."""
     d = recipe.block
     for w in weights:
-        refuse_tensors(weight=w)
+        check_arrays(weight=w)
         if w.ndim != 2 or 0 in w.shape:
             raise ValueError(f"weight has shape {w.shape}; it must be (N, K), both at least 1")
         if w.shape[-1] != weights[0].shape[-1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wush_jax.formats.checks import refuse_tensors
+from wush_jax.formats.checks import check_arrays, check_kind, check_whole, refuse_tensors
 from wush_jax.transforms import linalg
 from wush_jax.transforms.checks import check_finite
 from wush_jax.transforms.sample import SAMPLE_ROWS, Sample
@@ -44,7 +44,6 @@ def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
     >>> second_moment(jnp.float32([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[5.0, 7.0], [7.0, 10.0]]
     """
-    refuse_tensors(x=x)
     rows = _rows(x)
     moment = _gram(rows, block) / rows.shape[0]
     check_finite("the second moment of x", moment)
@@ -81,6 +80,9 @@ class Moments:
 
         With ``rows`` a sample of that many rows is kept beside them.
         """
+        check_whole(size=size, rows=rows, **({} if block is None else {"block": block}))
+        if rows < 0:
+            raise ValueError(f"rows={rows}; give the number of tokens to keep, 0 for none")
         if size < 1 or (block is not None and (block < 1 or size % block)):
             raise ValueError(f"block={block} does not divide size={size}; choose a divisor")
         shape = (size, size) if block is None else (size // block, block, block)
@@ -105,7 +107,11 @@ class Moments:
         >>> Moments.init(2).update(padded, jnp.array([True, False])).finalize().tolist()
         [[1.0, 1.0], [1.0, 1.0]]
         """
-        refuse_tensors(x=x)
+        check_arrays(x=x)
+        k = self.mean.shape[-1] * (1 if self.block is None else self.mean.shape[-3])
+        if x.ndim > 1 and x.shape[-1] != k:
+            own = (x.shape[-1],) * 2
+            raise ValueError(f"x has a moment of {own}, expected {(k, k)}: give x as (..., {k})")
         if mask is not None:
             x = jnp.where(mask[..., None], x, 0)
         rows = _rows(x)
@@ -118,6 +124,7 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both streams together: count-weighted mean."""
+        check_kind(Moments, "Moments", other=other)
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"other has shape {other.mean.shape}, expected {self.mean.shape}")
         count = self.count + other.count
@@ -171,13 +178,17 @@ def calibrate_layer(
     >>> quantize_weight(jnp.eye(64), moments, BEST.replace(descent=0, refit=0)).shape
     (64, 64)
     """
+    check_whole(rows=rows, **({} if block is None else {"block": block}))
     if rows < 0:
         raise ValueError(f"rows={rows}; give the number of tokens to keep, 0 for none")
     moments: Moments | None = None
     k = 0
+    refuse_tensors(x=x)
+    if not isinstance(x, Iterable) or isinstance(x, str | bytes | Mapping):
+        raise ValueError(f"x is a {type(x).__name__}; give an array (..., K), or several")
     parts: Iterable[Any] = [x] if hasattr(x, "shape") else x
     for index, part in enumerate(parts):
-        refuse_tensors(x=part)
+        check_arrays(**{f"x[{index}]": part})
         shape = jnp.shape(part)
         if len(shape) < 2 or 0 in shape or (moments is not None and shape[-1] != k):
             wanted = "K" if moments is None else f"K={k}, as before"
@@ -196,6 +207,7 @@ _updated = jax.jit(Moments.update)
 
 
 def _rows(x: jax.Array) -> jax.Array:
+    check_arrays(x=x)
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"x has shape {x.shape}; it must be (..., K) with at least one row")
     if x.dtype in (jnp.bfloat16, jnp.float16):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from wush_jax.formats.checks import refuse_tensors
+from wush_jax.formats.checks import check_arrays, check_whole
 
 # Rows of a site's input that are kept for recipes that look at single tokens: enough for the error
 # moments of blocks of 128, and for eight gains to be told apart.
@@ -51,6 +51,9 @@ class Sample:
     @classmethod
     def init(cls, size: int, rows: int) -> Sample:
         """Return an empty sample of at most ``rows`` rows of K = ``size`` channels."""
+        check_whole(size=size, rows=rows)
+        if size < 1 or rows < 0:
+            raise ValueError(f"size={size}, rows={rows}; give K channels and how many rows to keep")
         zero = jnp.zeros((), jnp.float32)
         return cls(
             jnp.zeros((rows, size), jnp.float32),
@@ -66,7 +69,9 @@ class Sample:
         >>> Sample.of(jnp.ones((2, 3, 4))).rows.shape
         (6, 4)
         """
-        refuse_tensors(x=x)
+        check_arrays(x=x)
+        if x.ndim < 1 or x.size == 0:
+            raise ValueError(f"x has shape {x.shape}; it must be (..., K), not empty")
         rows = x.reshape(-1, x.shape[-1])
         return cls.init(rows.shape[-1], rows.shape[0]).update(rows)
 
