@@ -94,6 +94,30 @@ def test_a_promise_takes_no_more_bytes_than_it_needs(model, calibration, slopes)
     assert nbytes[-1] == sum(dense_layers(model)[0][path].kernel.nbytes for path in slopes.slopes)
 
 
+def test_a_size_is_kept_with_less_kl_the_larger_it_is(model, calibration, slopes):
+    options = {"candidates": [FOUR, EIGHT, None], "slopes": slopes, "held_out": HELD_OUT[0]}
+    shapes = [dense_layers(model)[0][path].weight_shape for path in slopes.slopes]
+    weights = sum(n * k for n, k in shapes)
+    found = []
+    for limit in (
+        {"max_bits": 9.0},
+        {"max_bits": 11.0},
+        {"max_bytes": 2 * weights},
+        {"max_bits": 99.0},
+    ):
+        _, choices = wush.choose_recipes(model, calibration, RULES, **limit, **options)
+        nbytes = sum(c.nbytes for c in choices)
+        assert nbytes <= limit.get("max_bytes", limit.get("max_bits", 0) * weights / 8)
+        losses = {path: c.loss for c in choices for path in c.site.layers}
+        found.append((nbytes, -slopes.predict(losses), {c.recipe for c in choices}))
+    assert found == sorted(found, key=lambda f: f[:2])
+    assert len(set(f[0] for f in found)) == 4
+    assert FOUR in found[0][2]
+    assert found[-1][2] == {None}
+    # Hadamard matrices of 32 x 32 weigh much here: 8.9 bits, 12.9, 32; so eleven lie between.
+    assert len(found[1][2]) > 1
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_meeting_a_promise_is_nearly_optimal(seed):
     """Against all combinations: at most the bytes of the best one, and of one step more."""
@@ -123,6 +147,10 @@ def test_mistakes_are_named(model, calibration, slopes):
     options = {"candidates": [FOUR], "slopes": slopes}
     with pytest.raises(ValueError, match=r"max_kl=-1 must be positive.*; budget=3 is another"):
         wush.choose_recipes(model, calibration, RULES, max_kl=-1, budget=3)
+    with pytest.raises(ValueError, match=r"max_bits=4, max_bytes=9: give one of them"):
+        wush.choose_recipes(model, calibration, RULES, max_bits=4, max_bytes=9)
+    with pytest.raises(ValueError, match=r"max_bits=2 cannot be kept: .* 8\.9[0-9]* bits a weight"):
+        wush.choose_recipes(model, calibration, RULES, max_bits=2, **options)
     with pytest.raises(ValueError, match="max_kl needs a Calibration"):
         wush.choose_recipes(model, tokens(2), RULES, max_kl=1.0)
     with pytest.raises(ValueError, match=r"slopes: layers .*q_proj.* have none"):

@@ -1,4 +1,4 @@
-"""Recipes for each site by measured loss: under a budget of transform bytes, or a promise of KL."""
+"""Recipes for each site by measured loss: under a budget of bytes, or a promise of KL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wush_jax.calibration.calibration import Calibration, observe
 from wush_jax.calibration.choices import Choice, spend
 from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.observe import Call, Site, plain_call
-from wush_jax.calibration.promise import Slopes, kl_slopes, with_recipe, within_kl
+from wush_jax.calibration.promise import Limit, Slopes, kl_slopes, with_recipe, within
 from wush_jax.calibration.site_plan import SitePlan, site_cost, split_sites
 from wush_jax.calibration.steps import quantize_planned
 from wush_jax.formats import MXFP8, NVINT4
@@ -43,6 +43,8 @@ def choose_recipes(
     blocks: Sequence[int] | None = None,
     budget: int | None = None,
     max_kl: float | None = None,
+    max_bits: float | None = None,
+    max_bytes: int | None = None,
     candidates: Sequence[Recipe | None] = CANDIDATES,
     slopes: Slopes | None = None,
     call: Call = plain_call,
@@ -50,7 +52,8 @@ def choose_recipes(
 ) -> tuple[list[tuple[str, Recipe | None]], list[Choice]]:
     """Choose transform and block size of every site by its loss on held-out inputs.
 
-    With ``max_kl`` choose the smallest model whose predicted KL from the original is within it
+    With ``max_kl`` choose the smallest model whose predicted KL from the original is within it,
+    with ``max_bits`` or ``max_bytes`` the one of least predicted KL that is no larger
     (`wush_jax.calibration.promise`); check the result on text that neither has seen.
 
     Every candidate is tried by rounding to nearest, on the moments of the batches; the losses are
@@ -71,8 +74,11 @@ def choose_recipes(
       budget: bytes of all transforms together; None sets no limit.
       max_kl: the KL to stay within, nats; then ``batches`` has to be a `Calibration`, the rules
         only say which layers may be quantized, and the choices' bytes are of whole layers.
-      candidates: with ``max_kl``, the recipes to try on every site, None for leaving it alone.
-      slopes: with ``max_kl``, what losses cost; None measures it on ``held_out`` (`kl_slopes`).
+      max_bits: in place of ``max_kl``, bits of a weight, the mean over all that may be quantized,
+        with scales and transforms.
+      max_bytes: in place of ``max_kl``, bytes of all that.
+      candidates: with one of these, the recipes to try on every site, None for leaving it alone.
+      slopes: with one of these, what losses cost; None measures it on ``held_out`` (`kl_slopes`).
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
 
@@ -82,7 +88,7 @@ def choose_recipes(
     Raises:
       ValueError: fewer than two batches and none held out, a calibration of another model or one
         that keeps too little for the candidates, an unknown transform, a site that no candidate
-        fits, a budget that even the smallest transforms exceed.
+        fits, more than one limit, one that even the smallest or the best candidates exceed.
 
     >>> import jax
     >>> layer = nnx.List([nnx.Linear(64, 32, rngs=nnx.Rngs(0))])
@@ -92,13 +98,14 @@ def choose_recipes(
     ('0', 'identity')
     """
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
-    if max_kl is not None:
-        known = _promising(max_kl, budget, batches)
+    limit = Limit(max_kl, max_bits, max_bytes)
+    if limit.given:
+        known = _promising(limit, budget, batches)
         if slopes is None:
             text = None if held_out is None else [held_out]
             slopes = kl_slopes(model, known, with_recipe(rules, FAST), text, **options)
         options |= {"candidates": candidates, "held_out": held_out}
-        return _rules(within_kl(model, known, rules, max_kl, slopes, **options))
+        return _rules(within(model, known, rules, limit, slopes, **options))
     layers, _ = dense_layers(model, dense_types)
     book = RuleBook(rules)
 
@@ -126,15 +133,14 @@ def _rules(chosen: list[Choice]) -> tuple[list[tuple[str, Recipe | None]], list[
     return [(re.escape(path), c.recipe) for c in chosen for path in c.site.layers], chosen
 
 
-def _promising(max_kl: float, budget: int | None, batches: Any) -> Calibration:
+def _promising(limit: Limit, budget: int | None, batches: Any) -> Calibration:
     """The calibration that a promise is made from, all arguments checked."""
-    faults = []
-    if not 0 < max_kl < float("inf"):
-        faults.append(f"max_kl={max_kl} must be positive and finite")
+    faults = limit.faults()
+    name, value = next(iter(limit.given.items()))
     if budget is not None:
-        faults.append(f"budget={budget} is another limit than max_kl={max_kl}; give one")
+        faults.append(f"budget={budget} is another limit than {name}={value}; give one")
     if not isinstance(batches, Calibration):
-        faults.append("max_kl needs a Calibration, which wush_jax.calibrate makes of batches")
+        faults.append(f"{name} needs a Calibration, which wush_jax.calibrate makes of batches")
     if faults:
         raise ValueError("; ".join(faults))
     return batches

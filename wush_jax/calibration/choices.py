@@ -34,8 +34,10 @@ def total_loss(choice: Choice) -> float:
     return len(choice.site.layers) * choice.loss
 
 
-def spend(table: Mapping[Site, Sequence[Choice]], budget: int | None) -> list[Choice]:
-    """Return one choice a site: least loss of all layers together, within the budget.
+def spend(
+    table: Mapping[Site, Sequence[Choice]], budget: int | None, worth: Worth = total_loss
+) -> list[Choice]:
+    """Return one choice a site: the least worth of all together, within the budget.
 
     Starts from each site's fewest bytes and takes the step that saves most loss a byte, along each
     site's lower convex hull, while it fits.
@@ -43,7 +45,7 @@ def spend(table: Mapping[Site, Sequence[Choice]], budget: int | None) -> list[Ch
     Raises:
       ValueError: the smallest choices together exceed the budget.
     """
-    hulls = [_hull(choices, total_loss) for choices in table.values()]
+    hulls = [_hull(choices, worth) for choices in table.values()]
     at = [0] * len(hulls)
     spent = sum(hull[0].nbytes for hull in hulls)
     if budget is not None and spent > budget:
@@ -51,7 +53,7 @@ def spend(table: Mapping[Site, Sequence[Choice]], budget: int | None) -> list[Ch
             f"budget={budget} bytes: the smallest transforms together take {spent}; add 'identity' "
             "to transforms, or raise the budget"
         )
-    for site, i in _steps(hulls, total_loss):
+    for site, i in _steps(hulls, worth):
         cost = hulls[site][i + 1].nbytes - hulls[site][i].nbytes
         # A step that was skipped ends its site: the later ones would cost its bytes as well.
         if at[site] == i and (budget is None or spent + cost <= budget):

@@ -1,4 +1,4 @@
-"""Ask for quality: the smallest plan whose predicted KL keeps a promise.
+"""Ask for quality: the smallest plan whose predicted KL keeps a promise, or the best of a size.
 
 What a layer's error costs in KL hangs on the layer. `kl_slopes` measures that once, site by site;
 the KL of any plan is then predicted from the losses of its layers.
@@ -6,8 +6,9 @@ the KL of any plan is then predicted from the losses of its layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.calibration.calibration import Calibration
-from wush_jax.calibration.choices import Choice, meet
+from wush_jax.calibration.choices import Choice, meet, spend
 from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.site_plan import SitePlan, planned_sites
 from wush_jax.calibration.sites import Call, Site, plain_call
@@ -34,6 +35,54 @@ from wush_jax.layers.nnx import (
 from wush_jax.solvers.presets import FAST
 from wush_jax.solvers.recipe import Recipe, RuleBook, Rules
 from wush_jax.solvers.site import PackedWeight
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a plan has to stay within, one of three: a KL, in the fewest bytes; or a size.
+
+    Attributes:
+      max_kl: nats, predicted.
+      max_bits: of a weight: the mean over all weights that may be quantized, their scales and
+        transforms counted.
+      max_bytes: of these weights, scales and transforms together.
+    """
+
+    max_kl: float | None = None
+    max_bits: float | None = None
+    max_bytes: int | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Those that are not None, by name.
+
+        >>> Limit(max_bits=4.5).given
+        {'max_bits': 4.5}
+        """
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with it, in words."""
+        found = [
+            f"{name}={value} must be positive and finite"
+            for name, value in self.given.items()
+            if not 0 < value < float("inf")
+        ]
+        if len(self.given) != 1:
+            named = ", ".join(f"{name}={value}" for name, value in asdict(self).items())
+            found.append(f"{named}: give one of them")
+        return found
+
+    def room(self, weights: int) -> int:
+        """Return the bytes that so many weights may take.
+
+        >>> Limit(max_bits=4.5).room(16)
+        9
+        """
+        if self.max_bytes is not None:
+            return self.max_bytes
+        assert self.max_bits is not None
+        return int(self.max_bits * weights / 8)
 
 
 @dataclass(frozen=True)
@@ -173,11 +222,11 @@ def gated_kl(
     return measure
 
 
-def within_kl(
+def within(
     model: nnx.Module,
     calibration: Calibration,
     rules: Rules,
-    max_kl: float,
+    limit: Limit,
     slopes: Slopes,
     *,
     candidates: Sequence[Recipe | None],
@@ -185,7 +234,7 @@ def within_kl(
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
 ) -> list[Choice]:
-    """Return the smallest plan whose predicted KL is at most ``max_kl``: one choice a site.
+    """Return the best plan within a limit: one choice a site.
 
     Every candidate is quantized in full, as it would be in the end.
 
@@ -193,7 +242,7 @@ def within_kl(
       model: an NNX module.
       calibration: of it.
       rules: which layers may be quantized; their recipes do not matter.
-      max_kl: nats.
+      limit: what it has to stay within.
       slopes: of the model, from `kl_slopes`.
       candidates: recipes to try on every site that they fit; None leaves a site as it is.
       held_out: the batch for the losses; None is the calibration's first.
@@ -201,7 +250,7 @@ def within_kl(
       dense_types: module types that are dense layers.
 
     Raises:
-      ValueError: a promise that no candidates keep, a site without a slope.
+      ValueError: a limit that no candidates keep, a site without a slope.
     """
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     layers, skipped = dense_layers(model, dense_types)
@@ -228,7 +277,18 @@ def within_kl(
     def cost(choice: Choice) -> float:
         return slopes.predict(dict.fromkeys(choice.site.layers, choice.loss))
 
-    return meet(table, cost, max_kl)
+    if limit.max_kl is not None:
+        return meet(table, cost, limit.max_kl)
+    weights = sum(math.prod(layers[path].weight_shape) for site in table for path in site.layers)
+    room = limit.room(weights)
+    least = sum(min(choice.nbytes for choice in choices) for choices in table.values())
+    if least > room:
+        ((name, value),) = limit.given.items()
+        raise ValueError(
+            f"{name}={value} cannot be kept: the smallest candidates of every site together take "
+            f"{least} bytes, {8 * least / weights:.4g} bits a weight; add smaller, or allow more"
+        )
+    return spend(table, room, cost)
 
 
 def with_recipe(rules: Rules, recipe: Recipe) -> Rules:

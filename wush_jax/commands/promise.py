@@ -1,9 +1,10 @@
-"""Promises of KL: what ``wush quantize --max-kl`` keeps, ``wush verify`` checks."""
+"""Promises: what ``wush quantize --max-kl`` keeps, ``wush verify`` checks; and limits of size."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from flax import nnx
 from wush_jax.calibration.auto import choose_recipes
 from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
-from wush_jax.calibration.promise import kl_slopes, with_recipe
+from wush_jax.calibration.promise import Limit, kl_slopes, with_recipe
 from wush_jax.calibration.report import Report
 from wush_jax.commands.models import check_same_vocabulary, open_model
 from wush_jax.commands.options import Text
@@ -28,20 +29,20 @@ CERTIFICATE = "promise.json"
 
 
 def keep_promise(
-    model: nnx.Module, inputs: Calibration | Sequence[Any], rules: Rules, max_kl: float
+    model: nnx.Module, inputs: Calibration | Sequence[Any], rules: Rules, limit: Limit
 ) -> tuple[nnx.Module, Report, dict[str, float]]:
-    """Quantize a model under a promise of KL.
+    """Quantize a model within a limit: of KL, which is a promise, or of size.
 
     Args:
       model: in float32, to tell small losses apart.
       inputs: batches, the last of which is held out; or a calibration, whose first batch is then
         measured on.
       rules: which layers may be quantized.
-      max_kl: the promise, nats.
+      limit: what it has to stay within.
 
     Returns:
-      The quantized model, its report, and the certificate: KL promised, predicted, and measured
-      on the batch that was held out.
+      The quantized model, its report, and the certificate: the limit, and the KL predicted and
+      measured on the batch that was held out, which the report has, too.
 
     Raises:
       ValueError: fewer than two batches; as `wush_jax.choose_recipes`.
@@ -50,20 +51,22 @@ def keep_promise(
         known, held_out = inputs, inputs.first
     else:
         if len(inputs) < 2:
-            raise ValueError(f"--max-kl needs two batches or more, not {len(inputs)}: more text")
+            flag = "--" + next(iter(limit.given)).replace("_", "-")
+            raise ValueError(f"{flag} needs two batches or more, not {len(inputs)}: more text")
         known, held_out = calibrate(model, inputs[:-1]), inputs[-1]
     slopes = kl_slopes(model, known, with_recipe(rules, FAST), [held_out])
     chosen, choices = choose_recipes(
-        model, known, rules, max_kl=max_kl, held_out=held_out, slopes=slopes
+        model, known, rules, held_out=held_out, slopes=slopes, **limit.given
     )
     quantized, report = quantize_model(model, known, chosen)
     losses = {path: choice.loss for choice in choices for path in choice.site.layers}
     certificate = {
-        "max_kl": max_kl,
+        **limit.given,
         "predicted": slopes.predict(losses),
         "measured": kl_divergence(model, quantized, [held_out]),
     }
-    return quantized, report, certificate
+    seen = {f"kl_{name}": float(f"{certificate[name]:.6g}") for name in ("predicted", "measured")}
+    return quantized, replace(report, details={**report.details, **seen}), certificate
 
 
 def verify(
@@ -103,7 +106,14 @@ def _promised(folder: Path) -> float:
             f"{folder} has no {CERTIFICATE}: nothing was promised; give what `wush quantize "
             "--max-kl` has written"
         )
-    promised: Any = read_json(file).get("max_kl")
+    certificate = read_json(file)
+    sizes = [name for name in ("max_bits", "max_bytes") if name in certificate]
+    if sizes and "max_kl" not in certificate:
+        raise ValueError(
+            f"{file} limits the size ({sizes[0]}={certificate[sizes[0]]}) and promises no KL: "
+            "`wush evaluate --reference` measures it"
+        )
+    promised: Any = certificate.get("max_kl")
     if type(promised) not in (int, float) or not 0 <= promised < float("inf"):
         raise ValueError(f"{file}: max_kl={promised!r}, expected nats, 0 or more; fetch it again")
     return float(promised)

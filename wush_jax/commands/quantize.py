@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from wush_jax.calibration.model import quantize_model
 from wush_jax.calibration.observe import Progress
 from wush_jax.calibration.planning import ModelPlan, packed_of
 from wush_jax.calibration.planning import plan as plan_model
+from wush_jax.calibration.promise import Limit
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential
 from wush_jax.calibration.streaming import quantize_folder
@@ -105,6 +106,8 @@ def quantize(
     granularity: Literal["site", "layer"] = "site",
     calibrated: Path | None = None,
     max_kl: float | None = None,
+    max_bits: float | None = None,
+    max_bytes: int | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     data_parallel: bool = False,
     mesh: str | None = None,
@@ -134,6 +137,8 @@ def quantize(
         same; else made, for every recipe, and kept.
       max_kl: stay within this KL from the model, in nats, with the fewest bytes, in one shot; the
         recipe's flags then do not matter. OUT/checkpoint/promise.json has it: `wush verify`.
+      max_bits: in place of --max-kl, the least KL with so many bits a weight, transforms counted.
+      max_bytes: in place of --max-kl, the least KL with so many bytes of quantized layers.
       dtype: of activations and products; weights keep the types that their files have.
       data_parallel: spread each batch over all devices.
       mesh: divide the weights over devices: model=N.
@@ -146,6 +151,7 @@ def quantize(
     if free.model_free:
         given: dict[str, Any] = {"text": source.text or None, "tokens": source.tokens}
         given |= {"calibrated": calibrated, "max-kl": max_kl, "mesh": mesh}
+        given |= {"max-bits": max_bits, "max-bytes": max_bytes}
         given |= {"data-parallel": data_parallel}
         given["head"] = head
         free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
@@ -159,7 +165,8 @@ def quantize(
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
-    _check_one_shot(sequential, calibrated, max_kl)
+    limit = Limit(max_kl, max_bits, max_bytes)
+    _check_one_shot(sequential, calibrated, limit)
     weights = _divided(mesh, model, data_parallel)
     reused = calibrated is not None and calibrated.exists()
     texts = bool(source.text) or source.tokens is not None
@@ -167,7 +174,7 @@ def quantize(
     rows, weights = _spread(batches) if data_parallel and batches else (None, weights)
     planned = _with_cost(_planned(model, rules), preset_of(preset, recipe, target))
     asked = {"model": model, "text": source.text, "tokens": source.tokens, "seed": source.seed}
-    log = RunLog(out, rules, **asked, calibration=calibration, dtype=dtype, max_kl=max_kl)
+    log = RunLog(out, rules, **asked, calibration=calibration, dtype=dtype, **asdict(limit))
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": weights}
     with progress() as shown:
         update = log.following(shown)
@@ -183,14 +190,14 @@ def quantize(
             whole = load_pretrained(model, param_dtype=None, **options)
             if calibrated is not None:
                 inputs = _calibration(calibrated, whole, inputs, update)
-            report = _in_one_shot(whole, inputs, planned, rules, max_kl, out / "checkpoint", update)
+            report = _in_one_shot(whole, inputs, planned, rules, limit, out / "checkpoint", update)
             copy_companions(model, out / "checkpoint")
     log.end(report)
     report.to_json(out / "report.json")
     report.plot(out / "plot.png")
     shutil.rmtree(state, ignore_errors=True)
     _show(report, skip, all_layers)
-    if max_kl is None:  # which chooses other recipes than were planned
+    if not limit.given:  # which chooses other recipes than were planned
         console().print(served_line(served_plan(packed_of(planned), jnp.dtype(dtype))))
 
 
@@ -212,17 +219,17 @@ def _in_one_shot(
     inputs: Any,
     planned: ModelPlan,
     rules: Rules,
-    max_kl: float | None,
+    limit: Limit,
     out: Path,
     update: Progress,
 ) -> Report:
-    """Quantize a whole model, within a KL where one is given, and write it."""
+    """Quantize a whole model, within a limit where one is given, and write it."""
     certificate = None
-    if max_kl is None:
+    if not limit.given:
         options: dict[str, Any] = {"planned": planned, "progress": update}
         quantized, report = quantize_model(whole, inputs, rules, **options)
     else:
-        quantized, report, certificate = keep_promise(whole, inputs, rules, max_kl)
+        quantized, report, certificate = keep_promise(whole, inputs, rules, limit)
     checkpoint.save(out, quantized)
     write_certificate(out, certificate)
     return report
@@ -255,14 +262,19 @@ def _calibration(folder: Path, model: nnx.Module, batches: list, update: Progres
     return found
 
 
-def _check_one_shot(sequential: bool, calibrated: Path | None, max_kl: float | None) -> None:
-    """Refuse layer after layer what only one shot can do."""
+def _check_one_shot(sequential: bool, calibrated: Path | None, limit: Limit) -> None:
+    """Refuse limits that are none, and layer after layer what only one shot can do."""
+    flags = {"--" + name.replace("_", "-"): value for name, value in limit.given.items()}
+    if limit.given and (faults := limit.faults()):
+        raise ValueError(f"{' '.join(f'{k} {v}' for k, v in flags.items())}: {'; '.join(faults)}")
     if not sequential:
         return
     if calibrated is not None:
         raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
-    if max_kl is not None:
-        raise ValueError("--max-kl is for --calibration one-shot: it needs the whole model")
+    if flags:
+        raise ValueError(
+            f"{next(iter(flags))} is for --calibration one-shot: it needs the whole model"
+        )
 
 
 def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None:
