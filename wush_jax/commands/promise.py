@@ -28,6 +28,15 @@ from wush_jax.storage.json_file import read_json
 CERTIFICATE = "promise.json"
 
 
+def check_limit(limit: Limit, sequential: bool) -> None:
+    """Refuse a limit that is none, and any where layers are quantized one after the other."""
+    flags = {"--" + name.replace("_", "-"): value for name, value in limit.given.items()}
+    if limit.given and (faults := limit.faults()):
+        raise ValueError(f"{' '.join(f'{k} {v}' for k, v in flags.items())}: {'; '.join(faults)}")
+    if flags and sequential:
+        raise ValueError(f"{next(iter(flags))} is for --calibration one-shot: it needs the model")
+
+
 def keep_promise(
     model: nnx.Module, inputs: Calibration | Sequence[Any], rules: Rules, limit: Limit
 ) -> tuple[nnx.Module, Report, dict[str, float]]:

@@ -42,7 +42,7 @@ from wush_jax.commands.options import (
     preset_of,
     rules_of,
 )
-from wush_jax.commands.promise import keep_promise, write_certificate
+from wush_jax.commands.promise import check_limit, keep_promise, write_certificate
 from wush_jax.commands.run_log import RunLog
 from wush_jax.commands.terminal import console, progress
 from wush_jax.layers.served import served_line, served_plan
@@ -264,17 +264,9 @@ def _calibration(folder: Path, model: nnx.Module, batches: list, update: Progres
 
 def _check_one_shot(sequential: bool, calibrated: Path | None, limit: Limit) -> None:
     """Refuse limits that are none, and layer after layer what only one shot can do."""
-    flags = {"--" + name.replace("_", "-"): value for name, value in limit.given.items()}
-    if limit.given and (faults := limit.faults()):
-        raise ValueError(f"{' '.join(f'{k} {v}' for k, v in flags.items())}: {'; '.join(faults)}")
-    if not sequential:
-        return
-    if calibrated is not None:
+    check_limit(limit, sequential)
+    if sequential and calibrated is not None:
         raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
-    if flags:
-        raise ValueError(
-            f"{next(iter(flags))} is for --calibration one-shot: it needs the whole model"
-        )
 
 
 def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None:
