@@ -232,12 +232,12 @@ def test_a_promise_is_kept_and_verified(source, tmp_path, capsys, monkeypatch):
     (out / "checkpoint" / "promise.json").unlink()
     assert cli.main(check) == 2
     assert "nothing was promised" in capsys.readouterr().err
-    assert cli.main([*command, *ONE_SHOT, "--max-bits", "16"]) == 0
+    assert cli.main([*command, *ONE_SHOT, "--max-bits", "12"]) == 0
     files = out / "checkpoint" / "promise.json", out / "report.json"
     limited, report = (json.loads(file.read_text()) for file in files)
     assert report["details"]["kl_measured"] == pytest.approx(limited["measured"], rel=1e-5)
     assert cli.main(check) == 2
-    assert "limits the size (max_bits=16.0) and promises no KL" in capsys.readouterr().err
+    assert "limits the size (max_bits=12.0) and promises no KL" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("eight_devices")

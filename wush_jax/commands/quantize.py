@@ -151,9 +151,8 @@ def quantize(
     if free.model_free:
         given: dict[str, Any] = {"text": source.text or None, "tokens": source.tokens}
         given |= {"calibrated": calibrated, "max-kl": max_kl, "mesh": mesh}
-        given |= {"max-bits": max_bits, "max-bytes": max_bytes}
-        given |= {"data-parallel": data_parallel}
-        given["head"] = head
+        given |= {"max-bits": max_bits, "max-bytes": max_bytes, "head": head}
+        given["data-parallel"] = data_parallel
         free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
         rules = free.rules(preset, recipe, skip, target)
         _show(_model_free(free, model, out, rules, target, resume, dry_run), skip, all_layers)
@@ -165,8 +164,7 @@ def quantize(
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
-    limit = Limit(max_kl, max_bits, max_bytes)
-    _check_one_shot(sequential, calibrated, limit)
+    _check_one_shot(sequential, calibrated, limit := Limit(max_kl, max_bits, max_bytes))
     weights = _divided(mesh, model, data_parallel)
     reused = calibrated is not None and calibrated.exists()
     texts = bool(source.text) or source.tokens is not None
