@@ -64,9 +64,8 @@ def keep_promise(
             raise ValueError(f"{flag} needs two batches or more, not {len(inputs)}: more text")
         known, held_out = calibrate(model, inputs[:-1]), inputs[-1]
     slopes = kl_slopes(model, known, with_recipe(rules, FAST), [held_out])
-    chosen, choices = choose_recipes(
-        model, known, rules, held_out=held_out, slopes=slopes, **limit.given
-    )
+    given: dict[str, Any] = dict(limit.given)
+    chosen, choices = choose_recipes(model, known, rules, held_out=held_out, slopes=slopes, **given)
     quantized, report = quantize_model(model, known, chosen)
     losses = {path: choice.loss for choice in choices for path in choice.site.layers}
     certificate = {
