@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 from hypothesis import strategies as st
@@ -53,13 +54,29 @@ def evaluate(r):
         return refused(code, said, r.names)
     found = json.loads(out.read_text())["cross_entropy"]
     if len(folders) == 1:  # the same as from the folder that it was exported from
-        argv = ["evaluate", r.world.both, *flags, *more, "--out", out]
+        origin = origin_of(folders[0], r.world.both, r.work / "origin")
+        argv = ["evaluate", origin, *flags, *more, "--dtype", "float32", "--out", out]
         code, said = r.run(argv)
         expected = json.loads(out.read_text())["cross_entropy"] if code == 0 else said
     else:
         model = reference(folders[1])
         expected = found if model is None else cross_entropy(model, cut())
     return differs(found, expected)
+
+
+def origin_of(exported, origin, out):
+    """Copy the folder that another was exported from, with all that is not its weights edited."""
+    weights = {"*.safetensors", "*.safetensors.index.json"}
+    ignore = shutil.ignore_patterns(*weights)
+    shutil.copytree(exported, out, ignore=ignore, ignore_dangling_symlinks=True)
+    for pattern in weights:
+        for file in origin.glob(pattern):
+            shutil.copy(file, out)
+    tree = json.loads((exported / "config.json").read_text())
+    own = json.loads((origin / "config.json").read_text())
+    tree["quantization_config"] = own["quantization_config"]
+    (out / "config.json").write_text(json.dumps(tree))
+    return out
 
 
 def differs(found, expected, tolerance=1e-4):
