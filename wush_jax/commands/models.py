@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 from rich.table import Table
 
 from wush_jax.checkpoints import checkpoint
-from wush_jax.commands.options import Text, placement_of
+from wush_jax.commands.options import Source, TextFlags, placement_of
 from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluation.evaluate import cross_entropy, perplexity_of, score
 from wush_jax.evaluation.generation import greedy_text, score_generation
@@ -55,7 +55,7 @@ def open_model(folder: Path, dtype: str, mesh: str | None = None) -> nnx.Module:
 def evaluate(
     model: Model,
     *,
-    source: Annotated[Text, tyro.conf.arg(name="text")] = Text(samples=None),  # noqa: B008  # frozen
+    source: Source = TextFlags(samples=None),  # noqa: B008  # frozen
     reference: Path | None = None,
     generation: int = 0,
     tasks: tuple[str, ...] = (),

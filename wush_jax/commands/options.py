@@ -193,6 +193,13 @@ class Text:
 
     def __post_init__(self) -> None:
         """Take one file, or a list, for a tuple of files; refuse values of other kinds."""
+        self.check()
+        text = (self.text,) if isinstance(self.text, PATHS) else self.text
+        object.__setattr__(self, "text", tuple(map(Path, text)))
+        object.__setattr__(self, "tokens", None if self.tokens is None else Path(self.tokens))
+
+    def check(self) -> None:
+        """Raise ValueError for values of other kinds, all at once."""
         text = (self.text,) if isinstance(self.text, PATHS) else self.text
         paths = isinstance(text, tuple | list) and all(isinstance(file, PATHS) for file in text)
         numbers = isinstance(self.shares, tuple | list) and all(
@@ -205,8 +212,6 @@ class Text:
         ]
         if faults:
             raise ValueError("; ".join(faults))
-        object.__setattr__(self, "text", tuple(map(Path, text)))
-        object.__setattr__(self, "tokens", None if self.tokens is None else Path(self.tokens))
 
     def _faults_of_one(self) -> Iterator[str]:
         if not isinstance(self.tokens, PATHS | None):
@@ -235,6 +240,7 @@ class Text:
           ValueError: not one of text and tokens, no such file, a text too short, no tokenizer, ids
             that the model does not know.
         """
+        self.check()
         if bool(self.text) == (self.tokens is not None):
             raise ValueError("give one of --text FILE and --tokens FILE.npy")
         for name, file in (*(("text", file) for file in self.text), ("tokens", self.tokens)):
@@ -281,6 +287,18 @@ class Text:
         tokenizer = Tokenizer.of_config(folder, config).with_bos(self.bos)
         rows = read_tokens(file, size, pad=pad, stops=tokenizer.stop_tokens)
         return rows, tokenizer.prefix
+
+
+@dataclass(frozen=True)
+class TextFlags(Text):
+    """A `Text` that flags give: checked when it is read, by the command and not by its parser."""
+
+    def __post_init__(self) -> None:
+        """Leave the values as they are."""
+
+
+#: Of commands that read a text.
+Source = Annotated[TextFlags, tyro.conf.arg(name="text")]
 
 
 def _is_whole(value: Any, least: int) -> bool:

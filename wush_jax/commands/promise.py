@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 from flax import nnx
@@ -17,7 +17,7 @@ from wush_jax.calibration.model import quantize_model
 from wush_jax.calibration.promise import Limit, kl_slopes, with_recipe
 from wush_jax.calibration.report import Report
 from wush_jax.commands.models import check_same_vocabulary, open_model
-from wush_jax.commands.options import Text
+from wush_jax.commands.options import Source, TextFlags
 from wush_jax.commands.terminal import console, progress
 from wush_jax.evaluation.evaluate import kl_divergence
 from wush_jax.models.tokens import in_batches
@@ -81,7 +81,7 @@ def verify(
     model: tyro.conf.Positional[Path],
     *,
     reference: Path,
-    source: Annotated[Text, tyro.conf.arg(name="text")] = Text(samples=None),  # noqa: B008  # frozen
+    source: Source = TextFlags(samples=None),  # noqa: B008  # frozen
     dtype: Literal["bfloat16", "float32"] = "float32",
 ) -> None:
     """Measure again whether a folder keeps the promise that it was quantized under.

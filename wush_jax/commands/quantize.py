@@ -37,7 +37,9 @@ from wush_jax.commands.options import (
     Preset,
     RecipeFlags,
     ResearchFlags,
+    Source,
     Text,
+    TextFlags,
     placement_of,
     preset_of,
     rules_of,
@@ -55,7 +57,6 @@ from wush_jax.solvers.recipe import Recipe, Rules
 from wush_jax.storage.folder_writer import check_replaceable, copy_companions
 
 Model = tyro.conf.Positional[Path]
-Source = Annotated[Text, tyro.conf.arg(name="text")]
 Free = Annotated[ModelFree, tyro.conf.arg(name="model-free")]
 TargetLayout = Literal[tuple(TARGETS)]  # type: ignore[valid-type]  # made of the names there
 Target = Annotated[TargetLayout | None, tyro.conf.arg(name="for")]  # type: ignore[valid-type]
@@ -95,7 +96,7 @@ def quantize(
     model: Model,
     *,
     out: Path,
-    source: Source = Text(),  # noqa: B008  # frozen
+    source: Source = TextFlags(),  # noqa: B008  # frozen
     preset: Preset | None = None,
     recipe: RecipeFlags = NOTHING,
     research: ResearchFlags = NOTHING,
