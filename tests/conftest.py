@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # What has no examples and needs an extra.
-collect_ignore = ["support/their_model.py"]
+collect_ignore = [f"support/{name}.py" for name in ("their_model", "gguf_files", "mutated_gguf")]
 
 MANY_MAPS = 32_000
 MUCH_MEMORY = 3 << 29  # between modules, so that a worker stays under 3 GiB within one
