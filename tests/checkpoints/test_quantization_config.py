@@ -36,6 +36,7 @@ MISLABELS = {
     "shape": (record(shape=[64, 64]), r"\(64, 64\), in the model \(32, 64\)"),
     "no shape": (record(shape=[32, -64]), r"shape=\[32, -64\], expected"),
     "groups": (record(shape=[32, 63]), "groups of 32 .* do not tile"),
+    "size of groups": (fmt(group_size=15), "group_size of MXFP4"),
     "block": (record(block=48), "block=48 does not divide K=64"),
     "block zero": (record(block=0), "block=0"),
     "smaller block": (record(block=16), "not the first of a site"),

@@ -54,7 +54,8 @@ class LayerRecord:
         for fmt in (self.format, self.input_format):
             if fmt is not None and (not fmt.holds(k) or k * fmt.element.bits % 8):
                 raise ValueError(
-                    f"shape={self.shape}: groups of {fmt.group_size} ({fmt.name}) do not tile K={k}"
+                    f"shape={self.shape}: groups of {fmt.group_size} (group_size of {fmt.name}) "
+                    f"do not tile K={k}"
                 )
         if self.block is not None and (self.block < 1 or k % self.block):
             raise ValueError(f"shape={self.shape}: block={self.block} does not divide K={k}")
