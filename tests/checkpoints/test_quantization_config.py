@@ -38,6 +38,7 @@ MISLABELS = {
     "groups": (record(shape=[32, 63]), "groups of 32 .* do not tile"),
     "size of groups": (fmt(group_size=15), "group_size of MXFP4"),
     "block": (record(block=48), "block=48 does not divide K=64"),
+    "block of one layer of a site": (record(block=64), "with block=64"),
     "block zero": (record(block=0), "block=0"),
     "smaller block": (record(block=16), "not the first of a site"),
     "no block": (record(block=None), "expected both or neither"),

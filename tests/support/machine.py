@@ -175,6 +175,8 @@ class Torch(Greedy):
         self.torch = torch
         tree = json.loads((folder / "config.json").read_text())
         tree.pop("quantization_config", None)
+        if type(epsilon := tree.get("rms_norm_eps")) is int:  # refused there, a number here
+            tree["rms_norm_eps"] = float(epsilon)
         (folder / "config.json").write_text(json.dumps(tree))
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -146,7 +146,10 @@ def records_from_json(config: Mapping[str, Any]) -> dict[str, LayerRecord]:
     for name, record in records.items():
         first = records.get(record.site or name)
         if first is None or first.site != record.site or first.block != record.block:
-            raise ValueError(f"layer {name!r}: site={record.site!r} is not the first of a site")
+            raise ValueError(
+                f"layer {name!r}: site={record.site!r} is not the first of a site with "
+                f"block={record.block}"
+            )
     _check_seal(config)
     return records
 
