@@ -75,7 +75,8 @@ def origin_of(exported, origin, out):
     tree = json.loads((exported / "config.json").read_text())
     own = json.loads((origin / "config.json").read_text())
     tree["quantization_config"] = own["quantization_config"]
-    tree["quantization_config"].pop("model_digest", None)  # of the entries before the edit
+    for digest in ("digest", "model_digest"):  # of the entries before the edit
+        tree["quantization_config"].pop(digest, None)
     (out / "config.json").write_text(json.dumps(tree))
     return out
 
