@@ -1,15 +1,11 @@
 """Models of Google's tunix, which nobody wrote for us: their dense classes, remat and experts."""
 
-import importlib
-import importlib.util
-import sys
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from zoo_models import decode, filled, tunix_module
 
 import wush_jax as wush
 from wush_jax.layers import expose_matrices
@@ -36,29 +32,7 @@ SIZES = {
 }
 
 
-def tunix_model(name):
-    """Import one model module, without the trainers that the package imports with itself."""
-    if "tunix" not in sys.modules:
-        spec = importlib.util.find_spec("tunix")
-        if spec is None:
-            pytest.skip("google-tunix is not installed")
-        package = types.ModuleType("tunix")
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules["tunix"] = package
-    try:
-        return importlib.import_module(f"tunix.models.{name}.model")
-    except ModuleNotFoundError as error:
-        pytest.skip(f"google-tunix lacks {error.name}")
-
-
-def call(model, tokens):
-    """Run a decoder on all positions."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = jnp.tril(jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool))
-    return model(tokens, positions, None, mask)[0]
-
-
-run = nnx.jit(call)
+run = nnx.jit(decode)
 
 
 def tunix_types(module):
@@ -74,15 +48,8 @@ def tunix_types(module):
 
 def build(module, kind, **options):
     """A decoder with weights that are not zero, as some of tunix's are at first."""
-    model = getattr(module, kind)(module.ModelConfig(**SIZES, **options), rngs=nnx.Rngs(0))
-    random = np.random.default_rng(1)
-
-    def fill(leaf):
-        noise = random.standard_normal(leaf.shape)
-        return jnp.asarray(leaf + 0.1 * noise if leaf.ndim == 1 else 0.15 * noise, leaf.dtype)
-
-    nnx.update(model, jax.tree.map(fill, nnx.state(model, nnx.Param)))
-    return model
+    config = module.ModelConfig(**SIZES, **options)
+    return filled(getattr(module, kind)(config, rngs=nnx.Rngs(0)))
 
 
 def share_of_error(model, quantized):
@@ -92,13 +59,15 @@ def share_of_error(model, quantized):
 
 @pytest.mark.parametrize(("name", "kind"), [("llama3", "Llama3"), ("qwen3", "Qwen3")])
 def test_decoders_with_an_einsum_class_of_their_own(name, kind):
-    module = tunix_model(name)
+    module = tunix_module(name)
     options = {} if name == "llama3" else {"dtype": jnp.float32, "param_dtype": jnp.float32}
     found = {}
     for remat in (module.RematConfig.NONE, module.RematConfig.BLOCK):
         model = build(module, kind, remat_config=remat, **options)
         types = tunix_types(module)
-        quantized, report = wush.quantize_model(model, [TOKENS], RTN, call=call, dense_types=types)
+        quantized, report = wush.quantize_model(
+            model, [TOKENS], RTN, call=decode, dense_types=types
+        )
         sites = {}
         for layer in report.layers:
             sites.setdefault(layer.site, []).append(layer.path.removeprefix(layer.site[:9]))
@@ -144,10 +113,10 @@ class Experts(nnx.Module):
 
 
 def test_experts_in_bare_parameters_are_named_and_can_be_rewritten():
-    module = tunix_model("qwen3")
+    module = tunix_module("qwen3")
     kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
     model = build(module, "Qwen3", num_experts=4, num_experts_per_tok=2, **kinds)
-    options = {"call": call, "dense_types": tunix_types(module)}
+    options = {"call": decode, "dense_types": tunix_types(module)}
     planned = wush.plan(model, RTN, TOKENS, **options)
     reason = planned.report.skipped["layers.0.mlp"]
     assert reason.startswith("MoELayer is no registered dense layer; it holds ")
@@ -172,10 +141,10 @@ def test_experts_in_bare_parameters_are_named_and_can_be_rewritten():
 
 
 def test_experts_in_bare_parameters_become_layers():
-    module = tunix_model("qwen3")
+    module = tunix_module("qwen3")
     kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
     model = build(module, "Qwen3", num_experts=4, num_experts_per_tok=2, **kinds)
-    options = {"call": call, "dense_types": tunix_types(module)}
+    options = {"call": decode, "dense_types": tunix_types(module)}
     exposed = expose_matrices(model, TOKENS, **options)
     np.testing.assert_array_equal(run(exposed, TOKENS), run(model, TOKENS))
     rules = [(r".*\.router", None), (".*", RTN)]  # so that tokens reach the experts they did

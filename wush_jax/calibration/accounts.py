@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from wush_jax.layers.dense import Dense, dotted, is_array
+from wush_jax.layers.dense import Dense, dotted, is_array, is_node
 
 BESIDE = "stays as it is beside the quantized weight"
 
@@ -77,15 +77,11 @@ def _parameters(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
         if not isinstance(module, nnx.Pytree):
             continue
         for name, value in vars(module).items():
-            leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_node)
+            leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=is_node)
             for inner, leaf in leaves if name[:1] != "_" or isinstance(value, nnx.Variable) else ():
                 if isinstance(leaf, nnx.Param) and is_array(leaf.get_value()):
                     inside = (getattr(key, "key", getattr(key, "idx", "")) for key in inner)
                     yield dotted((*path, name, *inside)), leaf
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, (nnx.Variable, nnx.Pytree))
 
 
 def _owner(path: str, chosen: Collection[str]) -> str:

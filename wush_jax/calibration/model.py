@@ -96,8 +96,9 @@ def quantize_model(
         found = observe(model, batches, parts_of(rules), progress=update, **options)
         count.done = found.batches
     model = stacked(model, found.first, **options)
-    if planned is None or not count.total:
-        planned = plan(model, rules, found, **options) if planned is None else planned
+    if planned is None:
+        planned = plan(model, rules, found, **options)
+    if not count.total:
         count.expect(_costs(model, planned, [found.first] * count.done, dense_types))
     check_device_memory(planned.report.details, sequential=True)
     options |= {"implementation": implementation, "told": count}

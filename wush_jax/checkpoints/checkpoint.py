@@ -30,6 +30,7 @@ from wush_jax.checkpoints.layouts.layout import Layout, quantization_config
 from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
+from wush_jax.layers.dense import is_node
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import (
     DENSE_TYPES,
@@ -252,9 +253,9 @@ def _hollow(model: nnx.Module) -> nnx.Module:
     for _, module in nnx.iter_modules(found):
         for name, value in list(vars(module).items()):
             if isinstance(value, (*SHAPES, dict, list, tuple)) and any(
-                isinstance(leaf, SHAPES) for leaf in jax.tree.leaves(value, is_leaf=_is_node)
+                isinstance(leaf, SHAPES) for leaf in jax.tree.leaves(value, is_leaf=is_node)
             ):
-                setattr(module, name, nnx.data(jax.tree.map(_array, value, is_leaf=_is_node)))
+                setattr(module, name, nnx.data(jax.tree.map(_array, value, is_leaf=is_node)))
     return found
 
 
@@ -264,10 +265,6 @@ SHAPES = (jax.core.Tracer, jax.ShapeDtypeStruct)
 
 def _array(leaf: Any) -> Any:
     return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SHAPES) else leaf
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, (nnx.Variable, nnx.Pytree))
 
 
 def _zeros(leaf: Any) -> np.ndarray:

@@ -193,15 +193,17 @@ class Text:
 
     def __post_init__(self) -> None:
         """Take one file, or a list, for a tuple of files; refuse values of other kinds."""
+        if isinstance(self.text, PATHS):
+            object.__setattr__(self, "text", (self.text,))
         self.check()
-        text = (self.text,) if isinstance(self.text, PATHS) else self.text
-        object.__setattr__(self, "text", tuple(map(Path, text)))
+        object.__setattr__(self, "text", tuple(map(Path, self.text)))
         object.__setattr__(self, "tokens", None if self.tokens is None else Path(self.tokens))
 
     def check(self) -> None:
         """Raise ValueError for values of other kinds, all at once."""
-        text = (self.text,) if isinstance(self.text, PATHS) else self.text
-        paths = isinstance(text, tuple | list) and all(isinstance(file, PATHS) for file in text)
+        paths = isinstance(self.text, tuple | list) and all(
+            isinstance(file, PATHS) for file in self.text
+        )
         numbers = isinstance(self.shares, tuple | list) and all(
             isinstance(share, Real) and 0 < share < inf for share in self.shares
         )

@@ -21,6 +21,7 @@ from wush_jax.layers.dense import DENSE_TYPES, Dense, DenseTypes, dense_layers, 
 from wush_jax.layers.interpreter import Seen, Value
 from wush_jax.layers.origins import Origin
 from wush_jax.layers.products import Multiply, Product, Products, Use
+from wush_jax.layers.tagged_run import tagged_program
 
 
 class BareWeight(nnx.Module):
@@ -242,14 +243,8 @@ def _find(model: nnx.Module, batch: Any, call: Callable, dense_types: DenseTypes
             found[dotted(path)] = finder.found
             setattr(module, "exposed", finder)  # noqa: B010
             module.__class__ = _exposing(type(module))
-    graph, state = nnx.split(model)
-
-    def run(state: Any, batch: Any) -> list[Any]:
-        out = call(nnx.merge(graph, state), batch)
-        return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
-
     if found:
-        jax.eval_shape(run, state, batch)
+        tagged_program(model, batch, call, {})  # traced, with nothing to tag
     return found
 
 

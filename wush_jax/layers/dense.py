@@ -154,6 +154,11 @@ def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def is_node(value: Any) -> bool:
+    """Whether a value is a leaf to trees of containers: a variable, or a module."""
+    return isinstance(value, (nnx.Variable, nnx.Pytree))
+
+
 def dotted(path: tuple) -> str:
     """Return a module path as text, unlike that of any other path: names with dots are quoted.
 

@@ -137,7 +137,7 @@ def _codes(
 ) -> Codes:
     if zero_points:
         return Codes(codes, scales, (1, group), zeros)
-    said = "zero_point=false: write zero_point=true into quantization_config"
+    said = "zero_point=false", "write zero_point=true into quantization_config"
     codes = centred(folder, f"{name}.qzeros", codes, zeros, 8, said)
     return Codes(codes, scales, (1, group))
 

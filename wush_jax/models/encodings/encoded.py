@@ -261,7 +261,12 @@ def group_order(
 
 
 def centred(
-    folder: TensorFolder, name: str, codes: np.ndarray, zeros: np.ndarray, half: int, said: str
+    folder: TensorFolder,
+    name: str,
+    codes: np.ndarray,
+    zeros: np.ndarray,
+    half: int,
+    said: tuple[str, str],
 ) -> np.ndarray:
     """Return codes from 0 up as signed ones, of a config that says that all zeros are the middle.
 
@@ -277,7 +282,7 @@ def centred(
       ValueError: other zeros.
     """
     if (zeros != half).any():
-        field, remedy = said.split(": ")
+        field, remedy = said
         raise ValueError(
             f"{folder.path}: {field}, but {name!r} has zero points other than {half}; {remedy}"
         )

@@ -165,7 +165,7 @@ def _read(folder: TensorFolder, name: str, settings: _Settings, group: int) -> C
     scales = raw(folder, f"{name}.scales").T
     if not settings.symmetric:
         return Codes(codes, scales, (1, group), zeros, columns)
-    said = "sym=true: say sym=false, or another checkpoint_format, in quantization_config"
+    said = "sym=true", "say sym=false, or another checkpoint_format, in quantization_config"
     codes = centred(folder, f"{name}.qzeros", codes, zeros, half, said)
     return Codes(codes, scales, (1, group), None, columns)
 
