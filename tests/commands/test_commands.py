@@ -131,27 +131,6 @@ def test_a_calibration_is_kept_and_used_again(source, tmp_path, capsys):
     assert "--calibrated is for --calibration one-shot" in capsys.readouterr().err
 
 
-def test_tokens_are_weighed_in_one_shot(source, tmp_path, capsys):
-    base = ["quantize", str(source), *FLAGS, *RECIPE, "--text", str(source / "text.txt")]
-    base += ["--token-weights", "gradient", "--out"]
-    assert cli.main([*base, str(tmp_path / "a"), *ONE_SHOT]) == 0
-    model = load_pretrained(source, param_dtype=jnp.bfloat16)
-    known = wush.calibrate(model, batches(), recipe(), token_weights="gradient")
-    expected, _ = wush.quantize_model(model, known, recipe())
-    found = wush.load(tmp_path / "a" / "checkpoint")
-    codes = [m.layers[0].mlp.down_proj.codes[...] for m in (found, expected)]
-    np.testing.assert_array_equal(*codes)
-    wush.calibrate(model, batches(), recipe()).save(tmp_path / "kept")
-    refused = {
-        "--token-weights is for --calibration one-shot": [],
-        "--max-kl: add --calibrated FOLDER": [*ONE_SHOT, "--max-kl", "1"],
-        "kept counts all tokens alike": [*ONE_SHOT, "--calibrated", str(tmp_path / "kept")],
-    }
-    for said, more in refused.items():
-        assert cli.main([*base, str(tmp_path / "b"), *more]) == 2
-        assert said in " ".join(capsys.readouterr().err.split())
-
-
 def test_plan_reads_no_weights(source, tmp_path, capsys):
     assert cli.main(["plan", str(source), *RECIPE]) == 0
     planned = capsys.readouterr().out

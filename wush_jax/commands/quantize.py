@@ -151,8 +151,7 @@ def quantize(
         given: dict[str, Any] = {"text": source.text or None, "tokens": source.tokens}
         given |= {"calibrated": calibrated, "max-kl": max_kl, "mesh": mesh}
         given |= {"max-bits": max_bits, "max-bytes": max_bytes, "head": head}
-        given["token-weights"] = token_weights
-        given["data-parallel"] = data_parallel
+        given |= {"token-weights": token_weights, "data-parallel": data_parallel}
         free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
         rules = free.rules(preset, recipe, skip, target)
         _show(_model_free(free, model, out, rules, target, resume, dry_run), skip, all_layers)
