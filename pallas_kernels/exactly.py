@@ -14,21 +14,21 @@ def bfloat16_parts(codes, scales, fmt) -> tuple:
     Args:
       codes: packed codes uint8 (..., K/2).
       scales: (..., K/g).
-      fmt: a format of 4 bits: E2M1 or integers with scales of at most 4 significant bits are one
-        bfloat16 number, INT4 with bfloat16 scales two, with float32 scales three. Or E4M3 with
-        powers of two: one.
+      fmt: a format of 4 bits, or E4M3, or INT8. E2M1, and other elements of at most 4 significant
+        bits with scales of at most 4, are one bfloat16 number; bfloat16 scales make two of it,
+        float32 scales three.
 
     Returns:
       One to three bfloat16 arrays (..., K).
 
     Raises:
-      NotImplementedError: a format of more bits.
+      NotImplementedError: other formats.
     """
-    wide = fmt.element.name == "e4m3" and fmt.scale_dtype == "e8m0"
-    if fmt.element.bits != 4 and not wide:
+    name, wide = fmt.element.name, fmt.scale_dtype in ("bfloat16", "float32")
+    if fmt.element.bits != 4 and name != "e4m3" and not (name.startswith("int8") and wide):
         raise NotImplementedError(f"{fmt.name} is no sum of two bfloat16 numbers")
     values = fmt.decode(fmt.unpack(codes), scales, jnp.float32(1))
-    if fmt.element.name in ("e2m1", "e4m3") or fmt.scale_dtype == "e4m3":
+    if name == "e2m1" or not wide:
         return (values.astype(jnp.bfloat16),)
     parts = []
     for _ in range(3 if fmt.scale_dtype == "float32" else 2):

@@ -2,8 +2,10 @@
 
 import json
 import re
+from contextlib import nullcontext
 
 import encoded_folders
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from encoded_folders import (
@@ -21,6 +23,7 @@ from encoded_folders import (
 from flax import nnx
 
 import wush_jax as wush
+from wush_jax.calibration import round_folder
 from wush_jax.checkpoints import interchange
 from wush_jax.models.encodings import ENCODINGS, open_folder
 from wush_jax.models.encodings.awq import outputs_of
@@ -29,8 +32,10 @@ from wush_jax.models.hugging_face import FolderTensors, load_pretrained
 
 pytestmark = pytest.mark.files
 
-ALL = ("awq symmetric", "gptq", "gptq of old", "gptq g64", "pack", "pack rows", "pack no order")
-PACKED = {case: set(LINEARS) for case in ALL} | {"gptq dynamic": set(LINEARS) - set(OVERRIDES)}
+# Inputs in an order of their own, and 8 bits less zero points of 8.
+NEVER = ("gptq act order", "pack own order", "int")
+PACKED = {case: set(LINEARS) for case in {**CASES, **EIGHT_BITS} if case not in NEVER}
+PACKED["gptq dynamic"] = {name for name in LINEARS if OVERRIDES.get(name) is not False}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,21 +48,26 @@ def test_weights_are_what_the_writer_meant(case, tmp_path):
         np.testing.assert_array_equal(tensors[name], weight.astype(np.float16), err_msg=name)
         exact = open_folder(folder).read(name, [np.float32], [weight.shape])
         np.testing.assert_array_equal(exact, weight)
-    layers = interchange.read_layers(folder)
-    assert set(layers) == PACKED.get(case, set())
-    for name, packed in layers.items():
-        np.testing.assert_array_equal(wush.dequantize(packed.weight), wanted[f"{name}.weight"])
+    check_packed(folder, case, wanted)
 
 
 @pytest.mark.parametrize("case", EIGHT_BITS)
-def test_eight_bits_are_decoded(case, tmp_path):
+def test_eight_bits(case, tmp_path):
     writer, options = EIGHT_BITS[case]
     folder, wanted = writer(tmp_path / "model", **options)
     opened = open_folder(folder)
     for name, weight in wanted.items():
         found = opened.read(name, [np.float32], [weight.shape])
         np.testing.assert_array_equal(found, weight, err_msg=name)
-    assert interchange.read_layers(folder) == {}
+    check_packed(folder, case, wanted)
+
+
+def check_packed(folder, case, wanted):
+    """The layers that stay packed, and their values: those of the files, bit for bit."""
+    layers = interchange.read_layers(folder)
+    assert set(layers) == PACKED.get(case, set())
+    for name, packed in layers.items():
+        np.testing.assert_array_equal(wush.dequantize(packed.weight), wanted[f"{name}.weight"])
 
 
 def test_activations_that_stay_as_they_are_are_said(tmp_path):
@@ -84,14 +94,28 @@ def test_golden_words():
     ]
 
 
-@pytest.mark.parametrize("case", ["gptq", "awq"])
-def test_models_compute_what_their_weights_mean(case, tmp_path):
-    """Packed (GPTQ) or decoded (AWQ), the logits are those of the decoded weights."""
-    folder, wanted = CASES[case][0](tmp_path / "model")
-    loaded = wush.load(folder)
+ROUNDS = "rounds activations"
+DECODED = r"weights decoded, as no packed format .* 7 of \(int4, groups of 32, columns reordered\)"
+
+
+@pytest.mark.parametrize(
+    ("case", "packed", "said"),
+    [("awq", 7, None), ("gptq act order", 0, DECODED), ("fp8 blocks", 7, ROUNDS)],
+)
+def test_models_compute_what_their_weights_mean(case, packed, said, tmp_path):
+    """Packed or decoded, the logits are those of the decoded weights."""
+    writer, options = {**CASES, **EIGHT_BITS}[case]
+    folder, wanted = writer(tmp_path / "model", **options)
+    with nullcontext() if said is None else pytest.warns(UserWarning, match=said):
+        loaded = wush.load(folder)
     kinds = [type(m).__name__ for _, m in nnx.iter_modules(loaded)]
-    assert kinds.count("QuantizedDense") == (7 if case == "gptq" else 0)
-    tensors = {n: t.astype(np.float32) for n, t in plain().items()} | wanted
+    assert kinds.count("QuantizedDense") == packed
+    same_logits(loaded, wanted, tmp_path)
+
+
+def same_logits(loaded, wanted, tmp_path):
+    plain = encoded_folders.plain(loaded.dtype)
+    tensors = {n: t.astype(np.float32) for n, t in plain.items()} | wanted
     write(tmp_path / "plain", tensors, None, torch_dtype="float32")
     reference = load_pretrained(tmp_path / "plain")
     tokens = np.arange(10)[None]
@@ -99,44 +123,87 @@ def test_models_compute_what_their_weights_mean(case, tmp_path):
         lambda model, tokens: model(tokens)
     )  # jax compiles its attention of float32 alone
     ours, theirs = np.asarray(run(loaded, tokens), "f4"), np.asarray(run(reference, tokens))
-    # Activations in float16: 2^-11 a rounding, some ten of them in a row.
-    assert np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
+    # Activations in float16: 2^-11 a rounding, some ten of them in a row. In float32 2^-24.
+    bound = 0.01 if loaded.dtype == np.float16 else 1e-5
+    assert np.abs(ours - theirs).max() < bound * np.abs(theirs).max()
 
 
-def test_experts_are_decoded_into_their_stacks(tmp_path, monkeypatch):
-    """Mixtral's experts are one layer each in the files, and one stack here; the rest is packed."""
+@pytest.mark.parametrize("case", ["gptq", "gptq act order", "fp8"])
+def test_experts_become_stacks(case, tmp_path, monkeypatch):
+    """Mixtral's experts are one layer each in the files, and one stack here: packed or plain."""
     moe = "model.layers.0.block_sparse_moe"
     shapes = {name: shape for name, shape in LINEARS.items() if "self_attn" in name}
     for i in range(2):
         parts = {"w1": (96, 64), "w3": (96, 64), "w2": (64, 96)}
         shapes |= {f"{moe}.experts.{i}.{part}": shape for part, shape in parts.items()}
     config = {**encoded_folders.CONFIG, "model_type": "mixtral", "num_local_experts": 2}
-    tensors = {n: t for n, t in plain().items()} | {f"{moe}.gate.weight": np.ones((2, 64), "f2")}
+    router = np.random.default_rng(5).standard_normal((2, 64)).astype("f2")
+    tensors = {n: t for n, t in plain().items()} | {f"{moe}.gate.weight": router}
     monkeypatch.setattr(encoded_folders, "LINEARS", shapes)
     monkeypatch.setattr(encoded_folders, "CONFIG", config)
-    monkeypatch.setattr(encoded_folders, "plain", lambda: tensors)
-    folder, wanted = gptq(tmp_path / "model")
-    model = wush.load(folder)
-    layer = model.layers[0]
-    assert type(layer.self_attn.q_proj).__name__ == "QuantizedDense"
+    monkeypatch.setattr(encoded_folders, "plain", lambda *_: dict(tensors))
+    if case == "fp8":
+        folder, wanted = encoded_folders.fp8(tmp_path / "model")
+    else:
+        folder, wanted = gptq(tmp_path / "model", desc_act=case != "gptq")
+    decoded = "order" in case
+    expected = ROUNDS if case == "fp8" else "weights decoded, .* 10 of"
+    with pytest.warns(UserWarning, match=expected) if case != "gptq" else nullcontext():
+        loaded = wush.load(folder)
+    experts = loaded.layers[0].mlp.experts
     for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
         stack = np.stack([wanted[f"{moe}.experts.{i}.{theirs}.weight"] for i in range(2)])
-        found = getattr(layer.mlp.experts, ours).kernel.get_value()
-        np.testing.assert_array_equal(found.mT, stack.astype(np.float16))
+        layer = getattr(experts, ours)
+        if decoded:
+            np.testing.assert_array_equal(layer.kernel.get_value().mT, stack.astype(np.float16))
+        else:
+            np.testing.assert_array_equal(wush.dequantize(layer.packed.weight), stack)
+    if case == "fp8":
+        same_logits(loaded, wanted, tmp_path)
+    if not decoded:  # and stacks are what our own files hold
+        wush.save(tmp_path / "native", loaded)
+        again = wush.load(tmp_path / "native").layers[0].mlp.experts.up_proj
+        np.testing.assert_array_equal(again.codes[...], experts.up_proj.codes[...])
+
+
+def test_stacks_of_fp8_experts(tmp_path):
+    """(E, N, K) with a scale a block: a source to round; without scales they are refused."""
+    random, name = np.random.default_rng(7), "model.layers.0.mlp.experts.gate_up_proj"
+    codes = random.integers(120, size=(2, 96, 64), dtype=np.uint8).view(jnp.float8_e4m3fn)
+    scales = random.uniform(0.001, 0.01, (2, 3, 2)).astype(np.float32)
+    wide = np.repeat(np.repeat(scales.astype("f8"), 32, 1), 32, 2)
+    source, _ = encoded_folders.fp8(tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())["quantization_config"]
+    stored = wush.storage.TensorFolder(source)
+    tensors = {n: stored.read(n, [e.dtype], [e.shape]) for n, e in stored.entries.items()}
+    write(source, tensors | {name: codes, f"{name}_scale_inv": scales}, config)
+    found = open_folder(source).read(name, [np.float32], [codes.shape])
+    np.testing.assert_array_equal(found, (codes.astype("f8") * wide).astype("f4"))
+    said = {layer.name: layer.format for layer in interchange.inspect_folder(source).layers}
+    assert said[name] == "e4m3, blocks of 32 x 32, 2 matrices (decoded)"
+    rules = [(".*experts.*", wush.Recipe(wush.NVFP4, transform="identity")), (".*", None)]
+    round_folder(source, tmp_path / "rounded", rules)
+    packed = interchange.read_layers(tmp_path / "rounded")[name]
+    wanted = wush.fake_quantize(found.astype(np.float16).astype("f4"), wush.NVFP4)
+    np.testing.assert_array_equal(wush.dequantize(packed.weight), wanted)
+    for other in (f"{name}_scale", "x"):
+        write(source, tensors | {name: codes, other: scales}, config)
+        with pytest.raises(ValueError, match=f"'{name}' hold 8-bit floats, and no scale"):
+            open_folder(source)
 
 
 def test_inspection_says_what_stays_packed(tmp_path):
-    found = interchange.inspect_folder(gptq(tmp_path / "a")[0])
-    assert (found.layout, dict(found.formats)) == ("gptq", {"INT4_G32/none": 7})
-    found = interchange.inspect_folder(awq(tmp_path / "b")[0])
-    assert (found.layout, len(found.layers)) == ("awq", 7)
-    assert found.layers[0].format == "int4, groups of 32, zero points (decoded)"
+    found = interchange.inspect_folder(awq(tmp_path / "a")[0])
+    assert (found.layout, dict(found.formats)) == ("awq", {"INT8_G32/none": 7})
     up = next(layer for layer in found.layers if layer.name == UP)
     assert up.bytes == 96 * 64 // 2 + 96 * 2 * 2 + 96 * 2 // 2
+    found = interchange.inspect_folder(gptq(tmp_path / "b", desc_act=True)[0])
+    assert (found.layout, len(found.layers)) == ("gptq", 7)
+    assert found.layers[0].format == "int4, groups of 32, columns reordered (decoded)"
     # What stays packed can be exported to our own files, and nothing else.
     assert interchange.export(tmp_path / "native", tmp_path / "a", "wush") == ()
     native = interchange.read_layers(tmp_path / "native")[UP]
-    assert native.weight.format.name == "INT4_G32"
+    assert native.weight.format.name == "INT8_G32"
     with pytest.raises(ValueError, match="no layer that stays packed"):
         interchange.export(tmp_path / "never", tmp_path / "b", "wush")
 

@@ -73,7 +73,8 @@ def test_transformers_reads_the_same_model(tmp_path):
 
 def test_a_loaded_model_is_of_plain_layers(tmp_path):
     write(tmp_path / "m.gguf")
-    model = wush.load(tmp_path / "m.gguf")
+    with pytest.warns(UserWarning, match=r"weights decoded, .* 1 of \(Q4_0\)"):
+        model = wush.load(tmp_path / "m.gguf")
     assert not [m for _, m in nnx.iter_modules(model) if type(m).__name__ == "QuantizedDense"]
     assert (model.dtype, model.norm.scale.dtype) == ("bfloat16", "float32")  # as the file has them
 

@@ -53,12 +53,17 @@ def make_all(root):
     modelopt(root / "nvfp4", root / "modelopt")
     encoded_folders.gptq(root / "gptq")
     encoded_folders.gptq(root / "gptq-order", desc_act=True, sym=False, version="gptq_v2")
+    encoded_folders.gptq(root / "gptq-of-old", elsewhere=True)
+    encoded_folders.gptq(root / "gptq-dynamic", dynamic=encoded_folders.DYNAMIC)
     encoded_folders.awq(root / "awq")
+    encoded_folders.awq_rows(root / "awq-gemv")
     encoded_folders.awq(root / "awq-packed", zero_point=False)
     encoded_folders.pack_quantized(root / "pack", sym=False)
     encoded_folders.pack_quantized(root / "pack-packed")
     encoded_folders.fp8(root / "fp8")
     encoded_folders.fp8(root / "fp8-tensor", block=None, activation_scheme="static")
+    encoded_folders.modelopt_fp8(root / "modelopt-fp8")
+    encoded_folders.modelopt_fp8(root / "modelopt-fp8-config", elsewhere=False)
     encoded_folders.float_quantized(root / "float")
     encoded_folders.float_quantized(root / "float-blocks", "block")
     encoded_folders.int_quantized(root / "int")
@@ -149,7 +154,8 @@ def encoded(folder):
         return False
     content = json.loads((folder / "config.json").read_text())
     named = content.get("quantization_config") if isinstance(content, dict) else None
-    return named is not None or (folder / "hf_quant_config.json").exists()
+    elsewhere = ("hf_quant_config.json", "quantize_config.json")
+    return named is not None or any((folder / file).exists() for file in elsewhere)
 
 
 def changes(folder):

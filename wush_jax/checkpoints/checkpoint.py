@@ -30,6 +30,7 @@ from wush_jax.checkpoints.layouts.layout import Layout, quantization_config
 from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
+from wush_jax.checkpoints.stacks import read_stack, stack_record, stacked_experts
 from wush_jax.layers.dense import is_node
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import (
@@ -166,11 +167,13 @@ def load(
             f"{type(model).__name__}, are {model_names.naming(model)!r}; give the model that was "
             "saved"
         )
-    layers = _Layers(folder, layout, records, place)
+    parts = stacked_experts(model, records)
+    joint = {name: stack_record([records[part] for part in parts[name]]) for name in parts}
+    layers = _Layers(folder, layout, {**records, **joint}, place, parts)
 
     def replace(module_path: str, module: nnx.Module) -> nnx.Module | None:
         name = model_names.layer_name(model, module_path)
-        dense = dense_view(module, dense_types) if name in records else None
+        dense = dense_view(module, dense_types) if name in layers.records else None
         if dense is not None and name in stacks:
             dense = _stacked(folder, name, dense, stacks[name])
         return None if dense is None else layers.build(name, dense, implementation)
@@ -187,6 +190,8 @@ def load(
             if name.endswith(layout.skipped):
                 folder.skip(name)
         folder.check_all_read()
+    for note in folder.decoded(layers.weights) if isinstance(folder, DecodedFolder) else ():
+        warnings.warn(f"{folder.path}: {note}", stacklevel=2)
     return loaded
 
 
@@ -197,7 +202,7 @@ def _repeated_embedding(model: nnx.Module) -> str | None:
 
 
 class _Layers:
-    """Builds quantized layers; those of one site share a transform."""
+    """Builds quantized layers; those of one site share a transform, and stacks are of several."""
 
     def __init__(
         self,
@@ -205,8 +210,10 @@ class _Layers:
         layout: Layout,
         records: Mapping[str, LayerRecord],
         place: Place,
+        parts: Mapping[str, tuple[str, ...]],
     ):
         self.folder, self.layout, self.records, self.place = folder, layout, records, place
+        self.parts = parts
         self.built: set[str] = set()
         self.transforms: dict[str, Packed] = {}
 
@@ -219,12 +226,21 @@ class _Layers:
             )
         shared = self.transforms.get(record.site or "")
         array = None if shared is None else shared.get_value()
-        packed = self.layout.read(self.folder, name, record, self.place, transform=array)
+        if name in self.parts:
+            own = {part: self.records[part] for part in self.parts[name]}
+            packed = read_stack(self.folder, name, own, self.layout, self.place)
+        else:
+            packed = self.layout.read(self.folder, name, record, self.place, transform=array)
         layer = QuantizedDense(dense, packed, transform=shared, implementation=implementation)
         if record.site is not None and layer.transform is not None:
             self.transforms[record.site] = layer.transform
-        self.built.add(name)
+        self.built |= {name, *self.parts.get(name, ())}
         return layer
+
+    @property
+    def weights(self) -> set[str]:
+        """The names of the weights that became layers."""
+        return {f"{name}.weight" for name in self.built}
 
     def check_all_built(self) -> None:
         missing = sorted(set(self.records) - self.built)

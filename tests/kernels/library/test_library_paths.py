@@ -64,7 +64,10 @@ def test_bfloat16_operands_are_exact(fmt, layout):
 
 # Of other libraries' files.
 WIDE_SCALES = wush.formats.INT4_ABSMAX.replace(name="WIDE", scale_dtype="float32", group_size=16)
-SUMS = [*FORMATS, wush.NVINT4, wush.MXFP8, wush.FP8, WIDE_SCALES]
+FP8_FILES = wush.MXFP8.replace(name="E4M3_G64", scale_dtype="float32", rule="absmax", group_size=64)
+INT8_FILES = wush.formats.INT8.replace(name="INT8_G32", scale_dtype="float32")
+SUMS = [*FORMATS, wush.NVINT4, wush.MXFP8, wush.FP8, WIDE_SCALES, FP8_FILES, INT8_FILES]
+SUMS.append(wush.formats.INT8)
 
 
 @pytest.mark.parametrize("fmt", SUMS, ids=lambda f: f.name)

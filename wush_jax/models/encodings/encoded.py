@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,43 +18,7 @@ from wush_jax.storage.tensor_folder import Entry, MisfitError, TensorFolder, som
 # The dtypes and shapes that are right, by tensor.
 Headers = Mapping[str, tuple[Sequence[Any], Sequence[tuple[int, ...]]]]
 SCALES = (np.float16, jnp.bfloat16, np.float32)
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A weight (N, K) as it is stored: ``w = (code - zero) * scale``.
-
-    Attributes:
-      codes: (N, K) whole numbers, or 8-bit floats.
-      scales: (R, G), of blocks of ``block`` rows and columns; the last ones may be smaller.
-      block: rows and columns that share a scale.
-      zeros: as ``scales``, subtracted from codes; None for none.
-      columns: (K,) the place among G of each column's scale; None where blocks are in order.
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray
-    block: tuple[int, int]
-    zeros: np.ndarray | None = None
-    columns: np.ndarray | None = None
-
-    def values(self) -> np.ndarray:
-        """Return the weight, float32: codes and zeros are exact in it, the product rounds once.
-
-        >>> Codes(np.int8([[1, 2], [3, 4]]), np.float16([[0.5], [2]]), (1, 2)).values().tolist()
-        [[0.5, 1.0], [6.0, 8.0]]
-        """
-        values = self.codes.astype(np.float32)
-        if self.zeros is not None:
-            values -= self._each(self.zeros)
-        return values * self._each(self.scales)
-
-    def _each(self, blocks: np.ndarray) -> np.ndarray:
-        """One value a block as (N, K) or (1, K), float32."""
-        n, k = self.codes.shape
-        columns = np.arange(k) // self.block[1] if self.columns is None else self.columns
-        wide = blocks.astype(np.float32)[:, columns]
-        return wide if self.block[0] >= n else wide[np.arange(n) // self.block[0]]
+PLAIN = ("F32", "F16", "BF16")  # elements of GGUF files that are no codes
 
 
 @dataclass(frozen=True)
@@ -61,9 +26,9 @@ class EncodedWeight:
     """What a folder's config and headers say of one encoded weight.
 
     Attributes:
-      shape: (N, K), or of a vector in files that encode all tensors.
+      shape: (N, K), or (E, N, K); or of a vector in files that encode all tensors.
       dtype: of the weight where a reader asks for none: that in which its own library decodes it.
-      parts: names of the tensors that it is made of.
+      parts: names of the tensors that it is made of, codes first and scales second.
       element: "int4", "int8", "e4m3", ...
       block: rows and columns that share a scale; None where the element says it.
       read: returns the codes, or what else has ``values``.
@@ -87,11 +52,12 @@ class EncodedWeight:
         """How it is stored, for people."""
         if self.block is None:
             return self.element
-        (rows, columns), (n, k) = self.block, self.shape
+        (rows, columns), (*lead, n, k) = self.block, self.shape
         groups = f"groups of {columns}" if columns < k else "a scale a row"
         if rows > 1:
             groups = "one scale" if rows >= n and columns >= k else f"blocks of {rows} x {columns}"
         parts = [self.element, groups]
+        parts += [f"{lead[0]} matrices"] if lead else []
         parts += ["zero points"] if self.zero_points else []
         parts += ["columns reordered"] if self.reordered else []
         return ", ".join(parts)
@@ -145,6 +111,13 @@ class DecodedFolder(TensorFolder):
             raise ValueError(
                 f"{self.path} holds {some(twice)} both plain and encoded; remove one of them"
             )
+        bare = [n for n, e in plain.items() if e.dtype.name.startswith("float8")]
+        if bare:
+            raise ValueError(
+                f"{self.path}: {some(bare)} hold 8-bit floats, and no scale that layout "
+                f"{encoding.name!r} has for them is there, so that their values are not known; "
+                "fetch the folder again, or save the model with its own library as bfloat16"
+            )
         self.entries = plain | {name: self._entry(w) for name, w in self.encoded.items()}
         self._unread = set(self.entries)
 
@@ -182,6 +155,21 @@ class DecodedFolder(TensorFolder):
         return tuple(
             f"the file rounds activations ({kind}); here they stay as they are" for kind in kinds
         )
+
+    def decoded(self, packed: Collection[str]) -> tuple[str, ...]:
+        """Say which weights a model holds as plain ones.
+
+        Args:
+          packed: names of those that stay as they are.
+        """
+        kinds = Counter(
+            w.said
+            for name, w in self.encoded.items()
+            if name not in packed and len(w.shape) > 1 and w.element not in PLAIN
+        )
+        said = ", ".join(f"{count} of ({kind})" for kind, count in sorted(kinds.items()))
+        more = "they take the memory of plain ones (wush inspect names them)"
+        return (f"weights decoded, as no packed format holds them: {said}; {more}",) * bool(kinds)
 
 
 def checked(folder: TensorFolder, values: TypedValues, known: Sequence[str]) -> None:
@@ -223,72 +211,6 @@ def weight_dtype(folder: TensorFolder) -> np.dtype:
     return known.get(named if isinstance(named, str) else "", np.dtype(jnp.bfloat16))
 
 
-def raw(folder: TensorFolder, name: str) -> np.ndarray:
-    """Return a tensor whose header was checked before."""
-    entry = folder.entries[name]
-    return folder.read(name, [entry.dtype], [entry.shape])
-
-
-def group_order(
-    folder: TensorFolder, name: str, group: int, *, reordered: bool, remedy: str
-) -> np.ndarray | None:
-    """Return the group of each input from a tensor of groups; None where they are in order.
-
-    Args:
-      folder: where it is.
-      name: of the tensor.
-      group: inputs of a group.
-      reordered: whether the config says that inputs have an order of their own.
-      remedy: what to write into the config where it does not.
-
-    Raises:
-      ValueError: an order that the config does not know of, or groups that do not exist.
-    """
-    found = raw(folder, name)
-    in_order = np.arange(len(found)) // group
-    if (found == in_order).all():
-        return None
-    if not reordered:
-        raise ValueError(
-            f"{folder.path}: {name!r} has an order of its own, of which {CONFIG} says nothing; "
-            f"write {remedy} into quantization_config"
-        )
-    if found.min() < 0 or found.max() > in_order[-1]:
-        raise ValueError(
-            f"{folder.path}: {name!r} names groups beyond 0 to {in_order[-1]}; fetch it again"
-        )
-    return found
-
-
-def centred(
-    folder: TensorFolder,
-    name: str,
-    codes: np.ndarray,
-    zeros: np.ndarray,
-    half: int,
-    said: tuple[str, str],
-) -> np.ndarray:
-    """Return codes from 0 up as signed ones, of a config that says that all zeros are the middle.
-
-    Args:
-      folder: for the message.
-      name: of the tensor of zeros.
-      codes: from 0 up.
-      zeros: of the groups.
-      half: the middle.
-      said: the field and its value, and what to write in its place.
-
-    Raises:
-      ValueError: other zeros.
-    """
-    if (zeros != half).any():
-        field, remedy = said
-        raise ValueError(
-            f"{folder.path}: {field}, but {name!r} has zero points other than {half}; {remedy}"
-        )
-    return codes.astype(np.int16) - half
-
-
 def tensor_faults(folder: TensorFolder, wanted: Headers) -> list[str]:
     """Return what is wrong with the headers of some tensors."""
     faults = []
@@ -308,7 +230,7 @@ def tensor_faults(folder: TensorFolder, wanted: Headers) -> list[str]:
 
 def _ragged(name: str, parts: Headers, *, shape: Any, block: Any, **_: Any) -> list[str]:
     """Return that groups of a row do not tile it: only an order in the file says what is meant."""
-    (rows, group), k = block, shape[1]
+    (rows, group), k = block, shape[-1]
     if rows > 1 or k % group == 0 or any(part.endswith("g_idx") for part in parts):
         return []
     return [f"group_size = {group} does not divide the {k} inputs of {name!r}"]
@@ -318,6 +240,7 @@ def encoded_layers(
     folder: TensorFolder,
     ending: str,
     describe: Callable[[str], tuple[Headers, Mapping[str, Any]]],
+    plain: str = ".weight",
 ) -> dict[str, EncodedWeight]:
     """Return the encoded weights of a folder, by the names of the plain ones.
 
@@ -326,6 +249,7 @@ def encoded_layers(
       ending: of a tensor that only encoded layers have.
       describe: from a layer's name to the headers that its tensors must have, codes first and
         scales second, and to what `EncodedWeight` is made of beside them.
+      plain: what a plain weight's name has in place of ``ending``.
 
     Raises:
       ValueError: no layer, or tensors that are missing or of another dtype or shape: all at once.
@@ -340,7 +264,7 @@ def encoded_layers(
         if not wrong:
             scales = folder.entries[[*wanted][1]]
             own = {"dtype": scales.dtype, "parts": tuple(wanted)}
-            found[f"{name}.weight"] = EncodedWeight(**{**own, **fields})
+            found[f"{name}{plain}"] = EncodedWeight(**{**own, **fields})
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise ValueError(

@@ -2,7 +2,8 @@
 
 Of a layer with N outputs and K inputs: ``weight`` F8_E4M3 (N, K) and ``weight_scale_inv``, which
 multiplies in spite of its name: (N / 128, K / 128) of blocks, or a scalar where
-``weight_block_size`` is null. Files of one scale a tensor may call it ``weight_scale``.
+``weight_block_size`` is null. Files of one scale a tensor may call it ``weight_scale``. Stacks of
+experts: ``<name>`` (E, N, K) with ``<name>_scale_inv`` (E, N / 128, K / 128).
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from wush_jax.models.encodings.codes import Codes, raw
 from wush_jax.models.encodings.encoded import (
     BLOCK,
     SCALES,
-    Codes,
     EncodedWeight,
     Encoding,
     Headers,
     checked,
     encoded_layers,
     is_block,
-    raw,
     weight_dtype,
 )
 from wush_jax.models.typed_values import TypedValues
@@ -61,35 +61,38 @@ def _block(folder: TensorFolder) -> tuple[int, int] | None:
 
 def _weights(folder: TensorFolder) -> dict[str, EncodedWeight]:
     size = _block(folder)
-    inverse = any(name.endswith(".weight_scale_inv") for name in folder.entries)
-    ending = ".weight_scale_inv" if inverse else ".weight_scale"
+    inverse = any(name.endswith("_scale_inv") for name in folder.entries)
+    ending, plain = ("_scale_inv", "") if inverse else (".weight_scale", ".weight")
     scheme = folder.config["quantization_config"].get("activation_scheme", "dynamic")
 
     def describe(name: str) -> tuple[Headers, dict[str, Any]]:
-        entry = folder.entries.get(f"{name}.weight")
-        n, k = entry.shape if entry is not None and len(entry.shape) == 2 else (0, 0)
+        codes, scales = f"{name}{plain}", f"{name}{ending}"
+        entry = folder.entries.get(codes)
+        axes = 2 if codes.endswith(".weight") else 3
+        shape = entry.shape if entry is not None and len(entry.shape) == axes else (0,) * axes
+        *lead, n, k = shape
         rows, columns = size or (max(n, 1), max(k, 1))
-        grid = [(-(-n // rows), -(-k // columns))] + ([] if size else [(), (1,)])
+        grid = [(*lead, -(-n // rows), -(-k // columns))]
+        grid += [] if size or lead else [(), (1,)]
         wanted: dict[str, Any] = {
-            f"{name}.weight": ([jnp.float8_e4m3fn], [(n, k)]),
-            f"{name}{ending}": ([*SCALES, jnp.float8_e8m0fnu], grid),
+            codes: ([jnp.float8_e4m3fn], [shape]),
+            scales: ([*SCALES, jnp.float8_e8m0fnu], grid),
         }
         return wanted, {
-            "shape": (n, k),
+            "shape": shape,
             "dtype": weight_dtype(folder),
             "element": "e4m3",
             "block": (rows, columns),
-            "read": partial(_read, folder, name, ending, (rows, columns)),
+            "read": partial(_read, folder, codes, scales, (rows, columns)),
             "inputs": f"e4m3 {scheme}",
         }
 
-    return encoded_layers(folder, ending, describe)
+    return encoded_layers(folder, ending, describe, plain)
 
 
-def _read(folder: TensorFolder, name: str, ending: str, block: tuple[int, int]) -> Codes:
-    scales = raw(folder, f"{name}{ending}")
-    scales = scales if scales.ndim == 2 else scales.reshape(1, 1)
-    return Codes(raw(folder, f"{name}.weight"), scales, block)
+def _read(folder: TensorFolder, name: str, scales: str, block: tuple[int, int]) -> Codes:
+    found = raw(folder, scales)
+    return Codes(raw(folder, name), found if found.ndim > 1 else found.reshape(1, 1), block)
 
 
 ENCODING = Encoding(

@@ -20,17 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from wush_jax.models.encodings.codes import Codes, centred, group_order, raw
 from wush_jax.models.encodings.encoded import (
     SCALES,
-    Codes,
     EncodedWeight,
     Encoding,
     Headers,
-    centred,
     checked,
     encoded_layers,
-    group_order,
-    raw,
 )
 from wush_jax.models.encodings.integers import unpack
 from wush_jax.models.typed_values import TypedValues

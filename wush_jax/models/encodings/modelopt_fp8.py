@@ -14,14 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from wush_jax.models.encodings.codes import Codes, raw
 from wush_jax.models.encodings.encoded import (
-    Codes,
     EncodedWeight,
     Encoding,
     Headers,
     checked,
     encoded_layers,
-    raw,
     weight_dtype,
 )
 from wush_jax.models.encodings.said_elsewhere import MODELOPT

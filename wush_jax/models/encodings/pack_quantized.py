@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from wush_jax.models.encodings.codes import Codes, group_order, raw
 from wush_jax.models.encodings.compressed_schemes import (
     METHOD,
     SKIPPED,
@@ -28,13 +29,10 @@ from wush_jax.models.encodings.compressed_schemes import (
 )
 from wush_jax.models.encodings.encoded import (
     SCALES,
-    Codes,
     EncodedWeight,
     Encoding,
     Headers,
     encoded_layers,
-    group_order,
-    raw,
 )
 from wush_jax.models.encodings.integers import unpack
 from wush_jax.storage.tensor_folder import TensorFolder

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from wush_jax.models.encodings.codes import Codes, raw
 from wush_jax.models.encodings.compressed_schemes import (
     METHOD,
     SKIPPED,
@@ -23,12 +24,10 @@ from wush_jax.models.encodings.compressed_schemes import (
 )
 from wush_jax.models.encodings.encoded import (
     SCALES,
-    Codes,
     EncodedWeight,
     Encoding,
     Headers,
     encoded_layers,
-    raw,
 )
 from wush_jax.storage.tensor_folder import TensorFolder
 
