@@ -26,7 +26,14 @@ from wush_jax.calibration.observe import (
     plain_call,
 )
 from wush_jax.calibration.resume import model_digest
-from wush_jax.calibration.site_plan import SitePlan, planned_sites, site_cost
+from wush_jax.calibration.site_plan import (
+    SitePlan,
+    kept_blocks,
+    kept_rows,
+    moment_costs,
+    planned_sites,
+)
+from wush_jax.calibration.token_weights import TokenWeights, check_token_weights
 from wush_jax.formats.checks import check_kind
 from wush_jax.layers.nnx import DENSE_TYPES, Dense, DenseTypes, dense_layers
 from wush_jax.models.tokens import check_batches_given, model_inputs
@@ -34,7 +41,6 @@ from wush_jax.solvers.batched import empty_moments
 from wush_jax.solvers.recipe import RuleBook, Rules
 from wush_jax.storage.tensor_folder import some
 from wush_jax.transforms.moments import Moments
-from wush_jax.transforms.sample import SAMPLE_ROWS
 
 # From sites, layers by path and reasons by path for those that cannot be quantized, to what
 # calibration has to serve.
@@ -56,6 +62,7 @@ class Calibration:
       first: the first batch; reports measure losses on it.
       batches: how many were seen.
       fingerprint: a hash of the model's weights, or None where nobody has asked for it.
+      token_weights: how tokens were weighed, or None where all count alike.
     """
 
     sites: tuple[Site, ...]
@@ -64,6 +71,7 @@ class Calibration:
     first: Any
     batches: int
     fingerprint: str | None = None
+    token_weights: TokenWeights | None = None
 
     @property
     def tokens(self) -> int:
@@ -151,6 +159,7 @@ class Calibration:
             ],
             "batches": self.batches,
             "fingerprint": self.fingerprint,
+            "token_weights": self.token_weights,
         }
         moments = {site.name: m for site, m in self.moments.items()}
         calibration_files.write(folder, about, moments, self.first)
@@ -185,15 +194,21 @@ class Calibration:
             about = opened.config["calibration"]
             shapes = {path: tuple(map(index, shape)) for path, shape in about["shapes"].items()}
             sites = tuple(Site(tuple(s["layers"]), index(s["size"])) for s in about["sites"])
+            token_weights = about.get("token_weights")  # of none in files from before it was there
+            check_token_weights(token_weights)
+            more: dict[str, Any] = {"weighted": token_weights is not None}
             kept = {
-                site: partial(empty_moments, site.size, batch=shapes[site.name][:-2], **s["kept"])
+                site: partial(
+                    empty_moments, site.size, batch=shapes[site.name][:-2], **s["kept"], **more
+                )
                 for site, s in zip(sites, about["sites"], strict=True)
                 if s["kept"] is not None
             }
             like = {site.name: jax.eval_shape(make) for site, make in kept.items()}
             found, first = calibration_files.read(opened, like, about["first"])
             moments = {site: found[site.name] for site in kept}
-            return cls(sites, shapes, moments, first, index(about["batches"]), about["fingerprint"])
+            seen, fingerprint = index(about["batches"]), about["fingerprint"]
+            return cls(sites, shapes, moments, first, seen, fingerprint, token_weights)
 
 
 def _shape(layer: Dense | None) -> tuple[int, ...] | None:
@@ -207,6 +222,7 @@ def calibrate(
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
     rows: int | None = None,
+    token_weights: TokenWeights | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Run a model on calibration batches and keep what quantizing needs to know of its inputs.
@@ -223,6 +239,10 @@ def calibrate(
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
       rows: of every site's input to keep; None is 2048, or what the rules need. 0 keeps none.
+      token_weights: "gradient" counts a token of a site by the norm of the gradient of log p(label)
+        by the outputs of its layers, labels drawn from the model's own predictions; the call has to
+        return logits. Takes a backward pass a batch, and what that keeps of the forward pass. None
+        counts all tokens alike.
       progress: called with the number of batches done, None and "calibrate".
 
     Returns:
@@ -231,10 +251,13 @@ def calibrate(
     Raises:
       ValueError: no batches, what is no token of a language model, no dense layer that the call
         reaches, inputs that are not finite, with the site's name; rules that do not fit; moments
-        that cannot fit the devices' memory.
+        that cannot fit the devices' memory; token weights of a model that returns no logits, or
+        has no gradient.
+      NotImplementedError: token weights of a layer that gradients cannot be followed to.
       MemoryError: it ran out on the way; with what was planned.
 
-    Source: WUSH paper, eq. 4.
+    Source: WUSH paper, eq. 4; token weights: GuidedQuant (Kim et al., 2025) has the squares of
+    gradients, of the training loss, by groups of outputs.
 
     >>> from wush_jax import BEST, Recipe, quantize_model
     >>> model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
@@ -245,7 +268,9 @@ def calibrate(
     >>> for recipe in Recipe(), Recipe(transform="hadamard"):
     ...     quantized, report = quantize_model(model, calibration, recipe)
     """
+    check_token_weights(token_weights)
     options: dict[str, Any] = {"call": call, "dense_types": dense_types, "progress": progress}
+    options["token_weights"] = token_weights
     wanted = parts_of(*rules) if rules else None
     found = observe(model, batches, wanted, rows=rows, **options)
     return replace(found, fingerprint=model_digest(model))
@@ -269,6 +294,7 @@ def observe(
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
     rows: int | None = None,
+    token_weights: TokenWeights | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Do the work of `calibrate`, without the hash of the model: for use at once.
@@ -280,6 +306,7 @@ def observe(
       call: how to run the model on a batch.
       dense_types: module types that are dense layers.
       rows: as for `calibrate`.
+      token_weights: as for `calibrate`.
       progress: as for `calibrate`.
     """
     check_kind(nnx.Module, "an NNX module", model=model)
@@ -299,44 +326,14 @@ def observe(
             f"dense_types= (it also has {skipped})"
         )
     parts = None if wanted is None else wanted(sites, layers, skipped)
-    blocks = dict.fromkeys(sites) if parts is None else _blocks(sites, parts)
-    rows = _rows(rows, parts)
-    costs = _costs(blocks, parts or (), layers, rows)
+    blocks = dict.fromkeys(sites) if parts is None else kept_blocks(sites, parts)
+    rows = kept_rows(rows, parts)
+    costs = moment_costs(blocks, parts or (), layers, rows)
     check_device_memory(costs, sequential=False, remedy=EVERY_RECIPE if parts is None else "")
     seen = itertools.count()
     counted = (batch for batch, _ in zip(itertools.chain([first], batches), seen, strict=False))
     with within_memory(costs):
-        options |= {"rows": rows, "progress": progress}
+        options |= {"rows": rows, "progress": progress, "token_weights": token_weights}
         moments = collect_moments(model, counted, blocks, **options)
     shapes = {path: layers[path].weight_shape for site in sites for path in site.layers}
-    return Calibration(sites, shapes, moments, first, next(seen))
-
-
-def _blocks(sites: Sequence[Site], parts: Sequence[SitePlan]) -> dict[Site, int | None]:
-    """The moments that serve all parts of a site: of their blocks, or full where they differ."""
-    blocks: dict[Site, int | None] = {}
-    for site in sites:
-        asked = {part.moment_block for part in parts if part.site.name in site.layers}
-        if asked:
-            blocks[site] = asked.pop() if len(asked) == 1 else None
-    return blocks
-
-
-def _rows(rows: int | None, parts: Sequence[SitePlan] | None) -> int:
-    needed = SAMPLE_ROWS if parts is None else max(part.sample_rows for part in parts)
-    if rows is None:
-        return needed
-    if rows < 0 or (rows == 0 and parts is not None and needed):
-        raise ValueError(f"rows={rows}; the rules need rows of the inputs: keep {needed}, or None")
-    return rows
-
-
-def _costs(blocks, parts, layers, rows: int) -> dict[str, int]:
-    """Bytes of all moments, and of the site that takes most to quantize."""
-    sizes = []
-    for site, block in blocks.items():
-        batch = layers[site.name].contraction.batch
-        kept = jax.eval_shape(partial(empty_moments, site.size, block, batch, rows))
-        sizes.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)))
-    solvers = [site_cost(part, layers).solver_bytes for part in parts]
-    return {"moment_bytes": sum(sizes), "largest_site_bytes": max(solvers or sizes)}
+    return Calibration(sites, shapes, moments, first, next(seen), token_weights=token_weights)

@@ -20,6 +20,7 @@ from wush_jax.calibration.sites import find_sites as find_sites
 from wush_jax.calibration.sites import observe_calls as observe_calls
 from wush_jax.calibration.sites import plain_call as plain_call
 from wush_jax.calibration.sites import stacked as stacked
+from wush_jax.calibration.token_weights import check_token_weights, gradient_weights
 from wush_jax.formats import elements
 from wush_jax.layers.calls import Call as LayerCall
 from wush_jax.layers.dense import (
@@ -112,11 +113,13 @@ def collect_moments(
     call: Call = plain_call,
     dense_types: DenseTypes = DENSE_TYPES,
     rows: int = 0,
+    token_weights: str | None = None,
     progress: Progress | None = None,
 ) -> dict[Site, Moments]:
     """Run all batches and return the second moment of every site's input.
 
     ``M_X = sum_t x_t x_t^T / T`` over all tokens t of all batches; streamed, one batch at a time.
+    With weights a, of mean one in each batch, ``sum_t a_t x_t x_t^T / T``.
 
     Args:
       model: an NNX module.
@@ -125,6 +128,8 @@ def collect_moments(
       call: how to run the model on a batch.
       dense_types: what counts as a dense layer.
       rows: of every site's input to keep as a sample (`wush_jax.transforms.sample`).
+      token_weights: "gradient" weighs tokens by `wush_jax.calibration.token_weights`; None counts
+        them alike.
       progress: called with the number of batches done, None and "calibrate".
 
     Returns:
@@ -133,17 +138,20 @@ def collect_moments(
     Raises:
       ValueError: no batches, or inputs that are not finite, with the name of the site.
     """
+    check_token_weights(token_weights)
     graph, state = nnx.split(model)
     layers, _ = dense_layers(model, dense_types)
+    weighted = token_weights is not None
     totals = {
-        site: empty_moments(site.size, block, layers[site.name].contraction.batch, rows)
+        site: empty_moments(site.size, block, layers[site.name].contraction.batch, rows, weighted)
         for site, block in blocks.items()
     }
     ordered = list(totals.values())
     done = 0
     inputs = model_inputs(model, batches) if call is plain_call else batches
     for done, batch in enumerate(inputs, start=1):
-        ordered = _add_batch(graph, tuple(totals), call, dense_types, state, ordered, batch)
+        key = jax.random.key(done) if weighted else None
+        ordered = _add_batch(graph, tuple(totals), call, dense_types, state, ordered, batch, key)
         if progress is not None:
             progress(done, None, "calibrate")
     if not done:
@@ -156,10 +164,13 @@ def collect_moments(
 
 # The graph is no static argument: those are hashed, and configs in a model need not be hashable.
 @partial(jax.jit, static_argnums=(1, 2, 3), compiler_options=ROUNDED)
-def _add_batch(graph, sites, call, dense_types, state, totals, batch):
+def _add_batch(graph, sites, call, dense_types, state, totals, batch, key):
     model = nnx.merge(graph, state)
     layers, _ = dense_layers(model, dense_types)
     chosen = {site.name: layers[site.name] for site in sites}
+    weights: dict[Site, Any] = {}
+    if key is not None:
+        weights = gradient_weights(model, batch, sites, layers, key, call=call)
 
     def add(call: LayerCall, seen: Any) -> Any:
         path = call.tag.layer
@@ -171,30 +182,36 @@ def _add_batch(graph, sites, call, dense_types, state, totals, batch):
         update = partial(_add_rows, path, call.tag.contraction, batch)
         return seen | {path: call.fold(seen[path], update)}
 
-    def merge(path: str, one: Moments, two: Moments) -> Moments:
-        return over_batch(Moments.merge, chosen[path].contraction.batch)(one, two)
+    def merge(path: str, one: tuple, two: tuple) -> tuple:
+        return over_batch(Moments.merge, chosen[path].contraction.batch)(one[0], two[0]), None
 
-    totals = dict(zip(chosen, totals, strict=True))
-    seen = run_tagged(model, inputs_of(batch), call, chosen, Interpreter(add, merge), totals)
-    return [seen[path] for path in chosen]
+    own = ((total, weights.get(site)) for site, total in zip(sites, totals, strict=True))
+    given = dict(zip(chosen, own, strict=True))
+    seen = run_tagged(model, inputs_of(batch), call, chosen, Interpreter(add, merge), given)
+    return [seen[path][0] for path in chosen]
 
 
-def _add_rows(path: str, contraction: Any, batch: Any, moments: Moments, rows: Any) -> Moments:
-    """Add a call's rows to the moments of a layer: one moment, or one for each expert."""
+def _add_rows(path: str, contraction: Any, batch: Any, seen: Any, rows: Any) -> Any:
+    """Add a call's rows to the moments of a layer: one moment, or one for each expert.
+
+    What is seen is a pair of the moments and the tokens' weights, or None.
+    """
+    moments, weights = seen
     if isinstance(rows, GroupedRows):
         if isinstance(batch, Masked):
             raise ValueError(
                 f"layer {path}: its rows are sorted by expert, which no mask follows; exclude the "
                 "layer by a rule, or calibrate without a mask"
             )
-        return update_groups(moments, rows)
+        return update_groups(moments, rows), None
     assert contraction is not None  # a call without a fault has one
     mask = counted(path, batch, rows if contraction.experts is None else rows[0])
 
-    def update(moments: Moments, rows: jax.Array) -> Moments:
-        return moments.update(rows, mask)
+    def update(moments: Moments, rows: jax.Array, weights: jax.Array | None) -> Moments:
+        return moments.update(rows, mask, weights)
 
-    return automatic(update if contraction.experts is None else jax.vmap(update), moments, rows)
+    update = update if contraction.experts is None else jax.vmap(update)
+    return automatic(update, moments, rows, weights), weights
 
 
 def _local(tree: Any) -> Any:

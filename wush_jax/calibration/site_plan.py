@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
 
 from wush_jax.calibration.observe import Site
 from wush_jax.layers.names import grouped_paths
 from wush_jax.layers.nnx import Dense
+from wush_jax.solvers.batched import empty_moments
 from wush_jax.solvers.costs import SiteCost
 from wush_jax.solvers.recipe import WIDTHS, Recipe, RuleBook
 from wush_jax.transforms.sample import SAMPLE_ROWS
@@ -114,3 +118,43 @@ def site_cost(item: SitePlan, layers: Mapping[str, Dense]) -> SiteCost:
         math.prod(layers[item.site.name].contraction.batch),
         item.sample_rows,
     )
+
+
+def kept_blocks(sites: Sequence[Site], parts: Sequence[SitePlan]) -> dict[Site, int | None]:
+    """Return the moments that serve all parts of a site: of their block, or full if they differ."""
+    blocks: dict[Site, int | None] = {}
+    for site in sites:
+        asked = {part.moment_block for part in parts if part.site.name in site.layers}
+        if asked:
+            blocks[site] = asked.pop() if len(asked) == 1 else None
+    return blocks
+
+
+def kept_rows(rows: int | None, parts: Sequence[SitePlan] | None) -> int:
+    """Return how many rows of every input are kept: what was asked for, or what all parts need.
+
+    Raises:
+      ValueError: fewer were asked for than are needed.
+    """
+    needed = SAMPLE_ROWS if parts is None else max(part.sample_rows for part in parts)
+    if rows is None:
+        return needed
+    if rows < 0 or (rows == 0 and parts is not None and needed):
+        raise ValueError(f"rows={rows}; the rules need rows of the inputs: keep {needed}, or None")
+    return rows
+
+
+def moment_costs(
+    blocks: Mapping[Site, int | None],
+    parts: Sequence[SitePlan],
+    layers: Mapping[str, Dense],
+    rows: int,
+) -> dict[str, int]:
+    """Return the bytes of all moments, and of the site that takes most to quantize."""
+    sizes = []
+    for site, block in blocks.items():
+        batch = layers[site.name].contraction.batch
+        kept = jax.eval_shape(partial(empty_moments, site.size, block, batch, rows))
+        sizes.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)))
+    solvers = [site_cost(part, layers).solver_bytes for part in parts]
+    return {"moment_bytes": sum(sizes), "largest_site_bytes": max(solvers or sizes)}

@@ -10,13 +10,10 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.exactly import is_sum_of_parts
-from wush_jax.calibration.calibration import Calibration, calibrate
 from wush_jax.calibration.model import quantize_model
 from wush_jax.calibration.observe import Progress
 from wush_jax.calibration.planning import ModelPlan, packed_of
@@ -25,9 +22,11 @@ from wush_jax.calibration.promise import Limit
 from wush_jax.calibration.report import Report
 from wush_jax.calibration.sequential import Sequential
 from wush_jax.calibration.streaming import quantize_folder
+from wush_jax.calibration.token_weights import TokenWeights
 from wush_jax.checkpoints import checkpoint
 from wush_jax.checkpoints.quantization_config import records_to_json
 from wush_jax.checkpoints.targets import TARGETS
+from wush_jax.commands.inputs import calibration_batches, calibration_of, divided, spread
 from wush_jax.commands.model_free import ModelFree
 from wush_jax.commands.options import (
     FORMATS,
@@ -38,9 +37,7 @@ from wush_jax.commands.options import (
     RecipeFlags,
     ResearchFlags,
     Source,
-    Text,
     TextFlags,
-    placement_of,
     preset_of,
     rules_of,
 )
@@ -50,8 +47,6 @@ from wush_jax.commands.terminal import console, progress
 from wush_jax.layers.served import served_line, served_plan
 from wush_jax.models.hugging_face import FolderTensors, abstract_of, load_pretrained
 from wush_jax.models.misfits import check_all_finite
-from wush_jax.models.placement import Placement
-from wush_jax.models.tokens import in_batches
 from wush_jax.solvers.costs import SiteCost
 from wush_jax.solvers.recipe import Recipe, Rules
 from wush_jax.storage.folder_writer import check_replaceable, copy_companions
@@ -106,6 +101,7 @@ def quantize(
     calibration: Literal["sequential", "one-shot"] = "sequential",
     granularity: Literal["site", "layer"] = "site",
     calibrated: Path | None = None,
+    token_weights: TokenWeights | None = None,
     max_kl: float | None = None,
     max_bits: float | None = None,
     max_bytes: int | None = None,
@@ -136,6 +132,8 @@ def quantize(
       granularity: layer after layer, whether each site sees the sites before it quantized.
       calibrated: folder of a calibration, in one shot: used where it is there, with no text, or the
         same; else made, for every recipe, and kept.
+      token_weights: gradient counts tokens by what the model's prediction makes of its layers'
+        outputs, in one shot: less KL, for a backward pass over the text.
       max_kl: stay within this KL from the model, in nats, with the fewest bytes, in one shot; the
         recipe's flags then do not matter. OUT/checkpoint/promise.json has it: `wush verify`.
       max_bits: in place of --max-kl, the least KL with so many bits a weight, transforms counted.
@@ -153,7 +151,7 @@ def quantize(
         given: dict[str, Any] = {"text": source.text or None, "tokens": source.tokens}
         given |= {"calibrated": calibrated, "max-kl": max_kl, "mesh": mesh}
         given |= {"max-bits": max_bits, "max-bytes": max_bytes, "head": head}
-        given["data-parallel"] = data_parallel
+        given |= {"token-weights": token_weights, "data-parallel": data_parallel}
         free.check_no_calibration({**given, "calibration one-shot": calibration == "one-shot"})
         rules = free.rules(preset, recipe, skip, target)
         _show(_model_free(free, model, out, rules, target, resume, dry_run), skip, all_layers)
@@ -165,12 +163,13 @@ def quantize(
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
-    _check_one_shot(sequential, calibrated, limit := Limit(max_kl, max_bits, max_bytes))
-    weights = _divided(mesh, model, data_parallel)
+    limit = Limit(max_kl, max_bits, max_bytes)
+    _check_one_shot(sequential, calibrated, token_weights, limit)
+    weights = divided(mesh, model, data_parallel)
     reused = calibrated is not None and calibrated.exists()
     texts = bool(source.text) or source.tokens is not None
-    batches = _batches(source, model) if texts or not reused else []
-    rows, weights = _spread(batches) if data_parallel and batches else (None, weights)
+    batches = calibration_batches(source, model) if texts or not reused else []
+    rows, weights = spread(batches) if data_parallel and batches else (None, weights)
     planned = _with_cost(_planned(model, rules), preset_of(preset, recipe, target))
     asked = {"model": model, "text": source.text, "tokens": source.tokens, "seed": source.seed}
     log = RunLog(out, rules, **asked, calibration=calibration, dtype=dtype, **asdict(limit))
@@ -187,8 +186,7 @@ def quantize(
             inputs: Any = [jax.device_put(batch, rows) for batch in batches]
             check_all_finite(FolderTensors(model), model)
             whole = load_pretrained(model, param_dtype=None, **options)
-            if calibrated is not None:
-                inputs = _calibration(calibrated, whole, inputs, update)
+            inputs = calibration_of(calibrated, whole, inputs, rules, token_weights, update)
             report = _in_one_shot(whole, inputs, planned, rules, limit, out / "checkpoint", update)
             copy_companions(model, out / "checkpoint")
     log.end(report)
@@ -234,38 +232,23 @@ def _in_one_shot(
     return report
 
 
-def _batches(source: Text, model: Path) -> list[np.ndarray]:
-    """Return the calibration batches of a text, and say what of it is left out."""
-    windows = source.windows(model)
-    console().print(f"calibration: {windows.said()}")
-    if windows.left_out:
-        console().print(f"{windows.left_out} tokens at the end fill no window; they are left out")
-    return in_batches(windows.rows, source.batch)
-
-
-def _calibration(folder: Path, model: nnx.Module, batches: list, update: Progress) -> Calibration:
-    """Return the calibration in a folder, made where it is not there."""
-    if not folder.exists():
-        made = calibrate(model, batches, progress=update)
-        made.save(folder)
-        return made
-    found = Calibration.load(folder)
-    same = len(batches) in (0, found.batches) and all(
-        np.array_equal(batch, found.first) for batch in batches[:1]
-    )
-    if not same:
-        raise ValueError(
-            f"--calibrated {folder} is of another text, or of other windows: leave the text out, "
-            "or give another folder"
-        )
-    return found
-
-
-def _check_one_shot(sequential: bool, calibrated: Path | None, limit: Limit) -> None:
+def _check_one_shot(
+    sequential: bool, calibrated: Path | None, token_weights: str | None, limit: Limit
+) -> None:
     """Refuse limits that are none, and layer after layer what only one shot can do."""
     check_limit(limit, sequential)
     if sequential and calibrated is not None:
         raise ValueError("--calibrated is for --calibration one-shot: sequential observes anew")
+    if sequential and token_weights is not None:
+        raise ValueError(
+            "--token-weights is for --calibration one-shot: gradients come back through the whole "
+            "model, of which sequential holds one layer"
+        )
+    if token_weights is not None and limit.given and calibrated is None:
+        raise ValueError(
+            f"--token-weights and --{next(iter(limit.given)).replace('_', '-')}: add --calibrated "
+            "FOLDER, which keeps what every candidate needs"
+        )
 
 
 def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None:
@@ -323,25 +306,3 @@ def _show(report: Report, skip: tuple[str, ...], all_layers: bool) -> None:
     for name, value in report.details.items():
         console().print(f"{name}: {value:,}")
     console().print(report.table(all_layers))
-
-
-def _divided(mesh: str | None, model: Path, data_parallel: bool) -> Placement:
-    """Return where weights go on a mesh, refused before anything is read."""
-    if mesh is not None and data_parallel:
-        raise ValueError(
-            f"--mesh {mesh} divides the weights and --data-parallel copies them: choose one"
-        )
-    return placement_of(mesh, model)
-
-
-def _spread(batches: list[np.ndarray]) -> tuple[NamedSharding, NamedSharding]:
-    """Return the placement of a batch over all devices, and of weights on each of them."""
-    devices = jax.device_count()
-    uneven = [len(batch) for batch in batches if len(batch) % devices]
-    if uneven:
-        raise ValueError(
-            f"a batch of {uneven[0]} windows is no multiple of {devices} devices; choose --batch "
-            "and --samples that are"
-        )
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())

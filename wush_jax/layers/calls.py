@@ -22,7 +22,7 @@ class Call:
 
     Attributes:
       tag: of the layer.
-      x: the input; batched by `jax.vmap` where `batched` says so.
+      x: the input, or the output where that is tagged; batched by `jax.vmap` where `batched` says.
       kernel_shape: of the kernel, batched likewise.
       origin: of the kernel.
       batched: axes that `jax.vmap` added, as (axis of x or None, axis of kernel or None).
@@ -80,7 +80,18 @@ class Call:
         assert contraction is not None
         if self.sizes:
             return GroupedRows(self.x, *self.sizes)
-        rows: Callable = contraction.rows
+        return self._arranged(contraction.rows)
+
+    def output_rows(self) -> jax.Array:
+        """Where x is an output, or like one: rows (*mapped stack, [experts], ..., N)."""
+        contraction = self.tag.contraction
+        assert contraction is not None
+        return self._arranged(contraction.output_rows)
+
+    def _arranged(self, rows: Callable) -> jax.Array:
+        """Rows of x, those of each kernel of the mapped stack, by a function for one call."""
+        contraction = self.tag.contraction
+        assert contraction is not None
         for axis, _ in self.batched:
             if axis is not None:
                 rows = jax.vmap(rows, in_axes=axis)

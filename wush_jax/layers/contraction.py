@@ -169,6 +169,15 @@ class Contraction:
         middle = x.shape[len(self._experts) : x.ndim - len(contracted)]
         return x.reshape(*self._heads(), *middle, self.shape[1])
 
+    def output_rows(self, y: jax.Array) -> jax.Array:
+        """Return the layer's output as (..., N), or (E, ..., N); undoes `outputs`."""
+        if self.ragged:
+            return y
+        outputs = self._outputs
+        y = _transpose(y, self._axes[2], self._experts + self._lead + outputs)
+        middle = y.shape[len(self._experts) : y.ndim - len(outputs)]
+        return y.reshape(*self._heads(), *middle, self.shape[0])
+
     def outputs(self, y: jax.Array) -> jax.Array:
         """Return (..., N), or (E, ..., N), as the layer's output."""
         if self.ragged:

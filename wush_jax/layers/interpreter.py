@@ -43,11 +43,14 @@ class Interpreter:
       update: called with every `Call` and what was seen; returns what is seen then.
       merge: of what two devices saw of a layer.
       lost: called with the name of a layer and why a call of it cannot be observed.
+      output: called with every `Call` of a tagged output and what was seen; returns the array that
+        takes its place.
     """
 
     update: Update
     merge: Callable[[str, Any, Any], Any] = lambda layer, one, two: one
     lost: Callable[[str, str], None] = lambda layer, reason: None
+    output: Callable[[Call, Seen], Any] = lambda call, seen: call.x
     known: dict[int, Any] = field(default_factory=dict)
 
     def run(self, body: Any, values: Sequence[Value], seen: Seen) -> tuple[list[Value], Seen]:
@@ -73,6 +76,10 @@ class Interpreter:
             x, kernel, *sizes = arrays
             call = Call(p["tag"], x, kernel.shape, origins[1], p["batched"], tuple(sizes))
             return values[:1], self.update(call, seen)
+        if name == "wush_output":
+            y, kernel = arrays
+            call = Call(p["tag"], y, kernel.shape, origins[1], p["batched"])
+            return [Value(self.output(call, seen))], seen
         inside = self.layers(p)
         if inside or any(origins):
             rule = _RULES.get(name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,6 +13,33 @@ from wush_jax.layers.dense import Dense, is_array
 from wush_jax.layers.interpreter import Interpreter, Value
 from wush_jax.layers.origins import Origin
 from wush_jax.layers.tagging import tag_layers
+
+
+@dataclass(frozen=True, eq=False)
+class TaggedProgram:
+    """A traced model and what it is called with.
+
+    Called with an interpreter, and with what is seen before the first call, it returns what was
+    seen of the calls, as `run_tagged`.
+
+    Attributes:
+      program: its jaxpr.
+      values: parameters and inputs.
+    """
+
+    program: Any
+    values: Sequence[Value]
+
+    def __call__(self, interpreter: Interpreter, seen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what was seen of the calls."""
+        return self.run(interpreter, seen)[1]
+
+    def run(
+        self, interpreter: Interpreter, seen: Mapping[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arrays that the model returns, and what was seen of the calls."""
+        out, found = interpreter.run(self.program, self.values, dict(seen))
+        return [value.array for value in out], found
 
 
 def run_tagged(
@@ -40,7 +68,9 @@ def tagged_program(
     batch: Any,
     call: Callable[[nnx.Module, Any], Any],
     layers: Mapping[str, Dense],
-) -> Callable[[Interpreter, Mapping[str, Any]], dict[str, Any]]:
+    *,
+    outputs: bool = False,
+) -> TaggedProgram:
     """Trace a model once, to be shown to any number of interpreters.
 
     Args:
@@ -48,12 +78,10 @@ def tagged_program(
       batch: passed to the call.
       call: how to run the model.
       layers: what to observe, by path.
-
-    Returns:
-      A function of an interpreter, and of what is seen before the first call, as `run_tagged`.
+      outputs: whether outputs are tagged, too.
     """
     views = {path: layer.view for path, layer in layers.items()}
-    graph, state = nnx.split(tag_layers(model, views))
+    graph, state = nnx.split(tag_layers(model, views, outputs=outputs))
 
     def run(state: Any, batch: Any) -> list[Any]:
         out = call(nnx.merge(graph, state), batch)
@@ -66,7 +94,4 @@ def tagged_program(
         for i, leaf in enumerate(leaves)
     ]
 
-    def show(interpreter: Interpreter, seen: Mapping[str, Any]) -> dict[str, Any]:
-        return interpreter.run(program, [*values, *map(Value, given)], dict(seen))[1]
-
-    return show
+    return TaggedProgram(program, [*values, *map(Value, given)])

@@ -1,4 +1,4 @@
-"""Tags on the inputs of dense layers: identities that a trace keeps and a compiled program loses.
+"""Tags on dense layers' inputs and outputs: identities that a trace keeps, a program loses.
 
 A tag changes nothing that a model computes, whatever transformation it is called in: it is a
 primitive of its own with rules for batching, differentiation and lowering, as jax's
@@ -40,34 +40,48 @@ class Tag:
     reason: str = ""
 
 
-# Operands (x, kernel) -> x, for ragged layers with their group sizes behind; parameters: the `Tag`,
-# and axes that `jax.vmap` has added, innermost first, as (axis of x or None, axis of the kernel or
-# None).
-tag_p = Primitive("wush_tag")
-tag_p.def_impl(lambda x, *_, **__: x)
-tag_p.def_abstract_eval(lambda x, *_, **__: x)
-mlir.register_lowering(tag_p, lambda context, x, *_, **__: [x])
+def _identity(name: str) -> Primitive:
+    """Return a primitive of operands (x, kernel, ...) -> x.
+
+    Parameters: the `Tag`, and axes that `jax.vmap` has added, innermost first, as (axis of x or
+    None, axis of the kernel or None).
+    """
+    primitive = Primitive(name)
+    primitive.def_impl(lambda x, *_, **__: x)
+    primitive.def_abstract_eval(lambda x, *_, **__: x)
+    mlir.register_lowering(primitive, lambda context, x, *_, **__: [x])
+
+    def batch(operands, axes, *, tag, batched):
+        x = primitive.bind(*operands, tag=tag, batched=(*batched, tuple(axes[:2])))
+        return x, axes[0]
+
+    def jvp(primals, tangents, **parameters):
+        return primitive.bind(*primals, **parameters), tangents[0]
+
+    batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = jvp
+    return primitive
 
 
-def _batch(operands, axes, *, tag, batched):
-    x = tag_p.bind(*operands, tag=tag, batched=(*batched, tuple(axes[:2])))
-    return x, axes[0]
-
-
-def _jvp(primals, tangents, **parameters):
-    return tag_p.bind(*primals, **parameters), tangents[0]
-
-
-batching.primitive_batchers[tag_p] = _batch
-ad.primitive_jvps[tag_p] = _jvp
+# Of an input; ragged layers have their group sizes behind the kernel.
+tag_p = _identity("wush_tag")
+# Of an output.
+output_p = _identity("wush_output")
 
 
 @dataclass(frozen=True)
 class Tagging:
-    """How a tagged module tags its input: its path, and its view as a dense layer."""
+    """How a tagged module tags its input: its path, and its view as a dense layer.
+
+    Attributes:
+      path: dotted.
+      view: of the module as a dense layer.
+      outputs: whether it tags its output, too.
+    """
 
     path: str
     view: Callable[[Any], Dense]
+    outputs: bool = False
 
     def __call__(self, module: nnx.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         """Return a call's arguments with the input tagged."""
@@ -86,6 +100,14 @@ class Tagging:
         x = jnp.asarray(given[first])
         given[first] = tag_p.bind(x, kernel, *sizes, tag=tag, batched=())
         return tuple(given.pop(i) for i in range(len(arguments))), given
+
+    def output(self, module: nnx.Module, out: Any) -> Any:
+        """Return a call's output tagged."""
+        if not self.outputs or not is_array(out):
+            return out
+        dense = self.view(module)
+        tag = Tag(self.path, dense.contraction)
+        return output_p.bind(out, jnp.asarray(_parameter(module, dense)), tag=tag, batched=())
 
 
 def _parameter(module: nnx.Module, dense: Dense) -> Any:
@@ -111,17 +133,18 @@ def _tagged(kind: type) -> type:
 
     def call(self, *arguments, **keywords):
         arguments, keywords = self.tagging(self, arguments, keywords)
-        return kind.__call__(self, *arguments, **keywords)
+        return self.tagging.output(self, kind.__call__(self, *arguments, **keywords))
 
     return type(kind)(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
-def tag_layers(model: nnx.Module, views: Mapping[str, Any]) -> nnx.Module:
+def tag_layers(model: nnx.Module, views: Mapping[str, Any], *, outputs: bool = False) -> nnx.Module:
     """Return a copy of a model in which some layers tag their inputs; arrays are not copied.
 
     Args:
       model: any NNX module.
       views: how to see a layer as a dense one, by its dotted path.
+      outputs: whether they tag their outputs, too.
 
     >>> from wush_jax.layers.nnx import DENSE_TYPES
     >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -135,5 +158,6 @@ def tag_layers(model: nnx.Module, views: Mapping[str, Any]) -> nnx.Module:
         if view is not None:
             # The type and not the module: state, attributes and paths stay where models look.
             module.__class__ = _tagged(type(module))
-            setattr(module, "tagging", Tagging(dotted(path), view))  # noqa: B010  # of the new type
+            tagging = Tagging(dotted(path), view, outputs)
+            setattr(module, "tagging", tagging)  # noqa: B010  # of the new type
     return model

@@ -31,9 +31,11 @@ def over_batch(function: Callable, batch: Sequence[int]) -> Callable:
     return function
 
 
-def empty_moments(size: int, block: int | None, batch: Sequence[int], rows: int = 0) -> Moments:
+def empty_moments(
+    size: int, block: int | None, batch: Sequence[int], rows: int = 0, weighted: bool = False
+) -> Moments:
     """Return empty moments of K = ``size`` channels for each of a batch of kernels."""
-    one = Moments.init(size, block, rows)
+    one = Moments.init(size, block, rows, weighted=weighted)
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*batch, *leaf.shape)), one)
 
 

@@ -75,10 +75,13 @@ class Moments:
     sample: Sample | None = None
 
     @classmethod
-    def init(cls, size: int, block: int | None = None, rows: int = 0) -> Moments:
+    def init(
+        cls, size: int, block: int | None = None, rows: int = 0, *, weighted: bool = False
+    ) -> Moments:
         """Return empty moments of K = ``size`` channels, full or in blocks of ``block``.
 
-        With ``rows`` a sample of that many rows is kept beside them.
+        With ``rows`` a sample of that many rows is kept beside them, ``weighted`` with the weights
+        of their tokens.
         """
         check_whole(size=size, rows=rows, **({} if block is None else {"block": block}))
         if rows < 0:
@@ -86,7 +89,7 @@ class Moments:
         if size < 1 or (block is not None and (block < 1 or size % block)):
             raise ValueError(f"block={block} does not divide size={size}; choose a divisor")
         shape = (size, size) if block is None else (size // block, block, block)
-        sample = Sample.init(size, rows) if rows else None
+        sample = Sample.init(size, rows, weighted=weighted) if rows else None
         zero = jnp.zeros((), jnp.float32)
         return cls(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32), zero, sample)
 
@@ -95,13 +98,17 @@ class Moments:
         """Block size d, or None for a full moment."""
         return None if self.mean.ndim == 2 else self.mean.shape[-1]
 
-    def update(self, x: jax.Array, mask: jax.Array | None = None) -> Moments:
+    def update(
+        self, x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+    ) -> Moments:
         """Return the moments with the tokens of ``x`` (..., K) added.
 
         Args:
           x: (..., K).
           mask: bool (...), which tokens count; None for all. What it leaves out, padding, may be
             anything.
+          weights: (...), how much tokens count beside the others of ``x``: only ratios matter, so
+            that ``x`` as a whole counts by its number of tokens. None, or zeros: all alike.
 
         >>> padded = jnp.float32([[1, 1], [9, 9]])
         >>> Moments.init(2).update(padded, jnp.array([True, False])).finalize().tolist()
@@ -117,9 +124,12 @@ class Moments:
         rows = _rows(x)
         largest = jnp.max(jnp.abs(rows)).astype(jnp.float32)
         count = jnp.int32(rows.shape[0]) if mask is None else jnp.sum(mask, dtype=jnp.int32)
+        if weights is not None:
+            weights = _of_mean_one(weights.reshape(-1), mask, count)
+            rows = jnp.sqrt(weights)[:, None] * rows.astype(jnp.float32)
         mean = _gram(rows, self.block) / jnp.maximum(count, 1).astype(jnp.float32)
         batch = Moments(mean, count, largest)
-        sample = None if self.sample is None else self.sample.update(x, mask)
+        sample = None if self.sample is None else self.sample.update(x, mask, weights)
         return replace(self.merge(batch), sample=sample)
 
     def merge(self, other: Moments) -> Moments:
@@ -204,6 +214,16 @@ def calibrate_layer(
 
 
 _updated = jax.jit(Moments.update)
+
+
+def _of_mean_one(weights: jax.Array, mask: jax.Array | None, count: jax.Array) -> jax.Array:
+    """Weights (T,) over their mean; those of the tokens that count alone; ones where all are 0."""
+    weights = weights.astype(jnp.float32)
+    if mask is not None:
+        weights = jnp.where(mask.reshape(-1), weights, 0)
+    total = jnp.sum(weights)
+    mean = total / jnp.maximum(count, 1).astype(jnp.float32)
+    return jnp.where(mean > 0, weights / jnp.where(mean > 0, mean, 1.0), 1.0)
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -28,13 +28,15 @@ class Sample:
 
         ``sum over all rows of f(x)  is estimated without bias by  sum over kept max(1, tau / w) f``
 
-    so rows larger than tau are all there, each counted once.
+    so rows larger than tau are all there, each counted once. Where tokens have weights a, the means
+    are of ``a f``, and ``w = sqrt(a) max_i |x_i|``.
 
     Attributes:
       rows: float32 (S, K); zeros where fewer rows came.
       priority: float32 (S,); 0 where fewer rows came.
       threshold: tau, float32 scalar; 0 until a row had to go.
       count: int32 scalar, rows seen; also what the random numbers hang on.
+      importance: weights a of the rows' tokens, float32 (S,); None where all tokens count alike.
 
     Source: priority sampling, Duffield, Lund, Thorup (2007).
 
@@ -47,10 +49,14 @@ class Sample:
     priority: jax.Array
     threshold: jax.Array
     count: jax.Array
+    importance: jax.Array | None = None
 
     @classmethod
-    def init(cls, size: int, rows: int) -> Sample:
-        """Return an empty sample of at most ``rows`` rows of K = ``size`` channels."""
+    def init(cls, size: int, rows: int, *, weighted: bool = False) -> Sample:
+        """Return an empty sample of at most ``rows`` rows of K = ``size`` channels.
+
+        With ``weighted`` its tokens have weights.
+        """
         check_whole(size=size, rows=rows)
         if size < 1 or rows < 0:
             raise ValueError(f"size={size}, rows={rows}; give K channels and how many rows to keep")
@@ -60,6 +66,7 @@ class Sample:
             jnp.zeros((rows,), jnp.float32),
             zero,
             jnp.zeros((), jnp.int32),
+            jnp.ones((rows,), jnp.float32) if weighted else None,
         )
 
     @classmethod
@@ -75,8 +82,18 @@ class Sample:
         rows = x.reshape(-1, x.shape[-1])
         return cls.init(rows.shape[-1], rows.shape[0]).update(rows)
 
-    def update(self, x: jax.Array, mask: jax.Array | None = None) -> Sample:
-        """Return the sample with the rows of x (..., K) added: all, or those of ``mask`` (...)."""
+    def update(
+        self, x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+    ) -> Sample:
+        """Return the sample with the rows of x (..., K) added: all, or those of ``mask`` (...).
+
+        ``weights`` (...) are those of the tokens, of mean one; None counts them alike.
+
+        Raises:
+          ValueError: weights, and a sample that keeps none.
+        """
+        if weights is not None and self.importance is None:
+            raise ValueError("weights: this sample keeps none; make it with weighted=True")
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         count = jnp.int32(rows.shape[0])
         if mask is not None:  # rows of zeros are never kept
@@ -87,8 +104,12 @@ class Sample:
         uniform = 1.0 - jax.random.uniform(key, rows.shape[:1], jnp.float32)
         zero = jnp.zeros((), jnp.float32)
         # A row with NaN, which a maximum may pass over, stays in any case, so that it is seen.
-        size = jnp.where(jnp.any(jnp.isnan(rows), axis=-1), jnp.inf, _size(rows))
-        return self.merge(Sample(rows, size / uniform, zero, count))
+        own = None
+        if self.importance is not None:
+            own = jnp.ones(len(rows)) if weights is None else weights.reshape(-1)
+            own = own.astype(jnp.float32)
+        size = jnp.where(jnp.any(jnp.isnan(rows), axis=-1), jnp.inf, _size(rows, own))
+        return self.merge(Sample(rows, size / uniform, zero, count, own))
 
     def merge(self, other: Sample) -> Sample:
         """Return the sample of both streams together, of this one's size."""
@@ -99,15 +120,22 @@ class Sample:
         threshold = jnp.maximum(self.threshold, other.threshold)
         if len(ranked) > kept:
             threshold = jnp.maximum(threshold, ranked[kept])
-        return Sample(rows[order[:kept]], ranked[:kept], threshold, self.count + other.count)
+        importance = None
+        if self.importance is not None and other.importance is not None:
+            importance = jnp.concatenate([self.importance, other.importance])[order[:kept]]
+        count = self.count + other.count
+        return Sample(rows[order[:kept]], ranked[:kept], threshold, count, importance)
 
     @property
     def weights(self) -> jax.Array:
-        """Weights (S,) of the rows in means over all rows seen: ``max(1, tau / w) / count``."""
-        size = _size(self.rows)
+        """Weights (S,) of the rows in means over all rows seen: ``a max(1, tau / w) / count``."""
+        size = _size(self.rows, self.importance)
         weights = jnp.maximum(1.0, self.threshold / jnp.where(size > 0, size, jnp.inf))
+        if self.importance is not None:
+            weights *= self.importance
         return jnp.where(size > 0, weights, 0.0) / jnp.maximum(self.count, 1).astype(jnp.float32)
 
 
-def _size(rows: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(rows), axis=-1)
+def _size(rows: jax.Array, importance: jax.Array | None) -> jax.Array:
+    size = jnp.max(jnp.abs(rows), axis=-1)
+    return size if importance is None else size * jnp.sqrt(importance)
