@@ -4,7 +4,7 @@ import re
 
 project = "wush_jax"
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
@@ -12,6 +12,10 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "wush_jax"
+html_show_copyright = False
+
+# Notebooks are shown with the output they are committed with; a test runs them.
+nb_execution_mode = "off"
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
