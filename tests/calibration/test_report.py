@@ -34,8 +34,8 @@ def test_table_shows_every_layer(report):
     console.print(report.table())
     text = console.export_text()
     assert "2 layers, weights 5.2x smaller: 6.18 bits each" in text  # 8 * 9500 / 12288
-    assert "32,768 -> 8,000" in text
-    assert "64 x 128" in text
+    assert "0.0328 -> 0.008" in text
+    assert "64x128" in text
     assert "k *" in text  # shares the transform of q
     assert "q *" not in text
     assert "left alone: head: a rule" in text
@@ -53,10 +53,14 @@ def test_layers_alike_are_one_row():
     rows[0] = dataclasses.replace(rows[0], relative_loss=0.5)
     rows[2] = dataclasses.replace(rows[2], relative_loss=0.25)
     found = Report(rows, {f"layers.{i}.gate": "a rule" for i in (0, 2, 3)})
-    names, sizes = (list(found.table().columns[i].cells) for i in (0, 6))
+    columns = {column.header: list(column.cells) for column in found.table().columns}
+    names, sizes = columns["layer"], columns["MB"]
     assert names == ["layers.0-11.q", "layers.0-10.k *", "layers.11.k *"]
-    assert sizes[:2] == ["393,216 -> 96,000", "180,224 -> 16,500"]
-    assert next(iter(found.table().columns[8].cells)) == "0.25 to 0.5"
+    assert sizes[:2] == ["0.393 -> 0.096", "0.18 -> 0.0165"]
+    assert columns["loss"][0] == "0.25 to 0.5"
+    assert columns["d"] == ["32", "32", "64"]
+    assert found.table().title == "all: format MXFP4/MXFP4, transform wush, solver rtn"
+    assert "gain" not in columns  # a plan knows none
     assert len(found.table(all_layers=True).rows) == 24
     lines = found.table().caption.splitlines()
     assert lines[1] == "left alone: layers.0,2-3.gate: a rule"

@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from wush_jax.layers.names import grouped_paths, joint_name, pattern_of
 from wush_jax.storage import write_json
+
+COLUMNS = ("layer", "N x K", "format", "transform", "solver", "d", "MB", "gain", "loss")
+RECIPE = COLUMNS[2:6]
 
 
 @dataclass(frozen=True)
@@ -108,33 +112,33 @@ class Report:
           all_layers: a row for every layer; else one for those that differ in nothing but the
             numbers in their paths, such as the depths of a decoder, with the range of their losses.
         """
-        table = Table()
-        for name in (
-            "layer",
-            "N x K",
-            "format",
-            "transform",
-            "solver",
-            "d",
-            "bytes",
-            "gain",
-            "loss",
-        ):
-            table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
         groups: dict[Any, list[LayerReport]] = {}
         for layer in self.layers:
             what = layer.format, layer.transform, layer.solver, str(layer.block)
             kind = pattern_of(layer.name), layer.shape, what, layer.bytes_before, layer.bytes_after
             groups.setdefault((*kind, layer.path if all_layers else ""), []).append(layer)
-        for (_, shape, what, before, after, _), some in groups.items():
-            table.add_row(
+        rows = [
+            (
                 joint_name(layer.name for layer in some),
-                " x ".join(map(str, shape)),
+                "x".join(map(str, shape)),
                 *what,
-                f"{len(some) * before:,} -> {len(some) * after:,}",
+                f"{_megabytes(len(some) * before)} -> {_megabytes(len(some) * after)}",
                 _range([layer.predicted_gain for layer in some]),
                 _range([layer.relative_loss for layer in some]),
             )
+            for (_, shape, what, before, after, _), some in groups.items()
+        ]
+        # It fits 80 characters: what is empty, or the same everywhere, takes no column.
+        columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)) if rows else {}
+        common = [n for n in RECIPE if len(rows) > 1 and len(set(columns[n])) == 1]
+        title = ", ".join(f"{name} {columns[name][0]}" for name in common)
+        shown = {n: cells for n, cells in columns.items() if any(cells) and n not in common}
+        table = Table(title=f"all: {title}" if common else None, box=SIMPLE_HEAD, min_width=76)
+        table.pad_edge, table.collapse_padding = False, True
+        for name in shown:
+            table.add_column(name, justify="left" if name == "layer" else "right", overflow="fold")
+        for row in zip(*shown.values(), strict=True):
+            table.add_row(*row)
         table.caption = self._caption()
         return table
 
@@ -206,6 +210,10 @@ class Report:
                 f"({few[0].tokens} tokens, K={few[0].shape[-1]}); give more text"
             )
         return lines
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f}" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g}"
 
 
 def _range(values: Sequence[float | None]) -> str:
