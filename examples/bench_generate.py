@@ -9,18 +9,22 @@ A variant is BF16, a format (W4A4), or a format and that of its activations, as 
 behind a +, "norms" leaves the norms to XLA, "head" quantizes the head, too, its inputs to FP8.
 
 Weights are random and the same in every layer; transforms are per block, as WUSH's are, and layers
-that share an input share them. Each variant runs in a process of its own, one after the other, so
-that the peak of device memory is its own. Decoding is a loop of `--new` steps over a cache of 32
+that share an input share them. Each variant runs in a process of its own, one after the other, and
+one that fails leaves the others alone. Decoding is a loop of `--new` steps over a cache of 32
 positions and these, prefill the logits of one prompt of 4096 tokens. Compiling is the loop's, of
-the largest batch.
+the largest batch. Memory is what a device holds once the model is built, and what it takes at the
+most while a loop or a prompt runs, as XLA has planned it.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
+import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -119,10 +123,17 @@ def random_array(seed, leaf, sharding):
 
 
 def random_normal(seed, shape, dtype, sharding=None):
-    def draw():
+    return drawing(shape, jnp.dtype(dtype), sharding)(seed)
+
+
+@functools.cache
+def drawing(shape, dtype, sharding):
+    """Normal numbers by their seed; compiled once for all arrays alike."""
+
+    def draw(seed):
         return (jax.random.normal(jax.random.key(seed), shape) * 0.02).astype(dtype)
 
-    return jax.jit(draw, out_shardings=sharding)()
+    return jax.jit(draw, out_shardings=sharding)
 
 
 def random_site(paths, layers, recipe):
@@ -143,8 +154,26 @@ def copies(site):
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A compiled program: how to run it once, for its seconds, and what it took to compile."""
+
+    seconds: object
+    compiling: float
+    gib: float
+
+
+def memory_of(compiled):
+    """GiB that a program takes on a device, its arguments among them."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return 0.0
+    new = found.output_size_in_bytes - found.alias_size_in_bytes
+    return (found.argument_size_in_bytes + new + found.temp_size_in_bytes) / 2**30
+
+
 def decoding(model, batch, new):
-    """Compile a loop of so many steps; return how to time it, and the seconds of compiling."""
+    """Compile a loop of so many steps."""
     graph, state = nnx.split(model)
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
@@ -169,7 +198,7 @@ def decoding(model, batch, new):
         cache = dataclasses.replace(jax.tree.map(jnp.zeros_like, shapes), lengths=lengths + 0)
         return timed(compiled, state, first + 0, cache)
 
-    return seconds, compiling
+    return Phase(seconds, compiling, memory_of(compiled))
 
 
 def timed(compiled, *arguments):
@@ -180,7 +209,7 @@ def timed(compiled, *arguments):
 
 
 def reading(model, length):
-    """Compile the logits of one prompt; return how to time it."""
+    """Compile the logits of one prompt."""
     tokens = jax.random.randint(jax.random.key(2), (1, length), 0, model.config.vocab_size)
     graph, state = nnx.split(model)
 
@@ -188,8 +217,28 @@ def reading(model, length):
     def last(state, tokens):
         return nnx.merge(graph, state).prefill(tokens, jnp.array([length]), length)
 
+    start = time.perf_counter()
     compiled = last.lower(state, tokens).compile()
-    return lambda: timed(compiled, state, tokens)
+    compiling = time.perf_counter() - start
+    return Phase(lambda: timed(compiled, state, tokens), compiling, memory_of(compiled))
+
+
+def kernels_of(run, steps):
+    """Microseconds and launches a step of what a device ran, most time first."""
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        first = [p for p in planes if p.name.startswith("/device:GPU:0")]
+        lines = [line for p in first for line in p.lines if "Stream" in line.name]
+        spent = collections.defaultdict(lambda: [0.0, 0.0])
+        for event in (e for line in lines for e in line.events):
+            spent[event.name][0] += event.duration_ns / 1e3 / steps
+            spent[event.name][1] += 1 / steps
+    return sorted(((n, *v) for n, v in spent.items()), key=lambda row: -row[1])
 
 
 def placement_of(mesh):
@@ -218,28 +267,39 @@ def measure(options):
         config = dataclasses.replace(config, num_hidden_layers=options.layers)
     recipe = recipe_of(name)
     head = recipe.replace(activation_format=wush.FP8) if "head" in more else None
+    start = time.perf_counter()
     model = build(config, recipe, options.attention, placement_of(options.mesh), head)
+    said = f"{options.variant}: built in {time.perf_counter() - start:.0f} s"
+    print(said, file=sys.stderr, flush=True)
     if "norms" in more:
         for _, module in nnx.iter_modules(model):
             if type(module) is nnx.RMSNorm:
                 module.__class__ = Norm
-    loops = {batch: decoding(model, batch, options.new) for batch in options.batches}
+    result = {"variant": options.variant, "device": jax.devices()[0].device_kind}
+    result["layers"] = config.num_hidden_layers
+    result["weights_gib"] = held("bytes_in_use")
+    for batch in options.batches:
+        loop = decoding(model, batch, options.new)
+        print(f"{options.variant}: compiled in {loop.compiling:.0f} s", file=sys.stderr, flush=True)
+        best = min(loop.seconds() for _ in range(4))
+        result[f"tokens_per_second_{batch}"] = batch * options.new / best
+        result[f"gib_{batch}"], result["compile_seconds"] = loop.gib, loop.compiling
+        if options.kernels:
+            result[f"kernels_{batch}"] = kernels_of(loop.seconds, options.new)
+        del loop
     read = reading(model, 64 if options.shape == "small" else 4096)
-    kind = jax.devices()[0].device_kind
-    result = {
-        "variant": options.variant,
-        "device": kind,
-        "compile_seconds": [*loops.values()][-1][1],
-    }
-    print(f"{options.variant}: compiled", file=sys.stderr, flush=True)
-    for batch, (seconds, _) in loops.items():
-        result[f"tokens_per_second_{batch}"] = (
-            batch * options.new / min(seconds() for _ in range(4))
-        )
-    result["prefill_seconds"] = min(read() for _ in range(4))
-    stats = [device.memory_stats() or {} for device in jax.devices()]
-    result["peak_gib"] = max(s.get("peak_bytes_in_use", 0) for s in stats) / 2**30
+    result["prefill_seconds"] = min(read.seconds() for _ in range(4))
+    result["prefill_gib"], result["prefill_compile_seconds"] = read.gib, read.compiling
+    if options.kernels:
+        result["kernels_prefill"] = kernels_of(read.seconds, 1)
+    result["peak_gib"] = held("peak_bytes_in_use")
     print(json.dumps(result), flush=True)
+
+
+def held(what):
+    """GiB of the fullest device."""
+    stats = [device.memory_stats() or {} for device in jax.devices()]
+    return max(s.get(what, 0) for s in stats) / 2**30
 
 
 def line_of(row, base, batches):
@@ -252,8 +312,9 @@ def line_of(row, base, batches):
     seconds = row["prefill_seconds"]
     return (
         f"{row['variant']:15s} {speeds}  prefill {seconds * 1e3:7.1f} ms"
-        f" ({base['prefill_seconds'] / seconds:.3f}x)  peak {row['peak_gib']:.2f} GiB"
-        f"  compiled in {row['compile_seconds']:.0f} s"
+        f" ({base['prefill_seconds'] / seconds:.3f}x)  GiB: {row['weights_gib']:.2f} built,"
+        f" {max(row[f'gib_{b}'] for b in batches):.2f} decoding, {row['prefill_gib']:.2f} reading,"
+        f" {row['peak_gib']:.2f} at the peak  compiled in {row['compile_seconds']:.0f} s"
     )
 
 
@@ -266,6 +327,7 @@ def main():
     parser.add_argument("--new", type=int, default=256, help="tokens to generate")
     parser.add_argument("--layers", type=int, help="fewer decoder layers")
     parser.add_argument("--attention", help='of jax.nn.dot_product_attention: "cudnn" or "xla"')
+    parser.add_argument("--kernels", action="store_true", help="list them, with their times")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -277,12 +339,14 @@ def main():
     rows = []
     for variant in options.variants:
         command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows.append(json.loads(out.splitlines()[-1]))
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{variant}: failed", flush=True)
+            continue
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(line_of(rows[-1], rows[0], options.batches), flush=True)
-    if options.output:
-        with open(options.output, "w", encoding="utf8") as file:
-            json.dump(rows, file, indent=1)
+        if options.output:
+            pathlib.Path(options.output).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
