@@ -165,7 +165,7 @@ def main(arguments=None) -> None:
             result = bench_matmul.tune(formats, shapes, options.rows or bench_matmul.TUNED)
         else:
             rows = options.rows or bench_matmul.TOKENS
-            result = bench_matmul.compare(formats, provider.FP8, shapes, rows)
+            result = bench_matmul.compare_side_by_side(formats, provider.FP8, shapes, rows)
     elif options.tune:
         result = tune(formats)
     else:

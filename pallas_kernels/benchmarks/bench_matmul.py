@@ -14,6 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import multiprocessing
+import threading
+from contextlib import contextmanager, nullcontext, suppress
 from math import nan
 from typing import Any
 
@@ -77,7 +80,7 @@ def _dot(x, w):
     return jnp.dot(x, w.T)
 
 
-def compare(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
+def compare(formats, inputs, shapes=SHAPES, tokens=TOKENS, turn=nullcontext) -> list[dict]:
     """Measure products and whole layers against BF16; print and return a row for each.
 
     Args:
@@ -85,45 +88,80 @@ def compare(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
       inputs: of activations with eight.
       shapes: (K, N) of layers.
       tokens: M.
+      turn: when everything is compiled, measuring waits to enter what this returns.
     """
     device = mosaic_gpu.require_hopper()
-    rate = read_rate()
-    print(f"{jax.devices()[0].device_kind}, reads {rate / 1e12:.2f} TB/s")
-    dense = _dense(formats[0], shapes, tokens)
-    rows = []
+    dense = [(k, n, m, _dense(formats[0], k, n, m)) for k, n in shapes for m in tokens]
+    plan: list[tuple] = [("BF16", k, n, m, "bf16", call) for k, n, m, call in dense]
+    floors, checks = {}, {}
     for fmt, (k, n) in ((f, s) for f in formats for s in shapes):
         weight = random_weight(fmt, k, n)
         laid_out = fragments.lay_out(weight)
         of_layer = fragments.lay_out(weight, "float8") if exactly.in_float8(fmt) else laid_out
-        plan = [
-            (m, name, (call, *args))
-            for m in tokens
-            for name, call, *args in _calls(fmt, inputs, k, n, m, laid_out, of_layer, device)
-        ]
-        timed = prepare_all([call for *_, call in plan])
         for m in tokens:
-            row = {"format": fmt.name, "k": k, "n": n, "tokens": m, "bf16_us": dense[k, n, m]}
-            for (tokens_of, name, _), call in zip(plan, timed, strict=True):
-                if tokens_of == m:
-                    row[f"{name}_us"] = device_time(call) * 1e6
-            row["share_of_floor"] = (laid_out.nbytes + 2 * m * (k + n)) / rate / row["a16_us"] * 1e6
-            if m <= TUNED[-2]:
-                x, _ = operands(fmt, k, n, m)
-                run = functools.partial(matmul.launch, device=device, out_dtype=jnp.float32)
-                row["error"] = error(run, x, weight, laid_out)
-            rows.append(row)
-            print(_line(row), flush=True)
+            calls = _calls(fmt, inputs, k, n, m, laid_out, of_layer, device)
+            plan += [(fmt.name, k, n, m, name, call) for name, *call in calls]
+            floors[fmt.name, k, n, m] = laid_out.nbytes + 2 * m * (k + n)
+        x, _ = operands(fmt, k, n, tokens[0])
+        run = functools.partial(matmul.launch, device=device, out_dtype=jnp.float32)
+        checks[fmt.name, k, n] = error(run, x, weight, laid_out)
+    timed = prepare_all([call for *_, call in plan])
+    with turn():
+        rate = read_rate()
+        print(f"{jax.devices()[0].device_kind}, reads {rate / 1e12:.2f} TB/s")
+        found: dict = {}
+        for (fmt, k, n, m, name, _), call in zip(plan, timed, strict=True):
+            if isinstance(call, NotImplementedError | ValueError):
+                print(f"{fmt} {k} {n} M={m} {name}: {call}")
+                continue
+            found.setdefault((fmt, k, n, m), {})[f"{name}_us"] = device_time(call) * 1e6
+    rows = []
+    for (fmt, k, n, m), times in found.items():
+        if fmt == "BF16":
+            continue
+        row = {"format": fmt, "k": k, "n": n, "tokens": m, **found["BF16", k, n, m], **times}
+        row["share_of_floor"] = floors[fmt, k, n, m] / rate / row["a16_us"] * 1e6
+        rows.append(row | {"error": checks[fmt, k, n]})
+        print(_line(rows[-1]), flush=True)
     return rows
 
 
-def _dense(fmt, shapes, tokens) -> dict:
-    """Microseconds of BF16, by (K, N, M)."""
-    found: dict = {}
-    for k, n in shapes:
-        weight = reference.dequantize(random_weight(fmt, k, n)).astype(jnp.bfloat16)
-        calls = prepare_all([(_dot, operands(fmt, k, n, m)[0], weight) for m in tokens])
-        found |= {(k, n, m): device_time(c) * 1e6 for m, c in zip(tokens, calls, strict=True)}
-    return found
+def compare_side_by_side(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[dict]:
+    """`compare`, each format in a process of its own: all compile at once, then one measures."""
+    context = multiprocessing.get_context("spawn")
+    ready, alone, queue = context.Barrier(len(formats)), context.Lock(), context.Queue()
+    workers = [
+        context.Process(target=_worker, args=(ready, alone, queue, [f], inputs, shapes, tokens))
+        for f in formats
+    ]
+    for worker in workers:
+        worker.start()
+    rows = [row for _ in workers for row in queue.get()]
+    for worker in workers:
+        worker.join()
+    return rows
+
+
+def _worker(ready, alone, queue, *arguments):
+    @contextmanager
+    def turn():
+        with suppress(threading.BrokenBarrierError):
+            ready.wait()
+        with alone:
+            yield
+
+    rows: list[dict] = []
+    try:
+        rows = compare(*arguments, turn=turn)
+    finally:
+        ready.abort()  # whoever still waits for one that failed goes on
+        queue.put(rows)
+
+
+def _dense(fmt, k, n, m) -> tuple:
+    """The product in bfloat16."""
+    weight = reference.dequantize(random_weight(fmt, k, n)).astype(jnp.bfloat16)
+    return _dot, operands(fmt, k, n, m)[0], weight
 
 
 def _calls(fmt, inputs, k, n, m, laid_out, of_layer, device):
@@ -135,11 +173,10 @@ def _calls(fmt, inputs, k, n, m, laid_out, of_layer, device):
     yield "a8", _layer(inputs), x, t, of_layer
     yield "a4", _layer(fmt), x, t, of_layer
     if m >= MANY:
-        exact = exactly.in_float8(fmt)
-        yield (
-            *(("fast", _layer(fmt, "default")) if exact else ("folded", _layer(inputs, "folded"))),
-            *(x, t, of_layer),
-        )
+        if exactly.in_float8(fmt):
+            yield "fast", _layer(fmt, "default"), x, t, of_layer
+        elif fmt.scale_dtype == "e4m3":
+            yield "folded", _layer(inputs, "folded"), x, t, of_layer
 
 
 def _layer(fmt, precision=None):

@@ -22,6 +22,12 @@ ROUND = (
     "mul.rn.f32 z{i}, ${x}, ${f}; {clamp} abs.f32 v, z{i}; max.f32 v, v, 0f3CC00000;"
     " fma.rn.f32 z{i}, v, 0f4A800000, z{i}; fma.rn.f32 z{i}, v, 0fCA800000, z{i};"
 )
+# Integers -8 to 7, to even: 1.5 * 2**23 has a unit of last place of 1.
+ROUND_INT = (
+    "mul.rn.f32 z{i}, ${x}, ${f}; min.f32 z{i}, z{i}, 0f40E00000;"
+    " max.f32 z{i}, z{i}, 0fC1000000; add.rn.f32 z{i}, z{i}, 0f4B400000;"
+    " add.rn.f32 z{i}, z{i}, 0fCB400000; "
+)
 # z0..z7 are the columns 2q, 2q+1, 8+2q, 8+2q+1, ...: which four go to the low nibbles of bytes
 # 0..3, which to the high ones.
 EVEN_LOW = (0, 2, 4, 6), (1, 3, 5, 7)
@@ -30,6 +36,11 @@ NIBBLES = {
     "lanes": EVEN_LOW,
     "kernel": ((0, 1, 2, 3), (4, 5, 6, 7)),
 }
+
+
+def rounding(saturate):
+    """The instructions of rounding to E2M1, with those of values beyond its largest."""
+    return ROUND.replace("{clamp}", CLAMP if saturate else "")
 
 
 def e2m1_word(factors, values, saturate, layout):
@@ -57,17 +68,18 @@ def e2m1_word(factors, values, saturate, layout):
     )
 
 
-def e2m1_values(factors, scales, values, saturate):
-    """Eight values of one lane rounded to E2M1 and multiplied back: four words of two bfloat16."""
+def four_bit_values(factors, scales, values, rounds):
+    """Eight values of one lane rounded and multiplied back: four words of two bfloat16.
+
+    Rounds are those of `rounding`, or `ROUND_INT`.
+    """
     words = []
     for pair in range(4):
         half = pair // 2  # columns below and from 16
-        rounds = "".join(
-            ROUND.format(i=i, x=i + 3, f=1, clamp=CLAMP.format(i=i) if saturate else "")
-            + f" mul.rn.f32 z{i}, z{i}, $2; "
-            for i in (0, 1)
+        products = "".join(
+            rounds.format(i=i, x=i + 3, f=1) + f" mul.rn.f32 z{i}, z{i}, $2; " for i in (0, 1)
         )
-        code = "{ .reg .f32 v,z<2>; " + rounds + " cvt.rn.bf16x2.f32 $0, z1, z0; }"
+        code = "{ .reg .f32 v,z<2>; " + products + " cvt.rn.bf16x2.f32 $0, z1, z0; }"
         words.append(ptx(i32(), code, factors[half], scales[half], *values[2 * pair :][:2]))
     return words
 
@@ -113,11 +125,19 @@ def e4m3_values(factor, power, values):
     return [ptx(i32(), code, factor, power, *values[2 * i :][:2]) for i in range(4)]
 
 
-def int4_word(factors, values, layout):
-    """As `e2m1_word` for the mid-rise grid: ``k = round(z - 1/2)`` in [-8, 7], two's complement."""
+def int4_word(factors, values, layout, midrise):
+    """As `e2m1_word` for integers in [-8, 7], two's complement: ``k = round(z)``.
+
+    Of the mid-rise grid ``k = round(z - 1/2)``.
+    """
+    top, bottom, shift = (
+        ("0f40F80000", "0fC0F80000", "add.rn.f32 z{i}, z{i}, 0fBF000000;")
+        if midrise
+        else ("0f40E00000", "0fC1000000", "")
+    )
     rounds = "".join(
-        f"mul.rn.f32 z{i}, ${i + 3}, ${1 + i // 4}; min.f32 z{i}, z{i}, 0f40F80000;"
-        f" max.f32 z{i}, z{i}, 0fC0F80000; add.rn.f32 z{i}, z{i}, 0fBF000000;"
+        f"mul.rn.f32 z{i}, ${i + 3}, ${1 + i // 4}; min.f32 z{i}, z{i}, {top};"
+        f" max.f32 z{i}, z{i}, {bottom}; {shift.format(i=i)}"
         # the sum's low bits are k: 1.5 * 2**23 has a unit of last place of 1
         f" add.rn.f32 z{i}, z{i}, 0f4B400000; mov.b32 k{i}, z{i}; "
         for i in range(8)
@@ -144,19 +164,19 @@ HALVES = {"interchange": BYTES, "lanes": BYTES, "kernel": (0x0F0F0F0F, 0xF0F0F0F
 
 
 def drop_bad_groups(word, factors, layout):
-    """Zero the codes of groups whose factor is 0 or NaN."""
+    """Zero the codes of groups whose factor is 0 or NaN; of signed scales it may be negative."""
     if factors[0] is factors[1]:
         return ptx(
             i32(),
-            "{ .reg .pred p; setp.gt.f32 p, $2, 0f00000000; selp.b32 $0, $1, 0, p; }",
+            "{ .reg .pred p; setp.ne.f32 p, $2, 0f00000000; selp.b32 $0, $1, 0, p; }",
             word,
             factors[0],
         )
     low, high = HALVES[layout]
     return ptx(
         i32(),
-        "{ .reg .pred p; .reg .b32 a,b; setp.gt.f32 p, $2, 0f00000000;"
-        f" selp.b32 a, {low}, 0, p; setp.gt.f32 p, $3, 0f00000000; selp.b32 b, {high}, 0, p;"
+        "{ .reg .pred p; .reg .b32 a,b; setp.ne.f32 p, $2, 0f00000000;"
+        f" selp.b32 a, {low}, 0, p; setp.ne.f32 p, $3, 0f00000000; selp.b32 b, {high}, 0, p;"
         " or.b32 a, a, b; and.b32 $0, $1, a; }",
         word,
         *factors,

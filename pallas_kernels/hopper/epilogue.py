@@ -147,15 +147,17 @@ def _output(fmt, layout, quad, ends, chunk):
     factors = tuple(factor for _, factor in ends)
     # Rules under which amax can land beyond 6: an E4M3 scale may be rounded down.
     saturate = fmt.rule == "ocp_floor" or fmt.scale_dtype == "e4m3"
+    whole = fmt.element.name == "int4_full"
     if layout == "values":
         scales = [group_scales.value_scale(fmt, bits) for bits, _ in ends]
-        words = code_words.e2m1_values(factors, scales, chunk, saturate)
+        rounding = code_words.ROUND_INT if whole else code_words.rounding(saturate)
+        words = code_words.four_bit_values(factors, scales, chunk, rounding)
         return [utils.bitcast(word, two) for word in words]
     if layout == "float8":
         words = code_words.e2m1_float8(factors, [scale for scale, _ in ends], chunk, saturate)
         return [utils.bitcast(word, four) for word in words]
-    if fmt.element.name == "int4_midrise":
-        word = code_words.int4_word(factors, chunk, layout)
+    if whole or fmt.element.name == "int4_midrise":
+        word = code_words.int4_word(factors, chunk, layout, midrise=not whole)
     else:
         word = code_words.e2m1_word(factors, chunk, saturate, layout)
     word = code_words.drop_bad_groups(word, factors, layout)

@@ -14,8 +14,19 @@ import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.hopper.code_words import CLAMP, ROUND
-from pallas_kernels.hopper.quad import absmax, asm, const, f32, fadd, fmax, i32, ptx, scaled
+from pallas_kernels.hopper.code_words import ROUND_INT, rounding
+from pallas_kernels.hopper.quad import (
+    absmax,
+    asm,
+    const,
+    f32,
+    fadd,
+    fmax,
+    highest,
+    i32,
+    ptx,
+    scaled,
+)
 
 # What a power-of-two rule adds to the bits of amax before the exponent is read off, and to the
 # exponent afterwards: a mantissa of 1.75 (1.5, exclusive) carries into the next binade.
@@ -25,6 +36,9 @@ POW2 = {
     "round_175": (0x200000, -2),
     "ceil": (0x3FFFFF, -2),
 }
+
+
+UNIT = 2.0**-6  # of rounded E2M1 values
 
 
 def pow2_scale(amax, g, rule):
@@ -56,8 +70,8 @@ def pow2_scale(amax, g, rule):
     return stored, factor
 
 
-def e4m3_scale(amax, g, top):
-    """E4M3 byte of ``g * amax / top`` and factor ``g / s * 2**-6``; 0x7F and NaN if not finite."""
+def e4m3_scale(amax, g, top, unit=UNIT):
+    """E4M3 byte of ``g * amax / top`` and factor ``g / s * unit``; 0x7F and NaN if not finite."""
     inverse = np.float32(1.0 / top).view(np.uint32)
     bound = np.float32(-top).view(np.uint32)
     byte = ptx(
@@ -73,11 +87,11 @@ def e4m3_scale(amax, g, top):
         amax,
         g,
     )
-    return byte, e4m3_factor(byte, g)
+    return byte, e4m3_factor(byte, g, unit)
 
 
-def e4m3_factor(byte, g):
-    """``g / s * 2**-6`` with 1/s correctly rounded: one Newton step on the approximation."""
+def e4m3_factor(byte, g, unit=UNIT):
+    """``g / s * unit`` with 1/s correctly rounded: one Newton step on the approximation."""
     return ptx(
         f32(),
         "{ .reg .b16 h,l,u; .reg .b32 w; .reg .f32 s,r,e; cvt.u16.u32 h, $1;"
@@ -85,12 +99,28 @@ def e4m3_factor(byte, g):
         " rcp.approx.f32 r, s; neg.f32 e, s; fma.rn.f32 e, e, r, 0f3F800000;"
         " fma.rn.f32 r, e, r, r; mul.rn.f32 $0, r, $2; }",
         byte,
-        scaled(g, 2.0**-6),
+        scaled(g, unit),
     )
 
 
+def with_sign(byte, factor, high, low):
+    """A scale and factor, negative where the largest value lies above the largest negated one.
+
+    Values below 2**-126 count as zero; groups that are not finite keep their byte.
+    """
+    sign = ptx(
+        i32(),
+        "{ .reg .pred p; setp.gt.f32 p, $1, $2; setp.ge.and.f32 p, $1, 0f00800000, p;"
+        " setp.lt.and.f32 p, $1, 0f7F800000, p; selp.b32 $0, 0x80000000, 0, p; }",
+        high,
+        low,
+    )
+    factor = ptx(f32(), "xor.b32 $0, $1, $2;", factor, sign)
+    return ptx(i32(), "{ .reg .b32 t; shr.u32 t, $2, 24; or.b32 $0, $1, t; }", byte, sign), factor
+
+
 def value_scale(fmt, bits):
-    """``s * 2**6``: what takes a rounded E2M1 value times 2**-6 to a value times g."""
+    """What takes a rounded value to a value times g: of E2M1, rounded times 2**-6, ``s * 2**6``."""
     if fmt.scale_dtype == "e8m0":
         # All bits are set where the group is not finite: that stays NaN.
         return ptx(
@@ -104,7 +134,7 @@ def value_scale(fmt, bits):
         f32(),
         "{ .reg .b16 h,l,u; .reg .b32 w; .reg .f32 s; cvt.u16.u32 h, $1;"
         " cvt.rn.f16x2.e4m3x2 w, h; mov.b32 {l,u}, w; cvt.f32.f16 s, l;"
-        " mul.rn.f32 $0, s, 0f42800000; }",
+        f" mul.rn.f32 $0, s, 0f{'42800000' if fmt.element.name == 'e2m1' else '3F800000'}; }}",
         bits,
     )
 
@@ -180,10 +210,11 @@ def bfloat16_scale(amax, mean_square, g, step):
     return bits, factor
 
 
-def squared_error(factor, values):
+def squared_error(fmt, factor, values):
     """Sum of ``(y - round(y * factor) / factor)**2`` over a lane's values of one group."""
+    rounds = rounding(True) if fmt.element.name == "e2m1" else ROUND_INT
     terms = "".join(
-        ROUND.format(i=0, x=i + 2, f=1, clamp=CLAMP.format(i=0))
+        rounds.format(i=0, x=i + 2, f=1)
         + f" fma.rn.f32 z0, z0, n, ${i + 2}; fma.rn.f32 s, z0, z0, s; "
         for i in range(len(values))
     )
@@ -217,6 +248,8 @@ def candidates(fmt, amax, g):
     """Candidate (stored bits, factor) of a lane's group for rules that need only amax."""
     if fmt.scale_dtype == "e8m0":
         return [pow2_scale(amax, g, fmt.rule)]
+    if fmt.rule in SIGNED_TOPS:
+        return [e4m3_scale(amax, g, top, 1.0) for top in SIGNED_TOPS[fmt.rule]]
     six = e4m3_scale(amax, g, 6.0)
     if fmt.rule == "absmax":
         return [six]
@@ -229,19 +262,30 @@ def candidates(fmt, amax, g):
 
 def scales_of_row(fmt, quad, groups, g):
     """Find the scales of four groups of one row: lane q's (stored bits, factor) of group q."""
+    if fmt.rule in SIGNED_TOPS:
+        high = quad.reduce4([highest(v) for v in groups], fmax)
+        low = quad.reduce4([highest(v, "neg") for v in groups], fmax)
+        found = candidates(fmt, fmax(high, low), g)
+        found = [with_sign(byte, factor, high, low) for byte, factor in found]
+        return _least_error(fmt, quad, groups, found)
     amax = quad.reduce4([absmax(v) for v in groups], fmax)
     if fmt.rule == "gaussian_mse":
         spread = quad.gather4(amax)
         squares = [sum_of_squares(a, v) for a, v in zip(spread, groups, strict=True)]
         mean = scaled(quad.reduce4(squares, fadd), 1.0 / fmt.group_size)
         return bfloat16_scale(amax, mean, g, GAUSSIAN_STEP)
-    best, *others = candidates(fmt, amax, g)
+    return _least_error(fmt, quad, groups, candidates(fmt, amax, g))
+
+
+def _least_error(fmt, quad, groups, found):
+    """The first of the candidates that none after it beats."""
+    best, *others = found
     if not others:
         return best
 
     def error(candidate):
         spread = quad.gather4(candidate[1])
-        parts = [squared_error(f, v) for f, v in zip(spread, groups, strict=True)]
+        parts = [squared_error(fmt, f, v) for f, v in zip(spread, groups, strict=True)]
         return quad.reduce4(parts, fadd)
 
     least = error(best)
@@ -261,6 +305,10 @@ E2M1_RULES = {
 }
 
 
+# Where the value of largest magnitude lands, of integers with signed scales.
+SIGNED_TOPS = {"signed_absmax": (8.0,), "signed_candidates": (8.0, 8.5, 7.0)}
+
+
 def check_format(fmt) -> None:
     """Raise NotImplementedError if no instruction sequence serves the format."""
     e2m1 = fmt.element.name == "e2m1" and fmt.rule in E2M1_RULES.get(fmt.scale_dtype, ())
@@ -269,6 +317,9 @@ def check_format(fmt) -> None:
         "bfloat16",
         "gaussian_mse",
     )
+    signed = (fmt.element.name, fmt.scale_dtype, fmt.group_size) == ("int4_full", "e4m3", 16)
+    if signed and fmt.rule in SIGNED_TOPS:
+        return
     fp8 = (fmt.element.name, fmt.scale_dtype, fmt.group_size) == ("e4m3", "e8m0", 512)
     if fp8 and fmt.rule in E4M3_POW2:
         return

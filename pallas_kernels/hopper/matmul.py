@@ -100,7 +100,7 @@ def _reading(quantize, norm, residual, sums: list):
 def _fused(quantize, x, transform, fmt, global_scale, weights, out_dtype, gated):
     """The products by kernels that expand weights in registers."""
     wide = fmt.element.name == "e4m3"
-    exact = wide or fmt.element.name == "e2m1"
+    exact = wide or not exactly.is_sum_of_parts(fmt)
     # Where nothing stands between them, the product may fetch records while the quantizer runs:
     # these are there before it starts.
     ahead = exact and plans.as_they_are(math.prod(x.shape[:-1]), weights[0].grid[1])

@@ -113,7 +113,7 @@ def launch(
     from pallas_kernels.hopper import quantize_kernel
 
     quantize_kernel.check_supported(x.reshape(-1, x.shape[-1]), transform, fmt)
-    if layout == "values" and fmt.element.name != "e2m1":
+    if layout == "values" and fmt.element.name not in ("e2m1", "int4_full"):
         raise NotImplementedError(f"values of {fmt.name} are no bfloat16 numbers")
     wide = fmt.element.name == "e4m3"
     if layout == "float8" and not wide and (fmt.element.name, fmt.scale_dtype) != ("e2m1", "e8m0"):

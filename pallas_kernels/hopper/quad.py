@@ -120,6 +120,16 @@ def absmax(values):
     return out
 
 
+def highest(values, sign=""):
+    """max v, or with the sign "neg" max -v; NaN if any is NaN."""
+    move = f"{{ .reg .f32 a; {sign or 'mov'}.f32 a, $1; mov.f32 $0, a; }}"
+    out = ptx(f32(), move, values[0])
+    for v in values[1:]:
+        code = f"{{ .reg .f32 a; {sign or 'mov'}.f32 a, $2; max.NaN.f32 $0, $1, a; }}"
+        out = ptx(f32(), code, out, v)
+    return out
+
+
 def fmax(a, b):
     """max(a, b), NaN if either is."""
     return ptx(f32(), "max.NaN.f32 $0, $1, $2;", a, b)

@@ -112,7 +112,7 @@ def test_rows_end_with_their_stop_token():
 def test_prompts_of_many_lengths_share_a_program(monkeypatch):
     """What fills a prompt up changes no token of it; lengths of one bucket are traced once."""
     model, traced = random_model(CONFIG), []
-    graph, state = nnx.split(model)
+    graph, state = generation._apart(model)
 
     def noted(*arguments):
         traced.append(1)

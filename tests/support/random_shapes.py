@@ -24,6 +24,8 @@ TOKENS, OUTPUTS, WIDTH = 640, 704, 2048  # no call is larger
 WEIGHTS = (wush.MXFP4, wush.NVFP4, wush.NVINT4, wush.INT4)
 FORMATS = {"MXFP4": (wush.MXFP4, "float8"), "NVFP4": (wush.NVFP4, "values")}
 FORMATS["FP8"] = (wush.FP8, "float8")
+FORMATS["NVINT4"] = (wush.NVINT4, "values")
+RULES = ("signed_absmax", "signed_candidates")
 # What weights are laid out for and how they are multiplied, and which formats are.
 ROADS = {"bfloat16": WEIGHTS, "float8": WEIGHTS[:1], "folded": WEIGHTS[1:3]}
 # Tensor cores cut off where they align: 2^-23 for each sum of 16 products. In FP8 up to 512 columns
@@ -128,6 +130,34 @@ def normed_agrees(seed):
     assert error <= share**0.5 / 2, (seed, fmt.name, rows, k, d, shared, differ, error)
 
 
+def quantizer_agrees(seed):
+    """Assert NVINT4's codes and scales: equal, but for one group where candidates tie."""
+    rows, _, k, d, shared, _ = random_call(seed, WEIGHTS)
+    _, x, t = (a[0] for a in random_layers(1, (rows, 1, k, d, shared), seed))
+    fmt = wush.NVINT4.replace(rule=RULES[seed // 4 % 2])
+    codes, scales = (np.asarray(a) for a in quantized(x, None, None, t, fmt, "interchange"))
+    y = np.einsum("mbi,bji->mbj", np.float32(x).reshape(rows, -1, d), spread(t, k))
+    wanted = encoded(padded(y.reshape(rows, k), TOKENS), fmt)
+    differ = [
+        int(np.sum(found.view(np.uint8) != np.asarray(a).view(np.uint8)[:rows, : found.shape[1]]))
+        for found, a in zip((codes, scales), wanted, strict=True)
+    ]
+    ties = 1 if fmt.rule == RULES[1] else 0
+    assert differ[1] <= ties, (seed, fmt.rule, rows, k, d, shared, differ)
+    assert differ[0] <= 8 * ties, (seed, fmt.rule, rows, k, d, shared, differ)
+
+
+def spread(t, k):
+    t = np.asarray(t, np.float32)
+    return np.broadcast_to(t, (k // t.shape[-1], *t.shape[-2:]))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def encoded(y, fmt):
+    codes, scales = fmt.encode(y, jnp.float32(fmt.global_scale))
+    return fmt.pack(codes), scales
+
+
 def bfloat16(a):
     return np.asarray(a, np.float32).astype(jnp.bfloat16)
 
@@ -138,7 +168,7 @@ def quantized(x, residual, weight, t, fmt, layout):
 
     device = mosaic_gpu.require_hopper()
     options = {"global_scale": None, "layout": layout, "device": device}
-    norm = weight, 1e-5
+    norm = None if weight is None else (weight, 1e-5)
     return mosaic_gpu.launch(x, t, fmt, norm=norm, residual=residual, **options)
 
 
@@ -175,10 +205,17 @@ def layer(x, t, laid, road):
     return matmul.transform_quantize_matmul(x, t, (laid,), wush.FP8, **options)[0]
 
 
+# Roads of activations alone.
+OWN = {"normed": normed_agrees, "quantizer": quantizer_agrees}
+
+
 def failure(seed, road):
     """What a layer's assertion says, or None."""
     try:
-        normed_agrees(seed) if road == "normed" else fp8_activations_agree(seed, road)
+        if road in OWN:
+            OWN[road](seed)
+        else:
+            fp8_activations_agree(seed, road)
     except AssertionError as error:
         return str(error)
     finally:
@@ -188,6 +225,8 @@ def failure(seed, road):
 
 def format_of(seed, road):
     """The name of a layer's format: of its weights, or of what follows its norm."""
+    if road == "quantizer":
+        return "NVINT4"
     if road == "normed":
         return sorted(FORMATS)[seed % len(FORMATS)]
     return WEIGHTS[seed % len(WEIGHTS)].name
@@ -204,7 +243,7 @@ def main():
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--layers", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
-    roads = [*ROADS, "normed"]
+    roads = [*ROADS, *OWN]
     parser.add_argument("--roads", nargs="*", choices=roads, default=roads)
     names = sorted({fmt.name for fmt in WEIGHTS} | set(FORMATS))
     parser.add_argument("--formats", nargs="*", choices=names, default=names)

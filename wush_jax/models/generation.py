@@ -16,8 +16,6 @@ from wush_jax.models.prompts import bucket, chance_of, checked, padded
 
 SHOWN = 8  # tokens from one sight of them to the next
 CHUNK = 16  # tokens from one look at whether all rows have ended to the next
-
-
 PROMPT_CHUNK = 4096  # positions of prompts that are read at once
 
 
@@ -156,12 +154,11 @@ def generate(
     """
     prompts, lengths = padded(prompts, lengths, model.config.vocab_size)
     stops = checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key)
-    graph, state = nnx.split(model)
+    graph, state = _apart(model)
     chance = chance_of(temperature, top_p, key)
     chosen, cache, seconds = _read(graph, state, prompts, lengths, max_new_tokens, chance)
-    (tokens, count, _), compiling, writing = _timed(
-        _rest, (graph, max_new_tokens, stops), state, chosen, cache, *chance
-    )
+    rest = _Program(_rest, graph, max_new_tokens, stops)
+    (tokens, count, _), compiling, writing = rest(state, chosen, cache, *chance)
     tokens, count = np.asarray(tokens), np.asarray(count)
     seconds = replace(
         seconds,
@@ -203,8 +200,9 @@ def stream(
     """
     prompts, lengths = padded(prompts, None, model.config.vocab_size)
     stops = checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key)
-    graph, state = nnx.split(model)
+    graph, state = _apart(model)
     chance = chance_of(temperature, top_p, key)
+    more = _Program(_more, graph)
     room = 1 + -(-(max_new_tokens - 1) // SHOWN) * SHOWN
     chosen, cache, seconds = _read(graph, state, prompts, lengths, room, chance)
     ended, new, done = np.zeros(len(lengths), bool), np.asarray(chosen)[:, None], 0
@@ -218,9 +216,8 @@ def stream(
         done += new.shape[1]
         if done == max_new_tokens or ended.all():
             return
-        (chosen, cache, new), compiling, writing = _timed(
-            _more, (graph,), state, np.int32(done), chosen, cache, *chance
-        )
+        out, compiling, writing = more(state, np.int32(done), chosen, cache, *chance)
+        chosen, cache, new = out
         new = np.asarray(new)
         seconds = replace(
             seconds,
@@ -230,45 +227,67 @@ def stream(
         )
 
 
-def _timed(program: Any, static: tuple, *arguments: Any) -> tuple[Any, float, float]:
-    """Return what a jitted function returns, and the seconds of compiling and of running it."""
-    start = time.perf_counter()
-    compiled = program.lower(*static, *arguments).compile()  # once, then it is found
-    ready = time.perf_counter()
-    found = jax.block_until_ready(compiled(*arguments))
-    return found, ready - start, time.perf_counter() - ready
+def _apart(model: Llama) -> tuple[tuple[Any, Any], list[jax.Array]]:
+    """Return a model as what jitted functions take for static, and its arrays.
+
+    The arrays are a list: a state of nested modules takes longer to go through than a step of
+    decoding.
+    """
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    return (graph, tree), leaves
+
+
+def _whole(graph: tuple[Any, Any], leaves: list[jax.Array]) -> Llama:
+    return nnx.merge(graph[0], jax.tree.unflatten(graph[1], leaves))
+
+
+class _Program:
+    """A jitted function behind its static arguments, for arrays of one size: compiled once."""
+
+    def __init__(self, function: Any, *static: Any):
+        self._function, self._static = function, static
+        self._compiled: Any = None
+
+    def __call__(self, *arguments: Any) -> tuple[Any, float, float]:
+        """Return what the function returns, and the seconds of compiling and of running it."""
+        start = time.perf_counter()
+        if self._compiled is None:  # of an earlier program it is found, which takes a while, too
+            self._compiled = self._function.lower(*self._static, *arguments).compile()
+        ready = time.perf_counter()
+        found = jax.block_until_ready(self._compiled(*arguments))
+        return found, ready - start, time.perf_counter() - ready
 
 
 def _read(
-    graph: Any, state: Any, prompts: np.ndarray, lengths: np.ndarray, room: int, chance: tuple
+    graph: Any, state: list, prompts: np.ndarray, lengths: np.ndarray, room: int, chance: tuple
 ) -> tuple[jax.Array, Cache, Seconds]:
     """Return the first token of each row, a cache with room for so many, and what it took."""
     width = prompts.shape[1]
     whole = width // PROMPT_CHUNK * PROMPT_CHUNK
     filled = np.pad(prompts, ((0, 0), (0, whole + bucket(width - whole) - width)))
     first, ends = filled[:, :PROMPT_CHUNK], np.minimum(lengths, PROMPT_CHUNK)
-    (logits, cache), compiling, reading = _timed(
-        _begin, (graph, filled.shape[1] + room), state, first, ends
-    )
+    begin = _Program(_begin, graph, filled.shape[1] + room)
+    (logits, cache), compiling, reading = begin(state, first, ends)
+    chunk, last = _Program(_go_on, graph), _Program(_go_on, graph)
     for start in range(PROMPT_CHUNK, filled.shape[1], PROMPT_CHUNK):
         some = filled[:, start : start + PROMPT_CHUNK]
-        (logits, cache), *more = _timed(
-            _go_on, (graph,), state, some, lengths, logits, cache, np.int32(start)
-        )
+        go_on = chunk if some.shape[1] == PROMPT_CHUNK else last
+        (logits, cache), *more = go_on(state, some, lengths, logits, cache, np.int32(start))
         compiling, reading = compiling + more[0], reading + more[1]
-    chosen, *more = _timed(_draw, (), logits, *chance)
+    chosen, *more = _Program(_draw)(logits, *chance)
     compiling, reading = compiling + more[0], reading + more[1]
     return chosen, cache, Seconds(compiling, reading, read=int(lengths.sum()))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _begin(graph, room, state, prompts, lengths):
-    return nnx.merge(graph, state).prefill(prompts, lengths, room)
+    return _whole(graph, state).prefill(prompts, lengths, room)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
 def _go_on(graph, state, prompts, lengths, logits, cache, start):
-    new, cache = nnx.merge(graph, state).extend(prompts, lengths, cache, start)
+    new, cache = _whole(graph, state).extend(prompts, lengths, cache, start)
     return jnp.where((lengths > start)[:, None], new, logits), cache
 
 
@@ -279,7 +298,7 @@ def _draw(logits, key, temperature, top_p):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _more(graph, state, done, chosen, cache, key, temperature, top_p):
-    model = nnx.merge(graph, state)
+    model = _whole(graph, state)
 
     def advance(carry, step):
         chosen, cache = carry
@@ -295,7 +314,7 @@ def _more(graph, state, done, chosen, cache, key, temperature, top_p):
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _rest(graph, limit, stops, state, chosen, cache, key, temperature, top_p):
     """Return tokens (batch, limit) and how many each row has, from the first ones on."""
-    model = nnx.merge(graph, state)
+    model = _whole(graph, state)
     batch = len(chosen)
     tokens, count = jnp.zeros((batch, limit), jnp.int32), jnp.zeros(batch, jnp.int32)
     # A loop of known length is launched ahead of the device. One that ends by what it computes

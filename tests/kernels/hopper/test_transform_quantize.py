@@ -21,6 +21,7 @@ NEEDS_MOSAIC = pytest.mark.skipif(
 )
 NVFP4_46 = wush.NVFP4.replace(rule="four_over_six")
 NVFP4_3 = wush.NVFP4.replace(rule="three_candidates")
+NVINT4_3 = wush.NVINT4.replace(rule="signed_candidates")
 POW2 = {
     rule: wush.MXFP4.replace(rule=rule, global_scale=g)
     for rule, g in (("pow2_div3", 3.5), ("ocp_floor", 1.0), ("round_175", 1.0), ("ceil", 1.0))
@@ -58,7 +59,7 @@ def test_interpreted_kernel_equals_the_definition(name):
 
 
 @NEEDS_MOSAIC
-@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.NVINT4], ids=lambda f: f.name)
 def test_values_are_those_of_the_codes(fmt):
     x, t = Case(70, 192).arrays()
     run = functools.partial(launch, x, t, fmt, tiles=Tiles(1, 1, ctas=2), interpret=True)
@@ -99,6 +100,8 @@ LOWERED = [
     (Case(16384), wush.NVFP4, "kernel", "wgmma"),
     (Case(77, 14336, block=128), wush.INT4, "interchange", "wgmma"),
     (Case(1024, block=64, dtype="float16"), NVFP4_46, "interchange", "wgmma"),
+    (Case(100, 1088, block=16), wush.NVINT4, "values", "wgmma"),
+    (Case(1024), NVINT4_3, "kernel", "wgmma"),
     (Case(16384), wush.MXFP4, "interchange", "mma"),
     (Case(13), wush.MXFP4, "float8", "wgmma"),
     (Case(100, 1088, block=64), wush.MXFP4, "float8", "wgmma"),
@@ -225,11 +228,11 @@ def test_a_single_tile_of_columns_on_gpu(layout, rows, width):
 
 ON_GPU = [
     *((Case(m, k), fmt, "interchange") for m, k in ((1, 4096), (16, 14336), (77, 1088))
-      for fmt in (wush.MXFP4, wush.NVFP4, wush.INT4)),
-    *((Case(1000, 4096), fmt, "kernel") for fmt in (wush.MXFP4, wush.NVFP4, wush.INT4)),
+      for fmt in (wush.MXFP4, wush.NVFP4, wush.INT4, wush.NVINT4)),
+    *((Case(1000, 4096), fmt, "kernel") for fmt in (wush.MXFP4, wush.NVFP4, wush.INT4, NVINT4_3)),
     *((Case(1032, block=d), fmt, "interchange") for d in (64, 128)
       for fmt in (wush.MXFP4, wush.NVFP4)),
-    *((Case(2048), fmt, "interchange") for fmt in (*POW2.values(), NVFP4_46, NVFP4_3)),
+    *((Case(2048), fmt, "interchange") for fmt in (*POW2.values(), NVFP4_46, NVFP4_3, NVINT4_3)),
     (Case(1000, shared=True), wush.MXFP4, "interchange"),
     (Case(1000, dtype="float16"), wush.MXFP4, "interchange"),
 ]  # fmt: skip
@@ -258,7 +261,7 @@ def test_codes_as_lanes_hold_them_on_gpu(block):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fmt", [wush.MXFP4, *POW2.values(), wush.NVFP4, NVFP4_46, NVFP4_3])
+@pytest.mark.parametrize("fmt", [wush.MXFP4, *POW2.values(), NVFP4_46, NVFP4_3, wush.NVINT4])
 @pytest.mark.parametrize("m", [1, 13, 1000])
 def test_values_are_those_of_the_codes_on_gpu(m, fmt):
     """Groups that are not finite are NaN in one, an infinity times a zero in the other."""
@@ -282,7 +285,7 @@ def test_warp_level_instructions_give_the_same_on_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.INT4, *POW2.values()])
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.INT4, wush.NVINT4, *POW2.values()])
 def test_every_kind_of_number_on_gpu(fmt):
     """Ties, zeros, infinities, NaN, tiny and huge values, untransformed: bit by bit."""
     x, _ = Case(512).arrays()
