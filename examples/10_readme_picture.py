@@ -1,9 +1,11 @@
 """README's picture and that of docs/speed.md, from committed figures.
 
     python examples/10_readme_picture.py --out docs/figures
+    python examples/10_readme_picture.py --measured matmul.json   # of the command below, first
 
 Quality: docs/figures/quality_llm.jsonl, mean of the draws. Speed: docs/figures/layer_speed.json,
-BF16's time over that of an implementation, measured in one run a row.
+BF16's time over that of an implementation, measured in one run a row, by
+`python -m pallas_kernels.benchmarks --matmul --output matmul.json`. Prints docs/speed.md's table.
 """
 
 from __future__ import annotations
@@ -38,13 +40,14 @@ SHOWN = {
     "MXFP4 A4, default": 'W4A4, MXFP4, precision="default"',
     "NVFP4 A8, folded": 'W4A8, NVFP4, precision="folded"',
 }
-COLUMNS = [f"{fmt} {kind}" for fmt in ("MXFP4", "NVFP4") for kind in ("A16", "A8", "A4")]
-COLUMNS.insert(3, "MXFP4 A4, default")
-COLUMNS.append("NVFP4 A8, folded")
-HEAD = (
-    '| (K, N) | M | BF16 | MXFP4: A16 | A8 | A4 | A4, "default" '
-    '| NVFP4: A16 | A8 | A4 | A8, "folded" |'
-)
+KINDS = {"a16": "A16", "a8": "A8", "a4": "A4", "fast": "A4, default", "folded": "A8, folded"}
+EXACT = ("A16", "A8", "A4")
+TABLE = {
+    "MXFP4": (*EXACT, "A4, default"),
+    "NVFP4": (*EXACT, "A8, folded"),
+    "NVINT4": (*EXACT, "A8, folded"),
+}
+COLUMNS = [f"{fmt} {kind}" for fmt, kinds in TABLE.items() for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ class Options:
 
     Attributes:
       out: the folder of the pictures.
+      measured: what a benchmark wrote, which takes the place of the committed ratios.
     """
 
     out: Path = FIGURES
+    measured: Path | None = None
 
 
 def quality() -> dict[str, dict[str, float]]:
@@ -78,9 +83,42 @@ def speed() -> dict[str, Any]:
     return json.loads((FIGURES / "layer_speed.json").read_text("utf8"))
 
 
+def replaced(measured: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured, with the ratios of a benchmark's rows; each by BF16 of its own process."""
+    layers: dict[tuple, dict[str, Any]] = {}
+
+    def order(row):
+        return [*TABLE].index(row["format"])
+
+    for row in sorted((r for r in rows if r["format"] in TABLE), key=order):
+        at = row["k"], row["n"], row["tokens"]
+        layer = layers.setdefault(
+            at, {"shape": [*at[:2]], "tokens": at[2], "bf16_us": round(row["bf16_us"], 1)}
+        )
+        layer |= {
+            f"{row['format']} {kind}": round(row["bf16_us"] / row[f"{name}_us"], 2)
+            for name, kind in KINDS.items()
+            if f"{name}_us" in row
+        }
+    return {**measured, "layers": list(layers.values())}
+
+
+def written(measured: dict[str, Any]) -> str:
+    """JSON with a line for each layer."""
+    lines = ",\n  ".join(json.dumps(layer) for layer in measured["layers"])
+    head = json.dumps({k: v for k, v in measured.items() if k != "layers"}, indent=1)
+    return f'{head[:-2]},\n "layers": [\n  {lines}\n ]\n}}\n'
+
+
 def table(measured: dict[str, Any]) -> str:
     """The table of docs/speed.md."""
-    lines = [HEAD, "| " + " | ".join(["---"] * 11) + " |"]
+    names = [
+        f"{fmt}: {kind}" if kind == kinds[0] else kind
+        for fmt, kinds in TABLE.items()
+        for kind in kinds
+    ]
+    head = ["(K, N)", "M", "BF16", *names]
+    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head))]
     for row in measured["layers"]:
         ratios = [f"{row[name]:.2f}x" if name in row else "" for name in COLUMNS]
         ratios[COLUMNS.index(LAYER)] = f"**{ratios[COLUMNS.index(LAYER)]}**"
@@ -113,6 +151,10 @@ def over_tokens(axes: Any, measured: dict[str, Any], shape: list[int], peers: bo
 def main(options: Options) -> None:
     """Draw and write both."""
     measured = speed()
+    if options.measured is not None:
+        measured = replaced(measured, json.loads(options.measured.read_text("utf8")))
+        (FIGURES / "layer_speed.json").write_text(written(measured), "utf8")
+    print(table(measured))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     grouped_bars(left, quality(), "KL to the float32 model (nats)")
