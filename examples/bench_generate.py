@@ -17,14 +17,12 @@ most while a loop or a prompt runs, as XLA has planned it.
 """
 
 import argparse
-import collections
 import dataclasses
 import functools
 import json
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 
 import jax
@@ -32,6 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import wush_jax as wush
+from pallas_kernels.benchmarks.measure import kernels_of
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import dense_layers
 from wush_jax.layers.swap import swap
@@ -228,24 +227,6 @@ def reading(model, length):
     compiled = last.lower(state, tokens).compile()
     compiling = time.perf_counter() - start
     return Phase(lambda: timed(compiled, state, tokens), compiling, memory_of(compiled))
-
-
-def kernels_of(run, steps):
-    """Microseconds and launches a step of what a device ran, most time first."""
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level = options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            run()
-        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        first = [p for p in planes if p.name.startswith("/device:GPU:0")]
-        lines = [line for p in first for line in p.lines if "Stream" in line.name]
-        spent = collections.defaultdict(lambda: [0.0, 0.0])
-        for event in (e for line in lines for e in line.events):
-            spent[event.name][0] += event.duration_ns / 1e3 / steps
-            spent[event.name][1] += 1 / steps
-    return sorted(((n, *v) for n, v in spent.items()), key=lambda row: -row[1])
 
 
 def placement_of(mesh):

@@ -142,7 +142,7 @@ def compare_side_by_side(formats, inputs, shapes=SHAPES, tokens=TOKENS) -> list[
     return rows
 
 
-def _worker(ready, alone, queue, *arguments):
+def _worker(ready, alone, queue, formats, inputs, shapes, tokens):
     @contextmanager
     def turn():
         with suppress(threading.BrokenBarrierError):
@@ -152,7 +152,7 @@ def _worker(ready, alone, queue, *arguments):
 
     rows: list[dict] = []
     try:
-        rows = compare(*arguments, turn=turn)
+        rows = compare(formats, inputs, shapes, tokens, turn)
     finally:
         ready.abort()  # whoever still waits for one that failed goes on
         queue.put(rows)

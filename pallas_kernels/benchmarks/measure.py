@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import pathlib
@@ -83,6 +84,26 @@ def device_times(call, *arguments, repeats: int = 9) -> list[float]:
         raise RuntimeError(f"{len(kernels)} kernels were seen in {repeats} calls: measure again")
     starts = range(0, len(kernels), each)
     return [max(e for _, e in kernels[i : i + each]) - kernels[i][1] for i in starts]
+
+
+def kernels_of(run, steps: int = 1) -> list[tuple[str, float, float]]:
+    """Return what the first GPU ran in a call: names, microseconds and launches, most time first.
+
+    Args:
+      run: is called once.
+      steps: that the call has; times and launches are those of one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=_quiet()):
+            run()
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        lines = [line for p in planes if p.name.startswith("/device:GPU:0") for line in p.lines]
+        spent: dict = collections.defaultdict(lambda: [0.0, 0.0])
+        for event in (e for line in lines if "Stream" in line.name for e in line.events):
+            spent[event.name][0] += event.duration_ns / 1e3 / steps
+            spent[event.name][1] += 1 / steps
+    return sorted(((name, *found) for name, found in spent.items()), key=lambda row: -row[1])
 
 
 def _quiet():

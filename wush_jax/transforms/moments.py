@@ -19,6 +19,8 @@ from wush_jax.transforms.sample import SAMPLE_ROWS, Sample
 # Into how many parts rows are split before they are summed: the most devices that give the same
 # bits as one.
 PARTS = 8
+# Tokens whose products a CPU sums at once: as they lie, without a transposed copy of all.
+TOGETHER = 64
 # Fewer rows of a moment are not worth a product of their own.
 PANEL = 128
 
@@ -261,13 +263,35 @@ def _gram(rows: jax.Array, block: int | None) -> jax.Array:
     if block < 1 or k % block:
         raise ValueError(f"block={block} does not divide K={k} of x {rows.shape}")
     blocks = parts.reshape(*parts.shape[:2], k // block, block)
-    return _sum_parts("ptbi,ptbj->pbij", blocks, blocks)
+    if blocks.shape[1] < 2 * TOGETHER:
+        return _exact_sum(_of_blocks(blocks))
+    return _exact_sum(lax.platform_dependent(blocks, cpu=_in_chunks, default=_of_blocks))
+
+
+def _of_blocks(blocks: jax.Array) -> jax.Array:
+    """Return the products (P, B, d, d) of blocks (P, T, B, d), summed over T."""
+    return _products("ptbi,ptbj->pbij", blocks, blocks)
+
+
+def _in_chunks(blocks: jax.Array) -> jax.Array:
+    """As `_of_blocks`, some tokens after the others."""
+    steps, left = divmod(blocks.shape[1], TOGETHER)
+
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        some = lax.dynamic_slice_in_dim(blocks, left + step * TOGETHER, TOGETHER, axis=1)
+        return total + _of_blocks(some)
+
+    return lax.fori_loop(1, steps, add, _of_blocks(blocks[:, : TOGETHER + left]))
+
+
+def _products(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    options: dict[str, Any] = {"precision": linalg.HIGHEST, "preferred_element_type": jnp.float32}
+    return jnp.einsum(equation, a, b, **options)
 
 
 def _sum_parts(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the float32 products of parts, summed over the parts in float64, as float32."""
-    options: dict[str, Any] = {"precision": linalg.HIGHEST, "preferred_element_type": jnp.float32}
-    return _exact_sum(jnp.einsum(equation, a, b, **options))
+    return _exact_sum(_products(equation, a, b))
 
 
 @linalg.float64_construction
