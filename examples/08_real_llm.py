@@ -44,6 +44,7 @@ from wush_jax.solvers.site import PackedWeight
 
 FORMATS = (wush.MXFP4, wush.NVFP4, wush.NVINT4, wush.INT4)
 SKIP = [("lm_head", None)]
+WEIGHTED = " weighted"  # ends the names of settings whose calibration weighs tokens
 STACKED = 30  # layers of one shape that are solved in one program
 
 
@@ -97,14 +98,19 @@ def settings() -> dict[str, Recipe]:
             "BEST": best,
             "BEST balance 0.75": best.replace(balance=0.75),
             "BEST refit 1": best.replace(refit=1, descent=2),
+            "BEST refit 1 weighted": best.replace(refit=1, descent=2),
             "BEST no refit": best.replace(refit=0),
             "BEST aimed": best.replace(input_error="sample"),
             "BEST_WIDE": wide,
+            "BEST_WIDE refit 1 weighted": wide.replace(refit=1, descent=2),
             "PAPER A16": paper.replace(activation_format=None),
             "BEST A16": bare,
             "BEST_WIDE A16": bare.replace(block_size="widest"),
             "PAPER A8": paper.replace(activation_format=wush.FP8),
             "BEST A8": best.replace(activation_format=wush.FP8),
+            "BEST A8 refit 1 weighted": best.replace(
+                activation_format=wush.FP8, refit=1, descent=2
+            ),
             "BEST_WIDE A8": wide.replace(activation_format=wush.FP8),
         }
         found |= {f"{fmt.name} {name}": recipe for name, recipe in named.items()}
@@ -230,13 +236,20 @@ class Lines:
         print(json.dumps(brief), flush=True)
 
 
-def calibration(
-    options: Options, tokens: Any, bench: Bench, rules: Sequence[Any], draw: int
-) -> wush.Calibration:
-    """Return what a random draw of windows says of the inputs."""
+def calibrations(
+    options: Options, tokens: Any, bench: Bench, todo: Mapping[str, Recipe], draw: int
+) -> dict[str, wush.Calibration]:
+    """Return what a random draw of windows says of the inputs, by setting."""
     window = {"batch": 2, "length": options.length, "limit": options.samples // 2}
-    batches = token_batches(tokens, seed=draw, **window)
-    return wush.calibrate(bench.model, batches, *rules)
+    found: dict[str, wush.Calibration] = {}
+    for weighted in (False, True):
+        mine = {n: [*SKIP, (".*", r)] for n, r in todo.items() if n.endswith(WEIGHTED) == weighted}
+        if mine:
+            batches = token_batches(tokens, seed=draw, **window)
+            weights = "gradient" if weighted else None
+            known = wush.calibrate(bench.model, batches, *mine.values(), token_weights=weights)
+            found |= dict.fromkeys(mine, known)
+    return found
 
 
 def run(
@@ -287,12 +300,11 @@ def main(options: Options) -> None:
         details = {k: v if isinstance(v, int | float) else str(v) for k, v in about.items()}
         found = bench.measure(bench.model)
         lines.add(setting="unquantized", draw=0, **found, details=details)
-    rules = [[*SKIP, (".*", recipe)] for recipe in chosen.values()]
     for draw in range(options.draws):
         todo = {n: r for n, r in chosen.items() if (n, draw) not in lines.done}
-        known = calibration(options, tokens, bench, rules, draw) if todo else None
+        known = calibrations(options, tokens, bench, todo, draw)
         for name, recipe in todo.items():
-            lines.add(**run(name, recipe, draw, known, bench))
+            lines.add(**run(name, recipe, draw, known[name], bench))
 
 
 if __name__ == "__main__":
