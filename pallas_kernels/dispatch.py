@@ -15,7 +15,7 @@ import jax
 
 from pallas_kernels import checks, fragments, normed, reference, repack
 from pallas_kernels import precision as losses
-from pallas_kernels.hopper import matmul, mosaic_gpu, roads
+from pallas_kernels.hopper import matmul, mosaic_gpu, ragged, roads
 from pallas_kernels.library import scaled_dot, xla, xla_fp8, xla_ragged
 
 Implementation = str | Sequence[str] | None
@@ -267,7 +267,8 @@ def ragged_transform_quantize_matmul(
         x; the first one's transform, format and scale count.
       group_sizes: (G,) integers; rows beyond their sum give zeros.
       out_dtype: of the result; default x's dtype.
-      implementation: None chooses; a name, or names in order, forces: "xla"
+      implementation: None chooses; a name, or names in order, forces: "mosaic_gpu" (weights laid
+        out by `stacks.lay_out`, Hopper: those of groups without rows are not read), "xla"
         (`jax.lax.ragged_dot`), "reference" (one group after another).
 
     Returns:
@@ -292,6 +293,7 @@ def ragged_transform_quantize_matmul(
     products = _first_able(
         "ragged_transform_quantize_matmul",
         {
+            "mosaic_gpu": ragged.layer,
             "xla": _one_by_one(xla_ragged.ragged_transform_quantize_matmul),
             "reference": _one_by_one(reference.ragged_transform_quantize_matmul),
         },

@@ -6,6 +6,8 @@ The number format is an argument: a frozen object with ``group_size``, ``holds``
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -133,7 +135,7 @@ def ragged_transform_quantize_matmul(
     Args:
       x: (M, K), sorted by group.
       transforms: (G or 1, K/d or 1, d, d), or None.
-      weight: quantized weights (G, N, K).
+      weight: quantized weights (G, N, K), in either layout.
       group_sizes: (G,) integers; rows beyond their sum give zeros.
       fmt: number format of the activations, or None.
       global_scale: scalar, or one a group; None takes the format's own, derived group by group.
@@ -150,11 +152,14 @@ def ragged_transform_quantize_matmul(
     if global_scale is not None:
         global_scale = jnp.broadcast_to(global_scale, (groups,))
     scales = jnp.broadcast_to(weight.global_scale, (groups,))
-    weight = type(weight)(weight.codes, weight.scales, scales, weight.format)
+    codes, factors = interchange(weight)
 
     def product(number, parts):
         member = (group == number)[:, None]
         transform, one, scale = parts
+        one = types.SimpleNamespace(
+            **dict(zip(("codes", "scales", "global_scale"), one, strict=True)), format=weight.format
+        )
         y = transform_quantize_matmul(
             jnp.where(member, x, 0), transform, one, fmt, global_scale=scale, out_dtype=out_dtype
         )
@@ -164,7 +169,7 @@ def ragged_transform_quantize_matmul(
         return y + product(*numbered), None
 
     # One group at a time: no more than one weight is expanded.
-    parts = transforms, weight, global_scale
+    parts = transforms, (codes, factors, scales), global_scale
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     rest = jax.tree.map(lambda leaf: leaf[1:], parts)
     return lax.scan(add, product(0, first), (jnp.arange(1, groups, dtype=jnp.int32), rest))[0]

@@ -85,7 +85,7 @@ def array_of(tokens: int):
 X = plgpu.RefType(swizzled(128, 1))
 
 
-def partial(c: fragments.Carrier, tokens: int, left: str):
+def partial(c: fragments.Carrier, tokens: int, left: str, transforms=None):
     """Return ``multiply(record, x, sums) -> sums + weights @ x^T``, on its way: `wait`, `settled`.
 
     One group of asynchronous products for 32 columns. Each thread has read its part of the record
@@ -95,14 +95,16 @@ def partial(c: fragments.Carrier, tokens: int, left: str):
       c: how the record is written.
       tokens: rows of x, a multiple of 8.
       left: what x is, "e5m2" or "e4m3".
+      transforms: of x's memory, if not those of `inlined.swizzled`; lines of 128 bytes lie alike.
 
     Returns:
       A function of a record, of x (tokens, 128) in shared memory, swizzled by 128 bytes, and of
       float32 sums (64, tokens).
     """
+    place = X if transforms is None else plgpu.RefType(transforms)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), X, plgpu.Layout.WGMMA), return_type=array_of(tokens)
+        arg_types=(plgpu.RefType(), place, plgpu.Layout.WGMMA), return_type=array_of(tokens)
     )
     def multiply(_, record, x, sums):
         return registers_of(sums, _multiply(c, record, x, values_of(sums), tokens, left))

@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import repack
 from pallas_kernels.hopper import epilogue, group_scales
+from pallas_kernels.hopper.group_tiles import Starts, Tiles
 from pallas_kernels.hopper.inlined import (
     ROWS,
     cluster_arrive,
@@ -51,6 +52,7 @@ def transform_quantize(
     interpret=False,
     after=(),
     early=False,
+    starts=None,
 ):
     """Transform, scale, round and pack in one kernel.
 
@@ -77,6 +79,8 @@ def transform_quantize(
       after: arrays that must be there before the kernel starts; it does not read them.
       early: let the next kernel start while this one runs. For a kernel of this package that takes
         the results as they are, alone: XLA's own may read them before they wait.
+      starts: `group_tiles.Starts` of rows that are spaced by 64: each group has its transforms,
+        (G, K/d, d, d) or (G, 1, d, d). Rows of no group are left out.
 
     Returns:
       Codes uint8 (M, K/2) and scales in the format's scale type.
@@ -90,11 +94,12 @@ def transform_quantize(
     # TMA's view of a swizzled tile splits M by 8 rows.
     if m > 8 and m % 8:
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
-    d, shared = transform.shape[-1], transform.ndim == 2
+    d, grouped = transform.shape[-1], starts is not None
+    shared = transform.ndim == 2 or (grouped and transform.shape[-3] == 1)
     geometry = Geometry(x.shape[0], k, d, fmt.group_size, shared, layout, tiles, unit)
-    codes, scales = _kernel(geometry, fmt, x.dtype, interpret, early)(
+    codes, scales = _kernel(geometry, fmt, x.dtype, interpret, early, grouped)(
         *(x, transform.reshape(-1, d, d), jnp.asarray(global_scale, jnp.float32).reshape(1)),
-        *after,
+        *((starts.tile, *after) if grouped else after),
     )
     return as_typed(codes, scales, m, fmt, layout)
 
@@ -139,8 +144,11 @@ def check_supported(x, transform, fmt) -> None:
         raise NotImplementedError(f"block d={transform.shape[-1]} is none of 16, 32, 64, 128")
 
 
-def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
-    """The kernel as a function of x (M, K), transforms (B, d, d), g (1,) and what it waits for."""
+def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool, grouped: bool = False):
+    """The kernel as a function of x (M, K), transforms (B, d, d), g (1,) and what it waits for.
+
+    That of groups takes their first row tiles behind g.
+    """
     tiles, d, n = geo.tiles, geo.block, geo.tiles.warpgroups
     word = scale_word(geo, fmt)
     codes_shape, scales_shape = geo.outputs
@@ -159,7 +167,7 @@ def _kernel(geo: Geometry, fmt, dtype, interpret: bool, early: bool):
         gathered = geo.oriented(ROWS, geo.tiles.slab // geo.per_scale)
         scratch["scales_s"] = plgpu.SMEM((n * 2, *gathered), word)
     return plgpu.kernel(
-        functools.partial(_body, geo, fmt, interpret, early),
+        functools.partial(_body, geo, fmt, interpret, early, grouped),
         out_type=(
             jax.ShapeDtypeStruct(codes_shape, geo.code_dtype),
             jax.ShapeDtypeStruct(scales_shape, word),
@@ -197,7 +205,9 @@ def interpreter():
     return InterpretGPUParams()
 
 
-def _body(geo, fmt, interpret, early, x_g, t_g, g_g, *others, t_s, t_ready, together, **own):
+def _body(
+    geo, fmt, interpret, early, grouped, x_g, t_g, g_g, *others, t_s, t_ready, together, **own
+):
     """One CTA: its share of all (slab, row tile) pairs, slab by slab."""
     codes_g, scales_g = others[-2:]
     if geo.tiles.cluster > 1:  # before others write to it, a CTA has to be there
@@ -207,6 +217,10 @@ def _body(geo, fmt, interpret, early, x_g, t_g, g_g, *others, t_s, t_ready, toge
     if early:  # now: when the next kernel starts, all that this one waited for is in memory
         plgpu.griddepcontrol_launch_dependents()
     slabs, row_tiles = geo.pairs
+    tiles = None
+    if grouped:
+        tile_g, groups = others[0], others[0].shape[0] - 1
+        tiles, row_tiles = Tiles(Starts(None, tile_g, None), groups, 0, ROWS), tile_g[groups]
     total = slabs * row_tiles
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     if geo.tiles.cluster > 1:
@@ -219,6 +233,10 @@ def _body(geo, fmt, interpret, early, x_g, t_g, g_g, *others, t_s, t_ready, toge
         slab = position // row_tiles
         first = position - slab * row_tiles
         count = jnp.minimum(end - position, row_tiles - first)
+        group = 0
+        if tiles is not None:
+            group = tiles.group_of(first)
+            count = jnp.minimum(count, tile_g[group + 1] - first)
         # Nobody may still read the transforms of the slab before.
         plgpu.barrier_arrive(together)
         plgpu.barrier_wait(together)
@@ -226,6 +244,7 @@ def _body(geo, fmt, interpret, early, x_g, t_g, g_g, *others, t_s, t_ready, toge
         @pl.when(wg == 0)
         def _():
             at = 0 if geo.shared else pl.multiple_of(slab * held, held)
+            at = at if tiles is None else at + group * (t_g.shape[0] // groups)
             plgpu.copy_gmem_to_smem(t_g.at[pl.ds(at, held)], t_s, t_ready)
 
         _walk(geo, encode, x_g, codes_g, scales_g, t_s, slab, first, count, t_ready, **own)

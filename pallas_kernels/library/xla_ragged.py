@@ -19,7 +19,7 @@ def ragged_transform_quantize_matmul(
     Args:
       x: (M, K), sorted by group.
       transforms: (G or 1, K/d or 1, d, d), or None.
-      weight: quantized weights (G, N, K).
+      weight: quantized weights (G, N, K), in either layout.
       group_sizes: (G,) integers.
       fmt: number format of the activations, or None.
       global_scale: scalar, or one a group; None takes the format's own.
@@ -35,7 +35,7 @@ def ragged_transform_quantize_matmul(
 
     y = x if transforms is None else transformed(x.astype(jnp.float32), transforms, group_sizes)
     factor, left = of_rows(weight.global_scale), (y,)
-    right = _parts(weight.codes, weight.scales, weight.format, x.dtype)
+    right = _parts(*reference.interchange(weight), weight.format, x.dtype)
     if fmt is not None:
         scale = fmt.global_scale if global_scale is None else global_scale
         if scale is None:

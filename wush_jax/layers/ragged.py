@@ -110,7 +110,7 @@ def _effective(packed: PackedWeight, transform: jax.Array | None) -> jax.Array:
         d = transforms.shape[-1]
         transforms = jnp.broadcast_to(transforms, (groups, k // d, d, d))
     scales = jnp.broadcast_to(packed.weight.global_scale, (groups,))
-    weight = replace(packed.weight, global_scale=scales)
+    weight = replace(packed.interchange, global_scale=scales)
     return jax.vmap(lambda w, t: effective_weight(PackedWeight(w, t, None, None)))(
         weight, transforms
     )

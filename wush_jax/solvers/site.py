@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.fragments import Fragments
+from pallas_kernels.stacks import Stack
 from wush_jax import transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
 from wush_jax.formats.checks import check_arrays, check_kind
@@ -41,7 +42,7 @@ class PackedWeight:
 
     Attributes:
       weight: (N, K) in transformed coordinates: a `QuantizedArray`, or `Fragments` where the
-        matmul kernels are to read it.
+        matmul kernels are to read it; of experts (E, N, K), or `pallas_kernels.stacks.Stack`.
       transform: T_X, (K/d, d, d), or (d, d) shared by all blocks, or None for the identity.
       input_global_scale: global scale of the activations, float32 scalar, or None for the format's.
       input_format: format of the activations, or None to leave them unquantized; static.
@@ -49,7 +50,7 @@ class PackedWeight:
         part; None for a weight of one device, or one that the compiler divides; static.
     """
 
-    weight: QuantizedArray | Fragments
+    weight: QuantizedArray | Fragments | Stack
     transform: jax.Array | None
     input_global_scale: jax.Array | None
     input_format: Format | None = field(metadata={"static": True})
@@ -74,7 +75,7 @@ class PackedWeight:
 
 
 @jax.jit
-def _interchange(weight: Fragments) -> QuantizedArray:
+def _interchange(weight: Fragments | Stack) -> QuantizedArray:
     return QuantizedArray(*weight.interchange, weight.global_scale, weight.format)
 
 
