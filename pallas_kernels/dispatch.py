@@ -19,6 +19,7 @@ from pallas_kernels.hopper import matmul, mosaic_gpu, ragged, roads
 from pallas_kernels.library import scaled_dot, xla, xla_fp8, xla_ragged
 
 Implementation = str | Sequence[str] | None
+RAGGED = "mosaic_gpu", "xla", "reference"  # what is tried for rows sorted by group
 
 
 def transform_quantize(
@@ -228,25 +229,29 @@ def transform_quantize_matmul(
     return y if residual is None else (y, total)
 
 
-def explain(x, packed) -> tuple[str, dict[str, str]]:
+def explain(x, packed, group_sizes=None) -> tuple[str, dict[str, str]]:
     """Return which implementation a layer runs, and why not those that stand before it.
 
     Args:
       x: (..., M, K), or its shape and dtype; nothing is computed.
       packed: as `transform_quantize_matmul` takes it, or its shapes.
+      group_sizes: of a ragged layer, or their shape.
 
     Returns:
       A name, and the reasons of faster ones by theirs.
     """
     weights, fmt = (packed.weight,), packed.input_format
     reasons = {}
-    for name in _ordered(x, weights, fmt, None, False):
+    dense = group_sizes is None
+    for name in _ordered(x, weights, fmt, None, False) if dense else RAGGED:
 
-        def call(x, packed, name=name):
+        def call(x, packed, sizes, name=name):
+            if not dense:
+                return ragged_transform_quantize_matmul(x, packed, sizes, implementation=name)
             return transform_quantize_matmul(x, packed.transform, packed, implementation=name)
 
         try:
-            jax.eval_shape(call, x, packed)
+            jax.eval_shape(call, x, packed, group_sizes)
         except NotImplementedError as error:
             reasons[name] = str(error).partition(f"{name}: ")[2]
         else:

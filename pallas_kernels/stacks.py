@@ -26,7 +26,7 @@ class Stack:
     Attributes:
       records: uint32 (G, ceil(N/64), ceil(K/128), lines, 64).
       unit: float32 (G,).
-      global_scale: float32 (G,), divides.
+      global_scale: float32 (G,), or a scalar for all; divides.
       format: the number format; static.
       matrix: (N, K); static.
       operand: as of `fragments.Fragments`; static.
@@ -78,15 +78,15 @@ def lay_out(weight, operand: str = "bfloat16") -> Stack:
         raise NotImplementedError(f"a stack is (G, N, K), not {tuple(weight.shape)}")
     fragments.carrier(weight.format, operand)
     records, unit = _from_interchange(weight.codes, weight.scales, weight.format, operand)
-    scale = jnp.broadcast_to(jnp.asarray(weight.global_scale, jnp.float32), unit.shape)
-    return Stack(records, unit, scale, weight.format, tuple(weight.shape[1:]), operand)
+    matrix = tuple(weight.shape[1:])
+    return Stack(records, unit, weight.global_scale, weight.format, matrix, operand)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _from_interchange(codes, scales, fmt, operand):
     # One after another: on the way a code is a word.
     def one(parts):
-        records, unit = fragments.from_interchange(*parts, fmt, operand)
+        records, unit = fragments.from_interchange(parts[0], parts[1], fmt, operand)
         return records, jnp.asarray(unit, jnp.float32)
 
     return jax.lax.map(one, (codes, scales))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import reference
-from pallas_kernels.benchmarks import bench_matmul, bench_roads
+from pallas_kernels.benchmarks import bench_matmul, bench_ragged, bench_roads
 from pallas_kernels.benchmarks.cases import BENCH, Case
 from pallas_kernels.benchmarks.measure import copy_rate, device_time
 from pallas_kernels.hopper import mosaic_gpu
@@ -147,6 +147,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--no-baselines", action="store_true", help="leave out the XLA versions")
     parser.add_argument("--tune", action="store_true", help="measure tiles, write a table")
     parser.add_argument("--matmul", action="store_true", help="measure products, whole layers")
+    parser.add_argument("--ragged", action="store_true", help="measure layers of experts")
     parser.add_argument("--roads", action="store_true", help="measure ways for many tokens")
     parser.add_argument("--output", help="JSON file for the rows, or for the table")
     options = parser.parse_args(arguments)
@@ -159,6 +160,10 @@ def main(arguments=None) -> None:
     if options.roads:
         tokens = options.rows or bench_roads.TOKENS
         result = {"roads": bench_roads.measure(formats, provider.FP8, tokens=tokens)}
+    elif options.ragged:
+        tokens = options.rows or bench_ragged.TOKENS
+        pair = provider.MXFP4, provider.NVFP4
+        result = bench_ragged.compare(pair, provider.FP8, tokens=tokens)
     elif options.matmul:
         shapes = bench_matmul.SHAPES
         if options.tune:

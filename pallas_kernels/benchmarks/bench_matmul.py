@@ -45,7 +45,7 @@ class Weight:
     scales: Any
     global_scale: Any
     format: Any
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 def random_weight(fmt, k: int, n: int, seed: int = 0) -> Weight:

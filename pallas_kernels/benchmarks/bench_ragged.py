@@ -58,9 +58,7 @@ def _ragged(inputs, device):
 
 def _dense(inputs):
     def run(x, t, weight):
-        return dispatch.transform_quantize_matmul(
-            x, t, weight, inputs, implementation="mosaic_gpu"
-        )
+        return dispatch.transform_quantize_matmul(x, t, weight, inputs, implementation="mosaic_gpu")
 
     return run
 
@@ -68,7 +66,7 @@ def _dense(inputs):
 def calls_of(formats, inputs, shape, tokens: int, weights: dict, device):
     """Name, function and arguments of what is measured."""
     fmt, other = formats
-    groups, k, n = shape
+    groups, k, _ = shape
     keys = jax.random.split(jax.random.key(1))
     x = jax.random.normal(keys[0], (groups * tokens, k)).astype(jnp.bfloat16)
     t = jax.random.normal(keys[1], (groups, k // BLOCK, BLOCK, BLOCK)) / BLOCK**0.5

@@ -148,15 +148,18 @@ def settled(tokens: int, groups: int = 0):
     return settle
 
 
-def weighted(tokens: int):
-    """Return ``add(sums, part, powers) -> sums + part * powers``, powers float32 (tokens,)."""
+def weighted(tokens: int, aligned: bool = True):
+    """Return ``add(sums, part, powers) -> sums + part * powers``, powers float32 (tokens,).
+
+    If they are not aligned, they may start at any word.
+    """
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, plgpu.RefType()),
         return_type=array_of(tokens),
     )
     def add(_, sums, part, powers):
-        return registers_of(sums, _add(values_of(sums), values_of(part), powers))
+        return registers_of(sums, _add(values_of(sums), values_of(part), powers, aligned))
 
     return add
 
@@ -254,13 +257,16 @@ def _in_place(sums, code, *operands, constraints=()):
     return [llvm.extractvalue(f32(), out, [i]) for i in range(count)]
 
 
-def _add(sums, part, powers):
+def _add(sums, part, powers, aligned=True):
     """``sums + part * powers``; a thread has tokens 8 j + 2 q and their neighbours, of two rows."""
     start = arith.addi(address(powers), arith.shli(Quad().lane, const(3)))
     out = list(sums)
     for j in range(len(sums) // 4):
         at = arith.addi(start, const(32 * j))
-        bits = asm("ld.shared.v2.b32 {$0,$1}, [$2];", 2, at, volatile=True)
+        code = "ld.shared.v2.b32 {$0,$1}, [$2];"
+        if not aligned:
+            code = "ld.shared.b32 $0, [$2]; ld.shared.b32 $1, [$2+4];"
+        bits = asm(code, 2, at, volatile=True)
         two = [utils.bitcast(b, f32()) for b in bits]
         for i in range(4):
             place = 4 * j + i

@@ -22,18 +22,20 @@ INTEGER = jnp.int32
 class Starts:
     """Where groups start; arrays int32 (G + 1,), the last entry of the rows behind all groups.
 
+    In a kernel references to them, or None for what it does not look up.
+
     Attributes:
       row: first row.
       tile: number of the first tile.
       source: where the rows start in the array that a kernel reads, see `spaced`.
     """
 
-    row: jax.Array
-    tile: jax.Array
-    source: jax.Array
+    row: Any
+    tile: Any
+    source: Any
 
     @property
-    def arrays(self) -> tuple[jax.Array, ...]:
+    def arrays(self) -> tuple[Any, ...]:
         """All of them, in order, as operands of a kernel."""
         return self.row, self.tile, self.source
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,15 +104,13 @@ def _layer(statics, x, transforms, weights, group_sizes, global_scale):
     span = None
     if short:
         span = PROMOTED if count > ROWS else 1
-    plan = [
-        tiling or plans.grouped(rows, len(group_sizes), *weight.grid, span) for weight in weights
-    ]
-    starts = [group_tiles.starts_of(group_sizes, t.tokens, spacing) for t in plan]
+    tiling = tiling or plans.grouped(rows, len(group_sizes), span)
+    starts = group_tiles.starts_of(group_sizes, tiling.tokens, spacing)
     if own:
         left = _of_groups(x, transforms, group_sizes, fmt, global_scale, short)
         ahead = False
     else:
-        before = [a for s, w in zip(starts, weights, strict=True) for a in (*s.arrays, w.records)]
+        before = [*starts.arrays, *(weight.records for weight in weights)]
         # Nothing of XLA's may stand between two kernels of which one starts early.
         ahead = short and (rows % 8 == 0 or rows < 8)
         transform = None
@@ -123,7 +122,7 @@ def _layer(statics, x, transforms, weights, group_sizes, global_scale):
         if spacing > 1:
             left = left[0][group_tiles.spaced(group_sizes, rows, spacing)], None
     divisor = 1.0 if fmt is None else global_scale
-    return _products(left, weights, divisor, starts, rows, plan, dtype, ahead)
+    return _products(left, weights, divisor, starts, rows, tiling, dtype, ahead)
 
 
 def _in_float8(fmt, weights) -> bool:
@@ -141,10 +140,10 @@ def _shared(x, transform, fmt, global_scale, short, device, after):
     """Quantized rows, with a transform that all share, in order: values, their powers or None."""
     if fmt is None:
         return x, None
-    options = {"global_scale": global_scale, "device": device}
+    options: dict[str, Any] = {"global_scale": global_scale, "device": device}
     if short:
         return mosaic_gpu.launch(x, transform, fmt, layout="float8", after=after, **options)
-    quantize = functools.partial(mosaic_gpu.launch, **options)
+    quantize: Any = functools.partial(mosaic_gpu.launch, **options)
     if fmt.element.name == "e4m3":
         return matmul._values(quantize, x, transform, fmt), None
     if fmt.element.name == "e2m1":
@@ -177,7 +176,7 @@ def _of_groups(x, transforms, group_sizes, fmt, global_scale, short):
     return values, powers if short else None
 
 
-def _products(left, weights, divisor, starts, rows, plan, dtype, ahead) -> tuple:
+def _products(left, weights, divisor, starts, rows, tiling, dtype, ahead) -> tuple:
     from pallas_kernels.hopper import ragged_kernel
 
     values, powers = left
@@ -186,10 +185,10 @@ def _products(left, weights, divisor, starts, rows, plan, dtype, ahead) -> tuple
         values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % unit)))
     return tuple(
         ragged_kernel.matmul(
-            *(values, weight, divisor, start, rows, tiling),
+            *(values, weight, divisor, starts, rows, tiling),
             powers=powers,
             out_dtype=dtype,
             ahead=ahead,
         )
-        for weight, start, tiling in zip(weights, starts, plan, strict=True)
+        for weight in weights
     )

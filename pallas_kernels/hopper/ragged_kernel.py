@@ -31,8 +31,9 @@ from pallas_kernels.hopper.tiled_kernel import (
 )
 from pallas_kernels.hopper.tiles import PROMOTED, SHARED_MEMORY, Tiling
 
-# Tiles of 8 rows are split by TMA, whole lines of 128 bytes are not: these may start at any row.
+# Where rows are tiled by 8 TMA reads from multiples of 8; whole lines of 128 bytes from any row.
 LINES = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
+ALIGNED = 4  # TMA reads from multiples of 16 bytes: so many powers
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "tiling", "out_dtype", "ahead"))
@@ -93,7 +94,7 @@ def matmul(
         empty=plgpu.Barrier(num_barriers=stages, num_arrivals=held),
     )
     if short:  # TMA writes to multiples of 128 bytes
-        line = tiling.tokens + -tiling.tokens % 32
+        line = tiling.tokens + ALIGNED + (-tiling.tokens - ALIGNED) % 32
         scratch["powers_s"] = plgpu.SMEM((stages, line), jnp.float32)
     run = plgpu.kernel(
         functools.partial(_body, c, tiling, ahead, groups, row_tiles, steps),
@@ -106,7 +107,8 @@ def matmul(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     left = (x, powers) if short else (x,)
-    scalars = weight.unit, weight.global_scale, jnp.asarray(divisor, jnp.float32).reshape(1)
+    scale = jnp.broadcast_to(jnp.asarray(weight.global_scale, jnp.float32), (groups,))
+    scalars = weight.unit, scale, jnp.asarray(divisor, jnp.float32).reshape(1)
     return run(*left, weight.records, *scalars, *starts.arrays)
 
 
@@ -139,8 +141,10 @@ class Task:
 
 
 def _body(c, tiling, ahead, groups, row_tiles, steps, x_g, *operands, **memory):
+    powers_g: Any = None
     powers_s = memory.get("powers_s")
-    powers_g, operands = (None, operands) if powers_s is None else (operands[0], operands[1:])
+    if powers_s is not None:
+        powers_g, operands = operands[0], operands[1:]
     w_g, unit_g, scale_g, divisor_g, *found, out_g = operands
     tiles = Tiles(Starts(*found), groups, out_g.shape[0], tiling.tokens)
     names = "x_s", "w_s", "out_s", "full", "empty"
@@ -182,8 +186,10 @@ def _body(c, tiling, ahead, groups, row_tiles, steps, x_g, *operands, **memory):
         rows = pl.ds(source, tokens)
         plgpu.copy_gmem_to_smem(x_g.at[rows, columns], x_s.at[slot], full.at[slot])
         if powers_s is not None:
-            at = powers_g.at[step // span, rows]
-            plgpu.copy_gmem_to_smem(at, powers_s.at[slot, pl.ds(0, tokens)], full.at[slot])
+            start = pl.multiple_of(lax.div(source, ALIGNED) * ALIGNED, ALIGNED)
+            at = powers_g.at[step // span, pl.ds(start, tokens + ALIGNED)]
+            target = powers_s.at[slot, pl.ds(0, tokens + ALIGNED)]
+            plgpu.copy_gmem_to_smem(at, target, full.at[slot])
 
     @pl.when(wg == held)
     def fetching():
@@ -204,7 +210,7 @@ def _body(c, tiling, ahead, groups, row_tiles, steps, x_g, *operands, **memory):
                 slot = lax.rem(i, stages)
 
                 @pl.when(i >= early)
-                def _():
+                def later():
                     pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
                     fetch_records(task, step, slot)
 
@@ -250,7 +256,8 @@ def _body(c, tiling, ahead, groups, row_tiles, steps, x_g, *operands, **memory):
             def _():
                 group = task.group
                 factor = unit_g[group] / scale_g[group] / divisor_g[0]
-                store(task, sums_of(before, steps) * factor)
+                more = {} if powers_s is None else {"shift": lax.rem(task.source, ALIGNED)}
+                store(task, sums_of(before, steps, **more) * factor)
 
             @pl.when(jnp.logical_not(real))
             def _():

@@ -284,12 +284,14 @@ def _bfloat16_sums(c, tokens, ready, free, first, count):
     return pl.run_scoped(products, plgpu.ACC((fragments.ROWS, tokens), jnp.float32))
 
 
-def _float8_sums(multiply, tokens, ready, free, powers_s, span, first, count):
+def _float8_sums(multiply, tokens, ready, free, powers_s, span, first, count, shift=None):
     """As `_bfloat16_sums`, in FP8: ``span`` steps in the short accumulator, times their powers.
 
+    Those of a tile may start ``shift`` words behind the start of what was copied.
     `PROMOTED` steps are unrolled: over the end of a loop the compiler would not let products run.
     """
-    weighted = float8.weighted(tokens)
+    weighted = float8.weighted(tokens, shift is None)
+    of_tile = pl.ds(0 if shift is None else shift, tokens)
 
     def zeros():
         zero = jnp.zeros((fragments.ROWS, tokens), jnp.float32)
@@ -312,7 +314,7 @@ def _float8_sums(multiply, tokens, ready, free, powers_s, span, first, count):
                 free(start + i - 1)
             before = []
             if (i + 1) % span == 0 or i == steps - 1:
-                before, part = [part, powers_s.at[slot, pl.ds(0, tokens)]], zeros()
+                before, part = [part, powers_s.at[slot, of_tile]], zeros()
         sums = finish(0, sums, *before)
         free(start + steps - 1)
         return sums

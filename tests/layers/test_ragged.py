@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import wush_jax as wush
+from pallas_kernels.stacks import Stack
+from wush_jax.layers import pack_for_kernels, unpack_from_kernels
+from wush_jax.layers.nnx import QuantizedDense, dense_layers
 from wush_jax.layers.ragged import bias_of_rows
 from wush_jax.layers.ragged_linear import RaggedLinear
 
@@ -166,8 +170,6 @@ def test_mistakes_are_named():
 
 
 def test_plain_experts_and_their_bias():
-    from flax import nnx
-
     layer = RaggedLinear(K, N, experts=E, use_bias=True, rngs=nnx.Rngs(0))
     layer.bias.set_value(jnp.asarray(RNG.standard_normal((E, N)), jnp.float32))
     kernel, bias = np.float64(layer.kernel[...]), np.float64(layer.bias[...])
@@ -177,3 +179,19 @@ def test_plain_experts_and_their_bias():
     with jax.default_matmul_precision("highest"):
         np.testing.assert_allclose(layer(X, SIZES), want, rtol=1e-5, atol=1e-5)
     assert bias_of_rows(layer.bias[...], SIZES, jnp.zeros((ROWS, N))).shape == (ROWS, N)
+
+
+def test_layers_hold_records_and_give_them_back():
+    """Of experts whose rows come sorted; the same outputs, and the same codes again."""
+    dense = dense_layers(RaggedLinear(K, N, experts=E, rngs=nnx.Rngs(0)))[0][""]
+    packed = experts(RECIPES["W4A4"])
+    model = nnx.List([QuantizedDense(dense, packed)])
+    wanted, kernel = model[0](X, SIZES), model[0].kernel[...]
+    gained = pack_for_kernels(model, force=True)
+    assert gained == {"0": model[0].packed.weight.nbytes - packed.weight.nbytes}
+    assert isinstance(model[0].packed.weight, Stack)
+    assert model[0].packed.shape == (E, N, K)
+    np.testing.assert_array_equal(model[0](X, SIZES), wanted)
+    np.testing.assert_array_equal(model[0].kernel[...], kernel)
+    unpack_from_kernels(model)
+    np.testing.assert_array_equal(model[0].codes[...], packed.weight.codes)

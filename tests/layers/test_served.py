@@ -9,6 +9,7 @@ from rich.console import Console
 import wush_jax as wush
 from pallas_kernels import dispatch
 from wush_jax.layers.nnx import QuantizedDense, dense_layers
+from wush_jax.layers.ragged_linear import RaggedLinear
 from wush_jax.layers.served import served, served_line, served_plan, served_table
 
 pytestmark = pytest.mark.files
@@ -53,3 +54,16 @@ def test_what_runs_is_what_the_call_runs():
     name, _ = dispatch.explain(x, packed)
     forced = wush.quantized_dot(x, packed, implementation=name)
     assert (wush.quantized_dot(x, packed) == forced).all()
+
+
+def test_experts_are_asked_as_experts():
+    layer = RaggedLinear(64, 32, experts=3, rngs=nnx.Rngs(0))
+    dense = dense_layers(layer)[0][""]
+    each = [wush.quantize_weight(w, None, wush.Recipe(transform="hadamard")) for w in dense.weight]
+    packed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    model = nnx.List([QuantizedDense(dense, packed)])
+    (found,) = served(model, (16,))
+    assert found.shape == (3, 32, 64)
+    if jax.default_backend() != "gpu":
+        assert found.runs == {16: "xla"}
+        assert list(found.reasons) == ["mosaic_gpu"]

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.fragments import Fragments
+from pallas_kernels.stacks import Stack
 from wush_jax.checkpoints import model_names
 from wush_jax.checkpoints.layouts.faults import Faults
 from wush_jax.checkpoints.layouts.layout import Content, Layout
@@ -44,7 +45,7 @@ def content_of(
     first: dict[int, str] = {}
     for name, packed, shared in _packed(source):
         site = None if shared is None else first.setdefault(id(shared), name)
-        if isinstance(packed.weight, Fragments):
+        if isinstance(packed.weight, Fragments | Stack):
             # To the host at once: all layers in both layouts may not fit the device.
             packed = dataclasses.replace(packed, weight=jax.device_get(packed.interchange))
         layers[name] = packed

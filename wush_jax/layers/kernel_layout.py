@@ -15,24 +15,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import exactly, fragments
+from pallas_kernels import exactly, fragments, stacks
 from pallas_kernels.fragments import Fragments
 from pallas_kernels.hopper import mosaic_gpu
+from pallas_kernels.stacks import Stack
 from wush_jax.formats import QuantizedArray, dequantize
 from wush_jax.formats.partition import Partition, partition_of
 from wush_jax.layers.linear import quantized_dot
 from wush_jax.layers.nnx import QuantizedDense, dotted
 from wush_jax.layers.parallel import check_parts
+from wush_jax.layers.ragged import quantized_ragged_dot
 from wush_jax.solvers.site import PackedWeight
 
 
 def pack_for_kernels(model: nnx.Module, *, force: bool = False) -> dict[str, int]:
     """Lay out a model's quantized layers for the kernels, in place, one at a time.
 
-    A layer changes where this device's kernels serve its calls, where its weight is one matrix on
-    one device or divided over one axis of a mesh, and where records hold each of its values; all
-    others stay as they are. Without a Hopper GPU that is all of them. A division that would cut
-    records, blocks or scales stays with the compiler, and a warning gives the numbers.
+    A layer changes where this device's kernels serve its calls, where its weight is one matrix, or
+    those of experts whose rows come sorted, on one device, or one matrix divided over one axis of a
+    mesh, and where records hold each of its values; all others stay as they are. Without a Hopper
+    GPU that is all of them. A division that would cut records, blocks or scales stays with the
+    compiler, and a warning gives the numbers.
     `wush_jax.quantize_model` and `wush_jax.load` end with this; ``implementation="reference"``
     there keeps codes and scales.
 
@@ -60,7 +63,7 @@ def pack_for_kernels(model: nnx.Module, *, force: bool = False) -> dict[str, int
             continue
         weight = layer.packed.weight
         partition = _partition(dotted(path), layer.packed)
-        laid = _laid_out(layer.packed, partition)
+        laid = _laid_out(layer.packed, partition, layer.contraction.ragged)
         if laid is not None:
             gained[dotted(path)] = laid.nbytes - weight.nbytes
             layer.hold(laid, partition)
@@ -78,14 +81,16 @@ def unpack_from_kernels(model: nnx.Module) -> None:
             layer.hold(layer.packed.interchange)
 
 
-def _laid_out(packed: PackedWeight, partition: Partition | None) -> Fragments | None:
+def _laid_out(
+    packed: PackedWeight, partition: Partition | None, ragged: bool
+) -> Fragments | Stack | None:
     """Return the records of a layer's weight, or None where there are none for it."""
     weight = packed.weight
     if len(_devices(weight)) != 1 and partition is None:
         return None
     for operand in _operands(packed):
         try:
-            laid = fragments.lay_out(weight, operand)
+            laid = stacks.lay_out(weight, operand) if ragged else fragments.lay_out(weight, operand)
         except NotImplementedError:
             continue
         if partition is not None:
@@ -119,16 +124,25 @@ def _operands(packed: PackedWeight) -> tuple[str, ...]:
     return ("float8", "bfloat16") if float8 else ("bfloat16",)
 
 
-def _devices(weight: QuantizedArray | Fragments) -> set[jax.Device]:
+def _devices(weight: QuantizedArray | Fragments | Stack) -> set[jax.Device]:
     """Where the codes are; nowhere, if they are on the host, or records."""
     codes = getattr(weight, "codes", None)
     return codes.devices() if isinstance(codes, jax.Array) else set()
 
 
 @jax.jit
-def _equal(weight: QuantizedArray, laid: Fragments) -> jax.Array:
-    one, two = dequantize(weight), dequantize(laid)
-    return jnp.all((one == two) | (jnp.isnan(one) & jnp.isnan(two)))
+def _equal(weight: QuantizedArray, laid: Fragments | Stack) -> jax.Array:
+    def same(pair):
+        one, two = map(dequantize, pair)
+        return jnp.all((one == two) | (jnp.isnan(one) & jnp.isnan(two)))
+
+    if isinstance(laid, Fragments):
+        return same((weight, laid))
+    scale = jnp.broadcast_to(weight.global_scale, weight.shape[:1])
+    # One expert after another: values take eight times the room of codes.
+    one = replace(weight, global_scale=scale)
+    two = QuantizedArray(*laid.interchange, scale, weight.format)
+    return jnp.all(jax.lax.map(same, (one, two)))
 
 
 def _is_served(layer: QuantizedDense) -> bool:
@@ -142,7 +156,7 @@ def _is_served(layer: QuantizedDense) -> bool:
     # A layer without a dtype of its own promotes its input to that of the kernel it had.
     dtype = jnp.dtype(layer.dtype or layer.kernel_dtype)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), layer.packed)
-    return _takes(shapes, dtype)
+    return _takes(shapes, dtype, layer.contraction.ragged)
 
 
 def as_held(packed: PackedWeight, dtype: Any) -> PackedWeight:
@@ -161,14 +175,18 @@ def as_held(packed: PackedWeight, dtype: Any) -> PackedWeight:
 
 
 @functools.cache
-def _takes(packed: PackedWeight, dtype) -> bool:
+def _takes(packed: PackedWeight, dtype, ragged: bool = False) -> bool:
     """Ask the dispatch itself, for one token: shapes alone."""
 
     def call(x, packed):
-        laid = fragments.lay_out(packed.weight, _operands(packed)[0])
+        lay_out = stacks.lay_out if ragged else fragments.lay_out
+        laid = lay_out(packed.weight, _operands(packed)[0])
         packed = PackedWeight(
             laid, packed.transform, packed.input_global_scale, packed.input_format
         )
+        if ragged:
+            sizes = jnp.zeros(packed.shape[0], jnp.int32)
+            return quantized_ragged_dot(x, packed, sizes, implementation="mosaic_gpu")
         return quantized_dot(x, packed, implementation="mosaic_gpu")
 
     try:

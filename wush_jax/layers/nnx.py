@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.fragments import Fragments
+from pallas_kernels.stacks import Stack
 from wush_jax.formats import QuantizedArray
 from wush_jax.formats.partition import Partition
 from wush_jax.layers.contraction import Contraction as Contraction
@@ -78,7 +80,9 @@ class QuantizedDense(nnx.Module):
             if not hasattr(self, name):
                 setattr(self, name, value)
 
-    def hold(self, weight: QuantizedArray | Fragments, partition: Partition | None = None) -> None:
+    def hold(
+        self, weight: QuantizedArray | Fragments | Stack, partition: Partition | None = None
+    ) -> None:
         """Keep a weight, in the layout that it has, in place of the one before."""
         self.partition = partition
         self.weight_format = weight.format
@@ -102,13 +106,13 @@ class QuantizedDense(nnx.Module):
     @property
     def packed(self) -> PackedWeight:
         """The layer's weight as the functional routines take it, in the layout that is held."""
-        weight: QuantizedArray | Fragments
+        weight: QuantizedArray | Fragments | Stack
         value, scale = self._value, self._value(self.global_scale)
         if self.records is None:
             codes, scales = value(self.codes), value(self.scales)
             weight = QuantizedArray(codes, scales, scale, self.weight_format)
         else:
-            weight = Fragments(
+            weight = (Stack if self.contraction.ragged else Fragments)(
                 *(value(self.records), value(self.unit), scale),
                 *(self.weight_format, self.contraction.shape, self.operand),
             )
@@ -162,6 +166,8 @@ class QuantizedDense(nnx.Module):
     def dense_weight(self) -> jax.Array:
         """Return the dequantized weight in original coordinates, (N, K) or (*batch, N, K)."""
         packed = self.packed
+        if isinstance(packed.weight, Stack):
+            packed = replace(packed, weight=packed.interchange)
         return over_batch(effective_weight, packed.weight.shape[:-2])(packed)
 
     def around(self, dot: Callable, x: jax.Array, *more: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from pallas_kernels.fragments import Fragments
-from wush_jax.formats import QuantizedArray
 from wush_jax.formats.partition import Partition
 from wush_jax.solvers.site import PackedWeight
 
@@ -125,7 +124,7 @@ def _specs(packed: PackedWeight, partition: Partition) -> PackedWeight:
 
 def _part(packed: PackedWeight, partition: Partition) -> PackedWeight:
     """One device's part as a weight of its own."""
-    weight: QuantizedArray | Fragments = packed.weight
+    weight = packed.weight
     if isinstance(weight, Fragments):
         weight = replace(weight, shape=partition.part(weight.shape))
     return replace(packed, weight=weight, partition=None)

@@ -29,7 +29,11 @@ def quantized_ragged_dot(
     What `quantized_dot` is for one weight, for a mixture of experts: rows come sorted by expert,
     as `jax.lax.ragged_dot` takes them. The gradient with respect to x passes straight through the
     activation quantizer; packed weights get none. Works under ``jax.jit``, ``jax.vmap`` and, for
-    experts that are spread over devices, ``jax.shard_map``.
+    experts that are spread over devices, ``jax.shard_map`` (with ``check_vma=False`` where kernels
+    run: they do not say how their results vary).
+
+    Weights laid out by `pallas_kernels.stacks.lay_out` run in one kernel on a Hopper GPU, which
+    reads those of experts with tokens alone.
 
     Args:
       x: (M, K); the first ``group_sizes[0]`` rows are of expert 0, and so on. Rows beyond the last
@@ -40,7 +44,7 @@ def quantized_ragged_dot(
         A tuple of those of one site, such as gate and up, quantizes x once for all; the first
         one's transform and input format count.
       group_sizes: (E,) integers.
-      implementation: None lets the dispatch choose; "xla" and "reference" force one.
+      implementation: None lets the dispatch choose; "mosaic_gpu", "xla" and "reference" force one.
 
     Returns:
       (M, N) in x's dtype, or a tuple of them.

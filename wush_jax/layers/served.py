@@ -46,7 +46,7 @@ class Served:
 def served(model: nnx.Module, tokens: tuple[int, ...] = TOKENS) -> list[Served]:
     """Return what runs each quantized layer; nothing is computed.
 
-    Layers of many kernels, such as experts, are asked for one of them.
+    Layers of many kernels are asked for one of them, but for experts whose rows come sorted.
 
     Args:
       model: an NNX module with `QuantizedDense` layers, as this device has it.
@@ -57,6 +57,7 @@ def served(model: nnx.Module, tokens: tuple[int, ...] = TOKENS) -> list[Served]:
             jax.tree.map(_shape, layer.packed),
             jnp.dtype(layer.dtype or layer.kernel_dtype),
             layer.implementation,
+            layer.contraction.ragged,
         )
         for path, layer in nnx.iter_modules(model)
         if isinstance(layer, QuantizedDense)
@@ -74,29 +75,32 @@ def served_plan(
       dtype: of the activations.
       tokens: numbers of rows.
     """
-    layers = {path: _Layer(as_held(p, dtype), dtype, None) for path, p in packed.items()}
+    layers = {path: _Layer(as_held(p, dtype), dtype, None, False) for path, p in packed.items()}
     return _grouped(layers, tokens)
 
 
 class _Layer(NamedTuple):
-    """Shapes of a layer's weight, the dtype of its inputs, and what it is forced to run."""
+    """Shapes of a layer's weight, the dtype of its inputs, what it is forced to run, its kind."""
 
     packed: PackedWeight
     dtype: Any
     forced: str | None
+    ragged: bool
 
 
 def _grouped(layers: Mapping[str, _Layer], tokens: tuple[int, ...]) -> list[Served]:
     groups: dict[Any, list[str]] = {}
     for path, layer in layers.items():
         leaves, structure = jax.tree.flatten(layer.packed)
-        kind = pattern_of(path), structure, tuple(leaves), layer.dtype, layer.forced
+        kind = pattern_of(path), structure, tuple(leaves), *layer[1:]
         groups.setdefault(kind, []).append(path)
     found = []
     for paths in groups.values():
-        packed, dtype, forced = layers[paths[0]]
-        shape = packed.shape
-        for _ in shape[:-2]:
+        packed, dtype, forced, ragged = layers[paths[0]]
+        shape, sizes = packed.shape, None
+        if ragged:
+            sizes = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+        for _ in () if ragged else shape[:-2]:
             packed = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), packed
             )
@@ -104,7 +108,7 @@ def _grouped(layers: Mapping[str, _Layer], tokens: tuple[int, ...]) -> list[Serv
         reasons: dict[str, str] = {}
         for count in tokens:
             rows = jax.ShapeDtypeStruct((count, shape[-1]), dtype)
-            runs[count], why = (forced, {}) if forced else dispatch.explain(rows, packed)
+            runs[count], why = (forced, {}) if forced else dispatch.explain(rows, packed, sizes)
             reasons |= why
         found.append(Served(tuple(paths), shape, runs, reasons))
     return found

@@ -1,11 +1,13 @@
 """Experts' products by the kernel: lowered for CUDA on any host, against float64 on a GPU."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from matmul_tools import exact, values
 
 import pallas_kernels
@@ -74,13 +76,33 @@ def test_a_layer_is_a_quantizer_and_a_product(name, own, m, groups, n, k):
 
 
 @NEEDS_MOSAIC
-def test_maps_and_devices_lower_too():
+def test_a_map_lowers_too():
     x, t, weight, sizes = shapes(16, 2, 64, 128, "W4A4", False)
     run = functools.partial(run_layer, inputs=wush.MXFP4)
     many = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
     mapped = jax.jit(jax.vmap(run, in_axes=(0, None, None, None))).trace(many, t, weight, sizes)
     assert mapped.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic") == 2
     assert mapped.out_info.shape == (3, 16, 64)
+
+
+@NEEDS_MOSAIC
+@pytest.mark.parametrize("own", [False, True])
+def test_experts_spread_over_devices_lower_too(own):
+    """Each device has an expert and its rows; kernels do not say how their results vary."""
+    x, t, weight, sizes = shapes(16, 2, 64, 128, "W4A4", own)
+    weight = dataclasses.replace(weight, global_scale=jax.ShapeDtypeStruct((2,), jnp.float32))
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    some, all_ = PartitionSpec("expert"), PartitionSpec()
+    run = jax.shard_map(
+        functools.partial(run_layer, inputs=wush.MXFP4),
+        mesh=mesh,
+        in_specs=(some, some if own else all_, some, some),
+        out_specs=some,
+        check_vma=False,
+    )
+    traced = jax.jit(run).trace(x, t, weight, sizes)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic") == 2
+    assert traced.out_info.shape == (16, 64)
 
 
 @NEEDS_MOSAIC
@@ -124,11 +146,9 @@ def test_forced_it_never_falls_back():
 @pytest.mark.parametrize("span", [None, 1, 4])
 def test_every_call_has_a_plan(span):
     for rows, groups in ((1, 64), (8, 64), (64, 64), (256, 64), (4096, 8), (32768, 64)):
-        plan = plans.grouped(rows, groups, 12, 16, span)
+        plan = plans.grouped(rows, groups, span)
         assert plan.tokens % 8 == 0
-        assert plan.tokens >= min(rows / groups, 64)
-        assert plan.warpgroups == 2 or plan.tokens <= 32
-        assert span is None or plan.tokens <= (64 if span == 1 else 184)
+        assert min(rows / groups, 64) <= plan.tokens <= (64 if span == 1 else 176)
 
 
 # On a GPU ----------------------------------------------------------------------------------------
