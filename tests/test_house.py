@@ -78,7 +78,7 @@ def floor(module):
     room = rest.partition(".")[0]
     if package == "wush_jax":
         return FLOORS.index(room) if room in FLOORS else len(FLOORS)
-    shared = ("reference", "normed", "checks", "repack", "fragments")
+    shared = ("reference", "normed", "checks", "repack", "fragments", "stacks")
     if room in (*shared, "exactly", "folded", "precision", "tuned"):
         room = "shared"
     return KERNEL_FLOORS.index(room) if room in KERNEL_FLOORS else len(KERNEL_FLOORS)
