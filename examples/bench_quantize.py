@@ -82,10 +82,17 @@ def measure(folder, preset, tokens, options):
         flags += ["--samples", str(options.samples), "--batch", str(options.batch), *options.more]
         call = [sys.executable, __file__, "--child", str(folder), out, *flags]
         start = time.perf_counter()
-        printed = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
+        try:
+            printed = subprocess.run(
+                call, check=True, stdout=subprocess.PIPE, text=True, timeout=options.limit
+            ).stdout
+            memory = json.loads(printed.splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            print(f"{preset}: not done within {options.limit} s; what was done:", flush=True)
+            memory = {}
         seconds = time.perf_counter() - start
-        memory = json.loads(printed.splitlines()[-1])
-        lines = [json.loads(line) for line in (Path(out) / "run.jsonl").read_text().splitlines()]
+        log = Path(out) / "run.jsonl"
+        lines = [json.loads(line) for line in log.open(encoding="utf8")] if log.exists() else []
     steps = [line for line in lines if line["event"] == "step"]
     layers = {}
     for step in steps:
@@ -93,6 +100,9 @@ def measure(folder, preset, tokens, options):
             name = ".".join(step["step"].split(".")[:2])
             layers[name] = layers.get(name, 0.0) + step["seconds"]
     row = {"preset": preset, "seconds": seconds, "steps": steps, "layers": layers, **memory}
+    if not memory:
+        print(*(f"{s['step']} {s['seconds']:.1f} s" for s in steps), sep="\n", flush=True)
+        return row
     row["other"] = seconds - sum(layers.values())
     each = list(layers.values())
     row["of_32_layers"] = row["other"] + each[0] + (WHOLE - 1) * each[-1]
@@ -117,6 +127,7 @@ def main():
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--limit", type=float, help="seconds that a preset may take")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("more", nargs="*", help="flags of `wush quantize`, behind --")
     options = parser.parse_args()
@@ -131,9 +142,11 @@ def main():
         )
         np.save(tokens, drawn)
         print(f"made in {time.perf_counter() - start:.1f} s", flush=True)
-        rows = [measure(folder, preset, tokens, options) for preset in options.presets]
-    if options.output:
-        Path(options.output).write_text(json.dumps(rows, indent=1))
+        rows = []
+        for preset in options.presets:
+            rows.append(measure(folder, preset, tokens, options))
+            if options.output:
+                Path(options.output).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tiny import CONFIG, tokens
 from weights import random_model
 
 import wush_jax as wush
+from wush_jax.calibration import streaming
 from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.layers.dense import dense_layers
 from wush_jax.models import load_pretrained, to_tensors
@@ -65,6 +66,16 @@ def test_files_equal_those_of_the_whole_model(source, streamed, tmp_path):
     assert streamed_tensors == tensors
     assert streamed[1].layers == report.layers
     assert streamed[1].skipped == report.skipped
+
+
+def test_hidden_states_that_stay_on_the_device_change_nothing(
+    source, streamed, tmp_path, monkeypatch
+):
+    size = sum(batch.size for batch in BATCHES) * CONFIG.hidden_size * 2  # bfloat16
+    monkeypatch.setattr(streaming, "stay_on_device", lambda needed: needed == size)
+    report = quantize_folder(source, tmp_path / "out", BATCHES, BODY)
+    assert contents(tmp_path / "out") == contents(streamed[0])
+    assert report.layers == streamed[1].layers
 
 
 def test_progress_reaches_its_total(streamed):

@@ -22,7 +22,7 @@ def check_host_memory(
     batches: Sequence[Any],
     embed: Callable[[Any, Any], jax.Array],
     dtype: str,
-) -> None:
+) -> int:
     """Refuse a calibration whose hidden states cannot fit the host's memory.
 
     Args:
@@ -30,6 +30,9 @@ def check_host_memory(
       batches: all that will be kept, by their hidden states.
       embed: (model, batch) -> hidden states.
       dtype: in which they are kept.
+
+    Returns:
+      Their bytes.
 
     Raises:
       ValueError: with what is needed and what there is.
@@ -49,6 +52,19 @@ def check_host_memory(
             f"batches: their hidden states need {needed / 1e9:.1f} GB of host memory and "
             f"{free / 1e9:.1f} GB are free; pass fewer or shorter batches"
         )
+    return needed
+
+
+def stay_on_device(needed: int) -> bool:
+    """Whether so many bytes of hidden states may stay on the one device that computes them.
+
+    In a quarter of what is free: while a layer is passed, its inputs and outputs are there. A CPU's
+    memory is the host's.
+    """
+    if jax.default_backend() == "cpu" or jax.process_count() > 1:
+        return False
+    free = device_memory()
+    return free is not None and 4 * needed <= free // jax.local_device_count()
 
 
 def check_device_memory(costs: Mapping[str, int], *, sequential: bool, remedy: str = "") -> None:

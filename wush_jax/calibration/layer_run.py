@@ -124,12 +124,16 @@ class Counter:
 
 @dataclass(frozen=True)
 class LayerRun:
-    """What stays the same from layer to layer."""
+    """What stays the same from layer to layer.
+
+    With ``resident`` hidden states stay on the device, which then has to be one for all layers.
+    """
 
     settings: Sequential
     dense_types: DenseTypes
     implementation: str | None
     count: Counter
+    resident: bool = False
 
     def place(self, chunk: Any) -> Any:
         """Put a host chunk on the devices; with several processes, this process's part of it."""
@@ -140,8 +144,12 @@ class LayerRun:
             lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), chunk
         )
 
-    def keep(self, hidden: jax.Array) -> np.ndarray:
-        """Bring hidden states to the host: this process's rows."""
+    def keep(self, hidden: Any) -> Any:
+        """Bring hidden states to where they wait: the host, with this process's rows, or not."""
+        if self.resident:
+            return jnp.asarray(hidden)
+        if isinstance(hidden, np.ndarray):
+            return hidden
         if not hidden.is_fully_addressable:
             sharding: Any = hidden.sharding  # a NamedSharding: the settings'
             hidden = multihost_utils.global_array_to_host_local_array(
@@ -155,17 +163,17 @@ class LayerRun:
             yield self.place(chunk)
             self.count(what)
 
-    def embed(self, model: nnx.Module, batch: Any) -> np.ndarray:
+    def embed(self, model: nnx.Module, batch: Any) -> Any:
         """Return the first layer's input."""
         return self._forward(model, self.settings.stack.embed, self.place(batch))
 
-    def advance(self, layer: nnx.Module, hidden: list[np.ndarray]) -> list[np.ndarray]:
+    def advance(self, layer: nnx.Module, hidden: list[Any]) -> list[Any]:
         """Send all chunks through a quantized layer, replacing them one by one."""
         for index, chunk in enumerate(self.chunks(hidden, "forward")):
             hidden[index] = self._forward(layer, self.settings.stack.layer, chunk)
         return hidden
 
-    def _forward(self, module: nnx.Module, call: Call, chunk: Any) -> np.ndarray:
+    def _forward(self, module: nnx.Module, call: Call, chunk: Any) -> Any:
         options = (self.settings.hidden_dtype, self.settings.sharding)
         return self.keep(_forward(*nnx.split(module), call, *options, chunk))
 
@@ -186,7 +194,7 @@ class LayerRun:
         return StageCost(passes, weights, advances)
 
     def quantize_layer(
-        self, layer: nnx.Module, sites: Sequence[SitePlan], hidden: list[np.ndarray], prefix: str
+        self, layer: nnx.Module, sites: Sequence[SitePlan], hidden: list[Any], prefix: str
     ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
         """Quantize one layer's sites, each on what the sites before it put out."""
         layers, _ = dense_layers(layer, self.dense_types)

@@ -21,7 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wush_jax.calibration.host_memory import check_device_memory, check_host_memory
+from wush_jax.calibration.host_memory import (
+    check_device_memory,
+    check_host_memory,
+    stay_on_device,
+)
 from wush_jax.calibration.layer_run import (
     Counter,
     LayerRun,
@@ -139,7 +143,7 @@ def quantize_folder(
     model = abstract_of(tensors, dtype=dtype, param_dtype=param_dtype)
     check_replaceable(Path(out), {"quantization_config": records_to_json({})})
     planned = planned or plan(model, rules, texts[0])
-    check_host_memory(model, texts, settings.stack.embed, settings.hidden_dtype)
+    needed = check_host_memory(model, texts, settings.stack.embed, settings.hidden_dtype)
     check_device_memory(planned.report.details, sequential=True)
     fingerprint = {
         "model": digest(tensors.values()),
@@ -148,7 +152,8 @@ def quantize_folder(
         "settings": f"{settings.granularity} {settings.hidden_dtype} {jnp.dtype(dtype)}",
     }
     with _state(settings, out, fingerprint) as state:
-        run = LayerRun(settings, DENSE_TYPES, None, Counter(progress))
+        resident = sharding is None and settings.sharding is None and stay_on_device(needed)
+        run = LayerRun(settings, DENSE_TYPES, None, Counter(progress), resident)
         stream = _Stream(model, tensors, sharding, state, run, param_dtype)
         rows = stream.quantize(planned, texts)
         config = stream.config(metadata)
@@ -213,7 +218,7 @@ class _Stream:
             for s in stages
         ]
         self.run.count.expect(pass_costs(costs, [batch.size for batch in batches]))
-        hidden = [self._embed(batch) for batch in batches]
+        hidden = [self.run.keep(self._embed(batch)) for batch in batches]
         done, rows = finished_stages(self.state, len(stages)), []
         for stage in stages:
             rows += self._quantize_stage(stage, hidden, done, advance=stage.index < last)
@@ -244,7 +249,7 @@ class _Stream:
         return vectors.astype(self.model.dtype).astype(self.run.settings.hidden_dtype)
 
     def _quantize_stage(
-        self, stage: _Stage, hidden: list[np.ndarray], done: int, *, advance: bool
+        self, stage: _Stage, hidden: list[Any], done: int, *, advance: bool
     ) -> list[LayerReport]:
         """Quantize one stage, or read it from the state; everything is let go at the end."""
         inside = tuple(stage.prefix.rstrip(".").split(".")) if stage.prefix else ()
@@ -265,7 +270,7 @@ class _Stream:
             self.run.advance(quantized, hidden)
         return rows
 
-    def _calibrate(self, stage: _Stage, module: nnx.Module, dense, hidden: list[np.ndarray]):
+    def _calibrate(self, stage: _Stage, module: nnx.Module, dense, hidden: list[Any]):
         """Quantize a stage's sites on what the stages before put out."""
         if stage.prefix:
             return self.run.quantize_layer(module, stage.sites, hidden, stage.prefix)
