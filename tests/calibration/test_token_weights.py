@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import wush_jax as wush
 from wush_jax.calibration.observe import Masked, collect_moments, find_sites
 from wush_jax.calibration.token_weights import gradient_weights
 from wush_jax.layers.dense import dense_layers
 from wush_jax.layers.output_gradients import output_gradients
+from wush_jax.layers.ragged_linear import RaggedLinear
 
 pytestmark = pytest.mark.once
 
@@ -210,6 +212,20 @@ def test_refusals_name_what_is_wrong(model):
 
     with pytest.raises(ValueError, match="the model has no gradient"):
         wush.calibrate(model, [TOKENS], token_weights="gradient", call=looped)
+    mesh = jax.make_mesh((1,), ("data",))
+    parts = {"mesh": mesh, "in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+
+    def mapped(m, x):
+        return jax.shard_map(lambda x: m(x), **parts)(x)
+
+    with pytest.raises(NotImplementedError, match="layer left is called inside of shard_map"):
+        wush.calibrate(model, [TOKENS], token_weights="gradient", call=mapped)
+    layer = RaggedLinear(D, V, experts=2, rngs=nnx.Rngs(0))
+    rows, sizes = jnp.ones((5, D)), jnp.int32([2, 3])
+    with pytest.raises(NotImplementedError, match="has rows sorted by expert"):
+        wush.calibrate(
+            layer, [rows], token_weights="gradient", call=lambda m, x: m(x, sizes), rows=0
+        )
     with pytest.raises(ValueError, match="weights: this sample keeps none"):
         wush.Moments.init(4, rows=2).update(jnp.ones((3, 4)), weights=jnp.ones(3))
 
