@@ -117,9 +117,10 @@ class Tiles:
         return first, jnp.maximum(self._end(group) - first, 1)
 
     def rows_of(self, group):
-        """First row of a group, and behind its last."""
+        """First row of a group, and behind its last: none beyond M, whatever the sizes are."""
         after = self.starts.row[jnp.minimum(group + 1, self.groups)]
-        return self.starts.row[group], jnp.where(group < self.groups, after, self.rows)
+        end = jnp.where(group < self.groups, jnp.minimum(after, self.rows), self.rows)
+        return self.starts.row[group], end
 
 
 def most_spaced(rows: int, groups: int, spacing: int) -> int:

@@ -98,6 +98,13 @@ def test_every_row_is_in_one_tile_of_its_group(height):
         )
 
 
+def test_sizes_that_are_too_large_do_not_reach_beyond_the_rows():
+    """Under jit nobody sees them before a kernel writes."""
+    tiles = group_tiles.Tiles(group_tiles.starts_of(jnp.int32([8, 30, 5]), 8), 3, 20, 8)
+    ends = [int(tiles.rows_of(jnp.int32(group))[1]) for group in range(4)]
+    assert ends == [8, 20, 20, 20]
+
+
 @pytest.mark.parametrize("spacing", [1, 8])
 def test_spaced_groups_start_where_a_kernel_may_read(spacing):
     x = np.arange(20)
