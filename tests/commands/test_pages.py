@@ -1,17 +1,25 @@
-"""Commands on the pages: each is one that the program takes, with flags that it has.
+"""Commands on the pages: each is one that the program takes; `-m slow` runs them on a small model.
 
-They are not run here: they need a model, a download or minutes. Notebooks run what README shows.
+Not run: scripts, which need a GPU or minutes; what reads folders of other libraries (the readers'
+own tests do); tasks that the harness downloads.
 """
 
+import dataclasses
 import functools
+import json
 import re
 import shlex
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from safetensors.numpy import save_file
+from tiny import BYTES
+from weights import random_model
 
 import wush_jax
 from wush_jax import cli
+from wush_jax.models import to_tensors
 
 pytestmark = pytest.mark.files
 
@@ -55,3 +63,56 @@ def test_a_command_is_one(page, words, monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", [noted(command) for command in cli.COMMANDS])
     assert cli.main(words[1:]) == 0
     assert taken == [words[1]]
+
+
+CONFIG = dataclasses.replace(BYTES, max_position_embeddings=128)
+TEXT = " ".join(f"the quick brown fox, number {i}," for i in range(60))
+FILES = ("text.txt", "calibration.txt", "evaluation.txt", "other.txt", "valid.txt", "test.txt")
+RUN = {
+    "README": [],
+    "quantize-a-model": [],
+    "use-a-quantized-model": ["quantized"],
+    "calibrate-once": [],
+    "exports": [],
+    "model-free": [],
+}
+#: Sizes for a text of 2000 bytes; a command that observes a model gets them where it names none.
+SMALL = {"--samples": "4", "--length": "32", "--batch": "2"}
+LOOSE = {"--max-kl": "0.5"}  # random weights on 2000 bytes keep no closer promise
+GIVEN = {"FOLDER": "model", "MODEL": "model", "OUT": "quantized", "README.md": "text.txt"}
+
+
+def small(words):
+    """The words of a command with a small model's names and sizes."""
+    words = [GIVEN.get(word, word) for word in words]
+    for flag, value in {**SMALL, **LOOSE}.items():
+        if flag in words:
+            words[words.index(flag) + 1] = value
+    if words[1] == "quantize" and not {"--model-free", "--samples"} & set(words):
+        words += [part for pair in SMALL.items() for part in pair]
+        words += [] if "--text" in words or "--calibrated" in words else ["--text", "text.txt"]
+    return words
+
+
+def on_page(name):
+    page = next(page for page in PAGES if page.stem == name)
+    return [w for w in commands(page) if w[0] == "wush" and w[1] != "demo" and "--tasks" not in w]
+
+
+@pytest.mark.slow  # two minutes of compilation
+@pytest.mark.parametrize("name", RUN)
+def test_the_commands_of_a_page_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tensors = to_tensors(random_model(CONFIG))
+    Path("model").mkdir()
+    save_file({n: t.astype(jnp.bfloat16) for n, t in tensors.items()}, "model/model.safetensors")
+    Path("model/config.json").write_text(json.dumps(CONFIG.to_dict()))
+    for file in FILES:
+        Path(file).write_text(TEXT)
+    found = on_page(name)
+    assert found
+    if "quantized" in RUN[name]:
+        found.insert(0, shlex.split("wush quantize model --out quantized --preset rtn"))
+    for words in map(small, found):
+        status = cli.main(words[1:])
+        assert status == 0, (words, capsys.readouterr())
