@@ -23,8 +23,8 @@ AT_THEIR_WORD = {
     *("dtype", "torch_dtype", "wush_activation_dtype", "version", "max_position_embeddings"),
     *("model_type", "architectures", "rope_parameters", "rope_scaling", "forward_dtype"),
     *("num_experts_per_tok", "swiglu_limit", "swiglu_alpha"),
-    # Packed, or decoded since inputs may have an order, or groups zero points.
-    *("input_activations", "desc_act", "zero_point"),
+    # Decoded since inputs may have an order, or in wider codes since groups may have zero points.
+    *("input_activations", "desc_act", "zero_point", "sym", "symmetric"),
     *("llama.context_length", "llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"),
     *("qwen3.context_length", "qwen3.attention.layer_norm_rms_epsilon", "qwen3.rope.freq_base"),
 }

@@ -102,5 +102,5 @@ LAYOUT = Layout(
     _records,
     _read,
     skipped=(".k_scale", ".v_scale"),
-    written_by="NVIDIA ModelOpt, NVFP4",
+    written_by="NVIDIA ModelOpt 0.47, NVFP4",
 )

@@ -154,5 +154,5 @@ ENCODING = Encoding(
     "awq",
     _claims,
     _weights,
-    written_by='GPTQModel 7.7 and AutoAWQ, versions "gemm" and "gemv"',
+    written_by='GPTQModel 7.7 and AutoAWQ 0.2.9, versions "gemm" and "gemv"',
 )

@@ -81,5 +81,5 @@ ENCODING = Encoding(
     _claims,
     _weights,
     skipped=(".k_scale", ".v_scale"),
-    written_by="NVIDIA ModelOpt, FP8 of one scale a tensor",
+    written_by="NVIDIA ModelOpt 0.47, FP8 of one scale a tensor",
 )
