@@ -192,7 +192,7 @@ def test_block_scaled_product_lowers_for_cuda():
     [
         ("scaled_dot", wush.NVFP4, "compute capability"),
         ("xla_fp8", wush.MXFP4, "jax 0.11|NVIDIA GPU|lay_out"),
-        ("xla", wush.INT8, "two bfloat16"),
+        ("xla", wush.MXFP6, "two bfloat16"),
     ],
 )
 def test_what_a_path_lacks_is_said(name, fmt, reason):
