@@ -15,8 +15,8 @@ import jaxlib
 import pytest
 from hypothesis import HealthCheck, settings
 
-# What has no examples and needs an extra.
-collect_ignore = [f"support/{name}.py" for name in ("their_model", "gguf_files", "mutated_gguf")]
+# It has neither tests nor examples, and some of it needs an extra.
+collect_ignore = ["support"]
 
 MANY_MAPS = 32_000
 MUCH_MEMORY = 3 << 29  # between modules, so that a worker stays under 3 GiB within one
