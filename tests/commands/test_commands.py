@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from checkpoint_tools import pair
 from folders import contents
-from safetensors.numpy import save_file
 from tiny import BYTES
-from weights import random_model
+from weights import write_model
 
 import wush_jax as wush
 from wush_jax import cli
 from wush_jax.calibration.streaming import quantize_folder
 from wush_jax.commands.options import recipe_of
 from wush_jax.evaluation.generation import greedy_text, score_generation
-from wush_jax.models import generate, load_pretrained, to_tensors
+from wush_jax.models import generate, load_pretrained
 from wush_jax.models.demo import token_batches
 
 pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
@@ -34,9 +33,7 @@ RECIPE = ["--format", "NVFP4", "--transform", "wush", "--solver", "rtn", "--damp
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tensors = to_tensors(random_model(CONFIG))
-    save_file({n: t.astype(jnp.bfloat16) for n, t in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    write_model(folder, CONFIG)
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     (folder / "text.txt").write_bytes(TEXT)
     return folder

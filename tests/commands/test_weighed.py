@@ -1,18 +1,16 @@
 """``wush quantize --token-weights``: the same as Python's function, and what it is not for."""
 
 import dataclasses
-import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from tiny import BYTES
-from weights import random_model
+from weights import write_model
 
 import wush_jax as wush
 from wush_jax import cli
-from wush_jax.models import load_pretrained, to_tensors
+from wush_jax.models import load_pretrained
 from wush_jax.models.demo import token_batches
 
 pytestmark = [pytest.mark.files, pytest.mark.usefixtures("float32_matmuls")]
@@ -28,9 +26,7 @@ RECIPE = wush.Recipe(format=wush.NVFP4, transform="wush", solver="rtn")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tensors = to_tensors(random_model(CONFIG))
-    save_file({n: t.astype(jnp.bfloat16) for n, t in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    write_model(folder, CONFIG)
     (folder / "text.txt").write_bytes(TEXT)
     return folder
 

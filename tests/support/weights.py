@@ -1,13 +1,16 @@
 """Random arrays and weights, without the seconds that compiling each of their shapes takes."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
-from wush_jax.models import Llama, LlamaConfig
+from wush_jax.models import Llama, LlamaConfig, to_tensors
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
@@ -30,3 +33,10 @@ def random_weights(make: Callable[[], nnx.Module], seed: int = 0, size: float = 
 def random_model(config: LlamaConfig, seed: int = 0) -> Llama:
     """A decoder of random weights."""
     return random_weights(lambda: Llama(config, rngs=nnx.Rngs(0)), seed)
+
+
+def write_model(folder: Path, config: LlamaConfig) -> None:
+    """Write a decoder of random weights, in bfloat16, into a folder that is there."""
+    tensors = to_tensors(random_model(config))
+    save_file({n: t.astype(jnp.bfloat16) for n, t in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))

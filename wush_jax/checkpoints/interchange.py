@@ -17,6 +17,7 @@ from rich.table import Table
 from wush_jax.checkpoints.content import ACTIVATIONS, content_of, written
 from wush_jax.checkpoints.layouts import LAYOUTS, layout_of, read_all
 from wush_jax.checkpoints.layouts.layout import Content, quantization_config
+from wush_jax.checkpoints.packed_layout import on_host
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.checkpoints.readers import notes
 from wush_jax.formats import Format
@@ -112,17 +113,13 @@ def read_layers(path: str | Path) -> dict[str, PackedWeight]:
     {'0': (8, 32)}
     """
     folder = open_folder(path, mapped=True)
-    return read_all(folder, _keep)
-
-
-def _keep(name: str, value: np.ndarray) -> Any:
-    return value
+    return read_all(folder, on_host)
 
 
 def _content_of_folder(folder: TensorFolder) -> Content:
     layout = layout_of(folder)
     records = layout.records(folder)
-    layers = read_all(folder, _keep)
+    layers = read_all(folder, on_host)
     names = [name for name in folder.unread if not name.endswith(layout.skipped)]
     plain = {
         name: folder.read(name, [folder.entries[name].dtype], [folder.entries[name].shape])

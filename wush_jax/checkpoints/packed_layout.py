@@ -97,7 +97,13 @@ def record_of(name: str, packed: PackedWeight, site: str | None) -> LayerRecord:
     )
 
 
-def _codes_name(name: str, fmt: Format) -> str:
+def on_host(name: str, value: np.ndarray) -> Any:
+    """A `Place` that leaves values where they are."""
+    return value
+
+
+def codes_name(name: str, fmt: Format) -> str:
+    """Return the name of a layer's codes."""
     return f"{name}.e2m1" if fmt.element == E2M1 else f"{name}.codes"
 
 
@@ -111,7 +117,7 @@ def layer_tensors(name: str, packed: PackedWeight) -> dict[str, Any]:
     """
     weight = packed.interchange
     tensors = {
-        _codes_name(name, weight.format): weight.codes,
+        codes_name(name, weight.format): weight.codes,
         f"{name}.scale_quant": weight.scales,
     }
     if packed.transform is not None:
@@ -165,7 +171,7 @@ def read_packed(
 
     _check_constants(folder, name, record)
     weight = QuantizedArray(
-        take(_codes_name(name, fmt), jnp.uint8, (*lead, k * fmt.element.bits // 8)),
+        take(codes_name(name, fmt), jnp.uint8, (*lead, k * fmt.element.bits // 8)),
         take(f"{name}.scale_quant", SCALE_DTYPES[fmt.scale_dtype], (*lead, fmt.groups(k))),
         place(f"{name}.weight_global_scale", np.asarray(record.global_scale, np.float32)),
         fmt,

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.checkpoints.layouts.layout import Layout
-from wush_jax.checkpoints.packed_layout import Place
+from wush_jax.checkpoints.packed_layout import Place, codes_name, on_host
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.formats import QuantizedArray
 from wush_jax.models import Llama
@@ -78,25 +78,21 @@ def read_stack(
       layout: of the folder.
       place: puts values on devices.
     """
-    layers = [layout.read(folder, part, record, _keep) for part, record in parts.items()]
+    layers = [layout.read(folder, part, record, on_host) for part, record in parts.items()]
     weights: list[Any] = [layer.weight for layer in layers]
 
     def stacked(key: str, values: list[Any]) -> jax.Array:
-        return place(f"{name}.{key}", np.stack(values))
+        return place(key, np.stack(values))
 
     first = layers[0]
-    codes = "e2m1" if first.weight.format.element.name == "e2m1" else "codes"
     weight = QuantizedArray(
-        stacked(codes, [w.codes for w in weights]),
-        stacked("scale_quant", [w.scales for w in weights]),
-        stacked("weight_global_scale", [w.global_scale for w in weights]),
+        stacked(codes_name(name, first.weight.format), [w.codes for w in weights]),
+        stacked(f"{name}.scale_quant", [w.scales for w in weights]),
+        stacked(f"{name}.weight_global_scale", [w.global_scale for w in weights]),
         first.weight.format,
     )
     inputs = None
     if first.input_global_scale is not None:
-        inputs = stacked("activation_global_scale", [layer.input_global_scale for layer in layers])
+        scales = [layer.input_global_scale for layer in layers]
+        inputs = stacked(f"{name}.activation_global_scale", scales)
     return PackedWeight(weight, None, inputs, first.input_format)
-
-
-def _keep(name: str, value: np.ndarray) -> Any:
-    return value

@@ -12,6 +12,7 @@ from jax import lax
 
 from pallas_kernels import reference
 from pallas_kernels.fragments import Fragments
+from pallas_kernels.stacks import Stack
 from wush_jax.formats import scales
 from wush_jax.formats.checks import check_arrays, check_kind, refuse_tensors
 from wush_jax.formats.format import Format
@@ -87,7 +88,7 @@ def quantize(
     return QuantizedArray(fmt.pack(codes), stored, global_scale, fmt)
 
 
-def dequantize(q: QuantizedArray | Fragments, dtype=jnp.float32) -> jax.Array:
+def dequantize(q: QuantizedArray | Fragments | Stack, dtype=jnp.float32) -> jax.Array:
     """Return the values of a quantized array: ``code_value * scale / global_scale``, (..., K).
 
     Args:
@@ -101,7 +102,7 @@ def dequantize(q: QuantizedArray | Fragments, dtype=jnp.float32) -> jax.Array:
     >>> dequantize(quantize(jnp.full((32,), 2.0), MXFP4)).max().item()
     2.0
     """
-    if not isinstance(q, QuantizedArray | Fragments):
+    if not isinstance(q, QuantizedArray | Fragments | Stack):
         raise ValueError(
             f"q is a {type(q).__name__}, not a QuantizedArray; give what wush_jax.quantize gives. "
             "Of a PackedWeight, wush_jax.solvers.effective_weight(packed) is the weight in its own "

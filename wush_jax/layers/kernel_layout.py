@@ -90,7 +90,7 @@ def _laid_out(
         return None
     for operand in _operands(packed):
         try:
-            laid = stacks.lay_out(weight, operand) if ragged else fragments.lay_out(weight, operand)
+            laid = _records(weight, operand, ragged)
         except NotImplementedError:
             continue
         if partition is not None:
@@ -122,6 +122,10 @@ def _operands(packed: PackedWeight) -> tuple[str, ...]:
     float8 = exactly.in_float8(weight) and inputs is not None
     float8 = float8 and exactly.multiplies_in_float8(inputs)
     return ("float8", "bfloat16") if float8 else ("bfloat16",)
+
+
+def _records(weight: Any, operand: str, ragged: bool = False) -> Fragments | Stack:
+    return (stacks if ragged else fragments).lay_out(weight, operand)
 
 
 def _devices(weight: QuantizedArray | Fragments | Stack) -> set[jax.Device]:
@@ -168,7 +172,7 @@ def as_held(packed: PackedWeight, dtype: Any) -> PackedWeight:
     """
     try:
         mosaic_gpu.require_hopper()
-        laid = jax.eval_shape(lambda w: fragments.lay_out(w, _operands(packed)[0]), packed.weight)
+        laid = jax.eval_shape(lambda w: _records(w, _operands(packed)[0]), packed.weight)
     except NotImplementedError:
         return packed
     return replace(packed, weight=laid) if _takes(packed, dtype) else packed
@@ -179,8 +183,7 @@ def _takes(packed: PackedWeight, dtype, ragged: bool = False) -> bool:
     """Ask the dispatch itself, for one token: shapes alone."""
 
     def call(x, packed):
-        lay_out = stacks.lay_out if ragged else fragments.lay_out
-        laid = lay_out(packed.weight, _operands(packed)[0])
+        laid = _records(packed.weight, _operands(packed)[0], ragged)
         packed = PackedWeight(
             laid, packed.transform, packed.input_global_scale, packed.input_format
         )

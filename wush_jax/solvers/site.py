@@ -293,8 +293,7 @@ def _packed(quantized, transform: BlockTransform, blocks, recipe: Recipe) -> Pac
 
 def effective_weight(packed: PackedWeight) -> jax.Array:
     """Return the weight in its original coordinates: ``dequantize(weight) T_X``, (N, K)."""
-    weight = packed.interchange if isinstance(packed.weight, Stack) else packed.weight
-    values = dequantize(weight)
+    values = dequantize(packed.weight)
     if packed.transform is None:
         return values
     return transforms.apply_transform(values, packed.transform.astype(jnp.float32).mT)

@@ -103,11 +103,11 @@ class Sample:
         # In (0, 1], so that the priority is finite.
         uniform = 1.0 - jax.random.uniform(key, rows.shape[:1], jnp.float32)
         zero = jnp.zeros((), jnp.float32)
-        # A row with NaN, which a maximum may pass over, stays in any case, so that it is seen.
         own = None
         if self.importance is not None:
             own = jnp.ones(len(rows)) if weights is None else weights.reshape(-1)
             own = own.astype(jnp.float32)
+        # A row with NaN, which a maximum may pass over, stays in any case, so that it is seen.
         size = jnp.where(jnp.any(jnp.isnan(rows), axis=-1), jnp.inf, _size(rows, own))
         return self.merge(Sample(rows, size / uniform, zero, count, own))
 
