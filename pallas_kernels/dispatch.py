@@ -379,10 +379,12 @@ def _first_able(
 ):
     """Call the first implementation that does not raise NotImplementedError."""
     names = list(table) if implementation is None else implementation
-    names = [names] if isinstance(names, str) else list(names)
-    for name in names:
-        if name not in table:
-            raise ValueError(f"implementation={name!r} is unknown for {op}; choose from {[*table]}")
+    names = [names] if isinstance(names, str) else names
+    known = isinstance(names, Sequence) and all(isinstance(n, str) and n in table for n in names)
+    if not known or not names:
+        raise ValueError(
+            f"implementation={implementation!r:.60} is unknown for {op}; choose from {[*table]}"
+        )
     reasons = []
     for name in names:
         try:

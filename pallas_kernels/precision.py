@@ -44,7 +44,7 @@ def folded(precision) -> bool:
 def check(precision) -> None:
     """Raise ValueError for what neither JAX's products nor `folded` know."""
     known = precision is None or isinstance(precision, lax.Precision | lax.DotAlgorithmPreset)
-    if known or precision == FOLDED:
+    if known or (isinstance(precision, str) and precision == FOLDED):
         return
     try:
         with jax.default_matmul_precision(precision):

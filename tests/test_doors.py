@@ -3,7 +3,11 @@
 One argument of a good call is replaced. ``--hypothesis-profile=machine`` draws 10,000 calls.
 """
 
+import contextlib
 import re
+import shutil
+import tempfile
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +20,7 @@ from tiny import Net, rows
 
 import wush_jax as wush
 from wush_jax.commands.options import Text
+from wush_jax.evaluation import evaluate
 
 pytestmark = pytest.mark.once
 
@@ -27,7 +32,17 @@ NET = Net()
 DTYPES = ["f2", "f4", "f8", "i4", "u1", "?", "c16", "U1", "O", "bfloat16"]
 SHAPES = [(), (64,), (0, 64), (8, 64), (2, 4, 64), (8, 0), (8, 33)]
 PLAIN = [None, True, False, 0, -1, 1, 1.5, float("nan"), "x", "8", b"x", [], ["x"], {}, (), [1, 2]]
-PLAIN += [object(), int, lambda x: x, {"a": W}, wush.MXFP4, RTN, KNOWN, W.tolist()]
+PLAIN += [object(), {"a": W}, wush.MXFP4, RTN, KNOWN, W.tolist()]
+FUNCTIONS = [int, lambda x: x]
+PACKED = wush.quantize_weight(W, KNOWN, RTN)
+TABLE = np.float32(RANDOM.standard_normal((16, 16)))
+TOKENS = [np.arange(12, dtype=np.int32).reshape(2, 6)]
+# What is no list of a model's inputs, or of tokens.
+BATCHES = [
+    *([np.zeros((2, 6))], [TOKENS[0] + 5], [TOKENS[0] - 1], [TOKENS[0][:, :1]], [TOKENS[0] > 3]),
+    *([(TOKENS[0], TOKENS[0] > 3)], [(TOKENS[0], TOKENS[0])], [(TOKENS[0], W[:2, :5] > 0)]),
+    *([None], ["x"], [TOKENS[0], "x"], [[1, 2], [3]], [W, W[:, :33]], [W * np.nan], [W[:0]]),
+]
 
 
 class Tensor:
@@ -54,7 +69,10 @@ ARRAYS = st.builds(
     st.sampled_from(SHAPES),
     st.sampled_from([None, None, np.nan, np.inf, 1e30]),
 )
-VALUES = st.one_of(st.sampled_from([*PLAIN, Tensor()]), ARRAYS)
+VALUES = st.one_of(st.sampled_from([*PLAIN, Tensor(), [Tensor()], {"a": PACKED}, PACKED]), ARRAYS)
+OTHERS = {"batches": st.sampled_from(BATCHES)}
+# A function is a model; what it makes of tokens is its own.
+CALLED = ("model", "reference", "sharding")
 
 
 def second_moment(x, **options):
@@ -70,6 +88,37 @@ def rounded(x, fmt=wush.MXFP4, **options):
 
 def sample_rows(x):
     return np.sort(np.asarray(x, np.float32).reshape(-1))
+
+
+def table(tokens):
+    return jnp.asarray(TABLE)[tokens]
+
+
+def cross_entropy(batches, **models):
+    """In nats, of the table."""
+    logs = TABLE.astype(np.float64)
+    logs -= np.log(np.exp(logs).sum(-1, keepdims=True))
+    found = []
+    for batch in batches:
+        tokens, mask = batch if isinstance(batch, tuple) else (batch, np.ones(batch.shape, bool))
+        counted = mask[:, 1:] & mask[:, :-1]
+        found.append(-logs[tokens[:, :-1], tokens[:, 1:]][counted])
+    return np.mean(np.concatenate(found))
+
+
+def saved(path, qmodel):
+    """Save in an empty folder, and read back."""
+    shutil.rmtree("folder", ignore_errors=True)
+    wush.save(path, qmodel)
+    return np.stack([wush.dequantize(packed.weight) for packed in wush.load(path).values()])
+
+
+@contextlib.contextmanager
+def folder_of_weights():
+    """An empty current folder, and "weights" in it."""
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        wush.save("weights", {"a": PACKED})
+        yield Path(name)
 
 
 # Each door: a good call, and of the values that it takes, what comes out by numpy alone.
@@ -120,9 +169,39 @@ DOORS = {
         {"model": NET, "batches": rows(1), "rules": RTN},
         None,
     ),
+    "choose_recipes": (
+        lambda **a: wush.choose_recipes(**a, blocks=(32,)),
+        {"model": NET, "batches": rows(2), "rules": RTN, "transforms": ("identity",)},
+        None,
+    ),
+    "save": (
+        saved,
+        {"path": "folder", "qmodel": {"a": PACKED}},
+        lambda path, qmodel: np.stack([rounded(W)] * len(qmodel)),
+    ),
+    "load": (
+        lambda **a: wush.dequantize(wush.load(**a)["a"].weight),
+        {"path": "weights", "model": None, "sharding": None},
+        lambda **given: rounded(W),
+    ),
+    "perplexity": (
+        wush.perplexity,
+        {"model": table, "batches": TOKENS},
+        lambda **given: np.exp(cross_entropy(**given)),
+    ),
+    "cross_entropy": (
+        evaluate.cross_entropy,
+        {"model": table, "batches": TOKENS},
+        cross_entropy,
+    ),
+    "kl_divergence": (
+        wush.kl_divergence,
+        {"reference": table, "model": table, "batches": TOKENS},
+        lambda **given: np.zeros(()),
+    ),
     "Text": (Text, {"text": "a", "length": 8, "samples": 2, "batch": 1, "seed": 3}, None),
 }
-DEAR = {"calibrate": ["model"], "quantize_model": ["model", "rules"], "plan": ["model", "rules"]}
+DEAR = {"quantize_model", "calibrate", "choose_recipes"}
 
 
 def attempt(door, name, value):
@@ -158,13 +237,16 @@ def attempt(door, name, value):
 @given(st.data())
 def test_any_argument_is_taken_rightly_or_named(data):
     door = data.draw(st.sampled_from(sorted(DOORS)))
-    name = data.draw(st.sampled_from(DEAR.get(door, sorted(DOORS[door][1]))))
-    value = data.draw(VALUES)
-    fault = attempt(door, name, value)
+    name = data.draw(st.sampled_from(sorted(DOORS[door][1])))
+    values = VALUES if name in CALLED else VALUES | st.sampled_from(FUNCTIONS)
+    value = data.draw(values | OTHERS.get(name, st.nothing()))
+    with folder_of_weights():
+        fault = attempt(door, name, value)
     assert fault is None, f"{door}({name}={value!r:.200}): {fault}"
 
 
-@pytest.mark.parametrize("door", sorted(set(DOORS) - {"quantize_model", "calibrate"}))
+@pytest.mark.parametrize("door", sorted(set(DOORS) - DEAR))
 def test_good_calls_are_right(door):
     name, value = next(iter(DOORS[door][1].items()))
-    assert attempt(door, name, value) is None
+    with folder_of_weights():
+        assert attempt(door, name, value) is None

@@ -313,7 +313,7 @@ BAD = np.diag(np.float32([1, np.inf, np.nan, 1]))
         (lambda: wush.wush_transform(EYE, EYE, balance=-1), "balance=-1 must be from 0 .* to 2"),
         (
             lambda: wush.wush_transform(np.eye(6, dtype="f4"), np.eye(6, dtype="f4")),
-            "n=6.*power of",
+            "d=6.*power of",
         ),
         (
             lambda: wush.predicted_loss(EYE, EYE, wush.identity_transform(4), model="x"),

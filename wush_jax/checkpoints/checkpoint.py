@@ -31,6 +31,7 @@ from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import Place
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.checkpoints.stacks import read_stack, stack_record, stacked_experts
+from wush_jax.formats.checks import check_kind, check_path, check_size
 from wush_jax.layers.dense import is_node
 from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import (
@@ -89,6 +90,8 @@ def save(
     ...     sorted(TensorFolder(folder).entries)[:4]
     ['0.activation_global_scale', '0.activation_scale_scale', '0.bias', '0.e2m1']
     """
+    check_path(path=path)
+    check_size(shard_bytes=shard_bytes)
     content = content_of(qmodel, metadata)
     tensors, config = written(content, NATIVE)
     write_folder(path, tensors, config, shard_bytes=shard_bytes)
@@ -141,6 +144,13 @@ def load(
     >>> bool((loaded[0].codes[...] == packed.weight.codes).all())
     True
     """
+    check_path(path=path)
+    if model is not None:
+        check_kind(nnx.Module, "an NNX module, or None", model=model)
+    if not (sharding is None or callable(sharding) or isinstance(sharding, Mesh | Sharding)):
+        raise ValueError(
+            f"sharding is a {type(sharding).__name__}; give a mesh, a sharding, a function or None"
+        )
     if isinstance(sharding, Mesh) and "model" not in sharding.axis_names:
         raise ValueError(f"sharding={sharding} has no axis called 'model'; name one so")
     folder = open_folder(path)

@@ -20,6 +20,7 @@ from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import record_of
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.checkpoints.readers import check_rotated
+from wush_jax.formats.checks import check_kind
 from wush_jax.layers.nnx import QuantizedDense, dotted
 from wush_jax.models import Llama, LlamaConfig
 from wush_jax.solvers.site import PackedWeight
@@ -40,6 +41,8 @@ def content_of(
     Raises:
       ValueError: nothing is quantized, something cannot be stored.
     """
+    if metadata is not None:
+        check_kind(Mapping, "a mapping of plain values, or None", metadata=metadata)
     layers: dict[str, PackedWeight] = {}
     records: dict[str, LayerRecord] = {}
     first: dict[int, str] = {}

@@ -16,6 +16,7 @@ import numpy as np
 
 from wush_jax.calibration.observe import Progress
 from wush_jax.evaluation.positions import Call, Model, Reader, position_values
+from wush_jax.formats.checks import check_number
 
 
 def _losses(logits: list[jax.Array], following: jax.Array) -> tuple[jax.Array, ...]:
@@ -186,6 +187,9 @@ def bits_per_byte(
     >>> round(bits_per_byte(uniform, [np.zeros((2, 5), np.int32)]), 4)
     8.0
     """
+    check_number(bytes_per_token=bytes_per_token)
+    if not 0 < bytes_per_token < math.inf:
+        raise ValueError(f"bytes_per_token={bytes_per_token}; give a number above 0")
     nats = cross_entropy(model, batches, call=call, progress=progress)
     return nats / (math.log(2) * bytes_per_token)
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from wush_jax.calibration.observe import Progress
 from wush_jax.models.by_layer import ByLayer, run_merged
-from wush_jax.models.tokens import check_tokens, model_inputs, vocabulary
+from wush_jax.models.tokens import check_batches_given, check_tokens, model_inputs, vocabulary
 
 Model = Callable[[jax.Array], jax.Array]
 Call = Callable[[Any, jax.Array], jax.Array]
@@ -26,6 +26,10 @@ Measure = Callable[[list[jax.Array], jax.Array], tuple[jax.Array, ...]]
 # Bytes of float32 logits at a time, those of all models together; what a measure makes of them
 # may take half as much again.
 LOGITS_BYTES = 2**29
+
+
+# What functions of two models, or of one, call them.
+NAMES = ("reference", "model")
 
 
 class Reader:
@@ -92,6 +96,12 @@ def position_values(
     Raises:
         ValueError: what is no token of the models, a mask of another shape, two vocabularies.
     """
+    check_batches_given(batches)
+    given: dict[str, Any] = dict(zip(NAMES[-len(models) :], models, strict=True))
+    given = given if call is None else {"call": call}
+    for name, value in (given if progress is None else given | {"progress": progress}).items():
+        if not callable(value):
+            raise ValueError(f"{name} is a {type(value).__name__}; give a module or a function")
     readers = [m if isinstance(m, Reader) else Reader(m, call) for m in models]
     graphs, states = zip(*(reader.head for reader in readers), strict=True)
     first = readers[0].model

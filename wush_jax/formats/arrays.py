@@ -14,7 +14,7 @@ from pallas_kernels import reference
 from pallas_kernels.fragments import Fragments
 from pallas_kernels.stacks import Stack
 from wush_jax.formats import scales
-from wush_jax.formats.checks import check_arrays, check_kind, refuse_tensors
+from wush_jax.formats.checks import check_arrays, check_dtype, check_kind, refuse_tensors
 from wush_jax.formats.format import Format
 
 
@@ -108,6 +108,7 @@ def dequantize(q: QuantizedArray | Fragments | Stack, dtype=jnp.float32) -> jax.
             "Of a PackedWeight, wush_jax.solvers.effective_weight(packed) is the weight in its own "
             "coordinates and dequantize(packed.weight) in transformed ones"
         )
+    check_dtype(dtype=dtype)
     return reference.dequantize(q).astype(dtype)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import os
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,7 +45,7 @@ def check_arrays(**arrays: Any) -> None:
             raise ValueError(f"{name} has dtype {x.dtype}; give an array of real numbers")
 
 
-def check_kind(kind: type, remedy: str, **values: Any) -> None:
+def check_kind(kind: Any, remedy: str, **values: Any) -> None:
     """Raise ValueError unless all values are of a class.
 
     >>> check_kind(str, "text", name=3)
@@ -54,6 +56,78 @@ def check_kind(kind: type, remedy: str, **values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, kind):
             raise ValueError(f"{name} is a {type(value).__name__}, {value!r:.60}; give {remedy}")
+
+
+def check_number(**values: Any) -> None:
+    """Raise ValueError unless all values are real numbers of Python or numpy, no truth values.
+
+    >>> check_number(damping=None)
+    Traceback (most recent call last):
+    ...
+    ValueError: damping=None; give a number
+    """
+    for name, value in values.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise ValueError(f"{name}={value!r:.60}; give a number")
+
+
+def check_size(**values: Any) -> None:
+    """Raise ValueError unless all values are whole numbers above zero.
+
+    >>> check_size(d=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: d=0; give a whole number, at least 1
+    """
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r:.60}; give a whole number, at least 1")
+
+
+def check_choice(choices: Sequence[str], **values: Any) -> None:
+    """Raise ValueError unless all values are among the choices.
+
+    >>> check_choice(("rtn", "gptq"), solver="awq")
+    Traceback (most recent call last):
+    ...
+    ValueError: solver='awq' is unknown; choose one of rtn, gptq
+    """
+    for name, value in values.items():
+        if not isinstance(value, str) or value not in choices:
+            told = ", ".join(choices)
+            raise ValueError(f"{name}={value!r:.60} is unknown; choose one of {told}")
+
+
+def check_dtype(**values: Any) -> None:
+    """Raise ValueError unless all values are types of floating-point numbers.
+
+    >>> check_dtype(dtype=jnp.bfloat16)
+    >>> check_dtype(dtype="x")
+    Traceback (most recent call last):
+    ...
+    ValueError: dtype='x' is no type of floating-point numbers; give jnp.float32 or the like
+    """
+    for name, value in values.items():
+        try:
+            known = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(
+                f"{name}={value!r:.60} is no type of floating-point numbers; give jnp.float32 or "
+                "the like"
+            )
+
+
+def check_path(**values: Any) -> None:
+    """Raise ValueError unless all values are paths, or text.
+
+    >>> check_path(path=b"model")
+    Traceback (most recent call last):
+    ...
+    ValueError: path is a bytes, b'model'; give a path, as text or pathlib.Path
+    """
+    check_kind((str, os.PathLike), "a path, as text or pathlib.Path", **values)
 
 
 def check_whole(**values: Any) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wush_jax.formats import elements, scales
+from wush_jax.formats.checks import check_kind, check_number, check_size
 from wush_jax.formats.elements import E2M1, E2M3, E4M3, Element, IntElement
 
 SCALE_DTYPES = {
@@ -54,6 +55,13 @@ class Format:
     short_last: bool = False
 
     def __post_init__(self):
+        check_kind(str, "a name", name=self.name, rule=self.rule, scale_dtype=self.scale_dtype)
+        check_kind(Element, "one of wush_jax.formats.elements", element=self.element)
+        check_size(group_size=self.group_size)
+        object.__setattr__(self, "group_size", int(self.group_size))  # as files hold it
+        if self.global_scale is not None:
+            check_number(global_scale=self.global_scale)
+            object.__setattr__(self, "global_scale", float(self.global_scale))
         if self.rule not in scales.RULES:
             raise ValueError(f"rule={self.rule!r} is unknown; choose from {sorted(scales.RULES)}")
         if self.scale_dtype not in SCALE_DTYPES:
@@ -80,8 +88,6 @@ class Format:
                 f"short_last=True needs a rule that zeros do not change, one of "
                 f"{scales.POW2_RULES}, not {self.rule!r}"
             )
-        if self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size} must be at least 1")
         if self.global_scale is not None and not 0 < self.global_scale < float("inf"):
             raise ValueError(
                 f"global_scale={self.global_scale} must be positive and finite, or None"

@@ -13,9 +13,11 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from wush_jax.formats import elements
+from wush_jax.formats.checks import check_arrays
 from wush_jax.formats.elements import E4M3, Element
 
 # Exponents of a power-of-two scale that are normal float32 numbers: E8M0 bytes 1 to 254.
@@ -153,6 +155,8 @@ SIGNED_RULES = ("signed_absmax", "signed_candidates")
 
 def checked_global_scale(global_scale: jax.Array | float) -> jax.Array:
     """Return it as float32; ValueError unless positive and finite (tracers pass)."""
+    value = global_scale if hasattr(global_scale, "dtype") else np.asarray(global_scale)
+    check_arrays(global_scale=value)
     if not isinstance(global_scale, jax.core.Tracer):
         with jax.ensure_compile_time_eval():  # a constant under jit is no tracer
             g = jnp.asarray(global_scale, jnp.float32)

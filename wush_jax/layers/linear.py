@@ -13,7 +13,7 @@ from jax import lax
 import pallas_kernels
 from pallas_kernels import normed
 from pallas_kernels.reference import swiglu
-from wush_jax.formats.checks import refuse_tensors
+from wush_jax.formats.checks import check_arrays, check_kind
 from wush_jax.layers.parallel import partitioned_dot
 from wush_jax.solvers.site import PackedWeight, effective_weight
 from wush_jax.transforms import linalg
@@ -43,7 +43,8 @@ def quantized_dot(
       (..., N) in x's dtype, or a tuple of them.
 
     Raises:
-      ValueError: K of x and of the weight differ; an empty tuple; an unknown precision.
+      ValueError: K of x and of the weight differ; an empty tuple; an unknown precision or
+        implementation; something else than an array or packed weights.
       NotImplementedError: a forced implementation cannot run here.
 
     Source: WUSH paper, eq. 1.
@@ -53,7 +54,6 @@ def quantized_dot(
     >>> quantized_dot(jnp.ones((2, 32)), packed).shape
     (2, 32)
     """
-    refuse_tensors(x=x)
     several = packed if isinstance(packed, tuple) else (packed,)
     if not several:
         raise ValueError("packed is an empty tuple; pass one quantized weight or several")
@@ -233,7 +233,9 @@ def _dot_backward(how, residuals, cotangents):
 
 
 def _check_inner(x, weights) -> None:
+    check_arrays(x=x)
     for weight in weights:
+        check_kind(PackedWeight, "what wush_jax.quantize_weight gives", packed=weight)
         if x.ndim == 0 or x.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"x has shape {x.shape}; its last axis must be K={weight.shape[-1]} of the weight "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wush_jax.formats.checks import refuse_tensors
+from wush_jax.formats.checks import check_arrays, check_kind
 from wush_jax.layers.linear import quantized_dot
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms import linalg
@@ -109,7 +109,8 @@ def layer_loss(
     >>> layer_loss(w, 0.9 * jnp.ones((4, 32)), packed, relative=True).item()  # (1 - 0.9)^2 / 0.9^2
     0.012345...
     """
-    refuse_tensors(weight=weight, inputs=inputs)
+    check_arrays(weight=weight, inputs=inputs)
+    check_kind(PackedWeight, "what wush_jax.quantize_weight gives", packed=packed)
     if weight.shape != packed.shape:
         raise ValueError(
             f"weight has shape {weight.shape}, packed {packed.shape}: give the (N, K) matrix that "

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import dispatch, reference
+from wush_jax.formats.checks import check_arrays, check_kind
 from wush_jax.layers.linear import zero_cotangent
 from wush_jax.solvers.site import PackedWeight, effective_weight
 from wush_jax.transforms import linalg
@@ -63,6 +64,10 @@ def quantized_ragged_dot(
     (5, 32)
     """
     several = packed if isinstance(packed, tuple) else (packed,)
+    group_sizes = group_sizes if hasattr(group_sizes, "dtype") else np.asarray(group_sizes)
+    check_arrays(x=x, group_sizes=group_sizes)
+    for weight in several:
+        check_kind(PackedWeight, "packed weights of experts, stacked", packed=weight)
     products = _dot(implementation, x, several, jnp.asarray(group_sizes))
     return products if isinstance(packed, tuple) else products[0]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from wush_jax.formats import MXFP4, Format
+from wush_jax.formats.checks import check_choice, check_kind, check_number, check_whole
 from wush_jax.formats.elements import E2M1
 from wush_jax.transforms.checks import check_balance
 
@@ -16,6 +17,7 @@ SOLVERS = ("rtn", "gptq")
 SCALE_SEARCHES = ("rule", "sweep")
 GLOBAL_SCALES = ("constant", "derived")
 INPUT_ERRORS = ("ignore", "model", "sample")
+SWITCHES = ("share_transform", "shared_blocks", "interleave", "block_gain", "activation_order")
 # Blocks that "widest" chooses from.
 WIDTHS = (128, 64, 32, 16)
 # Transforms that are one matrix for all blocks, whatever the data.
@@ -102,19 +104,20 @@ class Recipe:
     solver_dtype: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self):
-        _check_choice("transform", self.transform, TRANSFORMS)
-        _check_choice("solver", self.solver, SOLVERS)
-        _check_choice("transform_dtype", self.transform_dtype, ("bfloat16", "float32"))
-        _check_choice("scale_search", self.scale_search, SCALE_SEARCHES)
-        _check_choice("global_scale", self.global_scale, GLOBAL_SCALES)
-        _check_choice("input_error", self.input_error, INPUT_ERRORS)
-        _check_choice("solver_dtype", self.solver_dtype, ("float32", "float64"))
+        check_choice(TRANSFORMS, transform=self.transform)
+        check_choice(SOLVERS, solver=self.solver)
+        check_choice(SCALE_SEARCHES, scale_search=self.scale_search)
+        check_choice(GLOBAL_SCALES, global_scale=self.global_scale)
+        check_choice(INPUT_ERRORS, input_error=self.input_error)
+        check_choice(("bfloat16", "float32"), transform_dtype=self.transform_dtype)
+        check_choice(("float32", "float64"), solver_dtype=self.solver_dtype)
+        check_kind(bool, "True or False", **{name: getattr(self, name) for name in SWITCHES})
         if self.format is None:
             raise ValueError(
                 "format=None is not a Format; exclude a layer with a rule (path, None)"
             )
         if isinstance(self.activation_format, str):
-            _check_choice("activation_format", self.activation_format, ("same", "tuned"))
+            check_choice(("same", "tuned"), activation_format=self.activation_format)
         if not isinstance(self.format, Format):
             raise ValueError(
                 f"format={self.format!r} is not a Format; use wush_jax.MXFP4 and the like"
@@ -124,10 +127,11 @@ class Recipe:
                 f"format={self.format.name} is for activations, activation_format="
                 f"{self.format.name}; for weights of 8 bits use MXFP8"
             )
-        for fmt in (self.format, self.input_format):
-            if fmt is not None and not isinstance(fmt, Format):
-                raise ValueError(f"format={fmt!r} is not a Format; use wush_jax.MXFP4 and the like")
+        if self.input_format is not None:
+            remedy = "a Format, such as wush_jax.MXFP4, 'same', 'tuned' or None"
+            check_kind(Format, remedy, activation_format=self.input_format)
         self._check_block()
+        check_number(damping=self.damping)
         if not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping={self.damping} must be finite and non-negative; try 1e-2")
         check_balance(self.balance)
@@ -136,8 +140,10 @@ class Recipe:
     def _check_block(self):
         """Refuse blocks that groups do not tile."""
         if isinstance(self.block_size, str):
-            _check_choice("block_size", self.block_size, ("widest",))
+            check_choice(("widest",), block_size=self.block_size)
             return
+        if self.block_size is not None:
+            check_whole(block_size=self.block_size)
         for fmt in (self.format, self.input_format):
             if fmt is not None and not (self.block > 0 and fmt.holds(self.block)):
                 raise ValueError(
@@ -158,11 +164,12 @@ class Recipe:
             raise ValueError(
                 f"balance={self.balance} is of transform='wush' and 'wus', not {self.transform!r}"
             )
-        if not isinstance(self.descent, int) or self.descent < 0:
+        check_whole(descent=self.descent, refit=self.refit)
+        if self.descent < 0:
             raise ValueError(f"descent={self.descent!r} must be a number of sweeps, 0 for none")
         if self.descent and not gptq:
             raise ValueError(f"descent={self.descent} revisits GPTQ's codes; use solver='gptq'")
-        if not isinstance(self.refit, int) or self.refit < 0:
+        if self.refit < 0:
             raise ValueError(f"refit={self.refit!r} must be a number of rounds, 0 for none")
         if self.refit and not gptq:
             raise ValueError(f"refit={self.refit} fits transforms to GPTQ's codes; solver='gptq'")
@@ -314,8 +321,3 @@ def tuned(fmt: Format) -> Format:
     if fmt.rule == "signed_absmax":
         return fmt.replace(rule="signed_candidates")
     return fmt
-
-
-def _check_choice(name: str, value, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

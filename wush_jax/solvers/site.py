@@ -136,6 +136,8 @@ def _quantize_alone(
     """As `quantize_weight`, for `quantize_site`, which may take notes."""
     check_arrays(weight=weight)
     check_kind(Recipe, "a Recipe, such as wush_jax.PAPER", recipe=recipe)
+    if transform is not None:
+        check_kind(BlockTransform, "a BlockTransform, or None", transform=transform)
     recipe = recipe.fitted(weight.shape[-1] if weight.shape else 0)  # no axes: refused below
     known = known_input([weight], moments, sample, recipe, built=transform is not None)
     blocks, sample = known.blocks, known.sample

@@ -105,7 +105,7 @@ def _checked_blocks(weights, activation_moment, recipe: Recipe) -> jax.Array | N
     shape = activation_moment.shape
     if shape not in ((k, k), (k // d, d, d)):
         n = weights[0].shape[0]
-        hint = " (is the weight (K, N)? it must be (N, K))" if n in (shape[-1], shape[0]) else ""
+        hint = " (is the weight (K, N)? it must be (N, K))" if n in shape[:1] + shape[-1:] else ""
         raise ValueError(
             f"activation_moment has shape {shape}; for weight {weights[0].shape} and block size "
             f"{d} it must be {(k, k)} or {(k // d, d, d)}{hint}"

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from wush_jax.formats import elements
+from wush_jax.formats.checks import check_arrays, check_number
 
 
 def check_moments(weight_moment, activation_moment, damping) -> None:
-    """Raise ValueError unless the two moments are finite, square blocks of one size."""
+    """Raise ValueError unless the two moments are finite, square blocks that fit each other."""
+    check_arrays(weight_moment=weight_moment, activation_moment=activation_moment)
     for name, m in (("weight_moment", weight_moment), ("activation_moment", activation_moment)):
         if jnp.ndim(m) < 2 or m.shape[-1] != m.shape[-2] or m.shape[-1] == 0:
             raise ValueError(f"{name} has shape {jnp.shape(m)}; it must be (..., d, d)")
@@ -19,12 +21,21 @@ def check_moments(weight_moment, activation_moment, damping) -> None:
             f"weight_moment {weight_moment.shape} and activation_moment {activation_moment.shape} "
             "have different block sizes d"
         )
-    if not isinstance(damping, jax.Array) and not damping >= 0:
+    if weight_moment.shape != activation_moment.shape:
+        raise ValueError(
+            f"weight_moment {weight_moment.shape} and activation_moment {activation_moment.shape} "
+            "have different numbers of blocks; give one of each for every block"
+        )
+    if isinstance(damping, jax.Array) and damping.ndim == 0:
+        return
+    check_number(damping=damping)
+    if not damping >= 0:
         raise ValueError(f"damping={damping} must be non-negative")
 
 
 def check_balance(balance: float) -> None:
     """Raise ValueError unless a balance is from 0 to 2."""
+    check_number(balance=balance)
     if not 0 <= balance <= 2:
         raise ValueError(
             f"balance={balance} must be from 0 (all of S on the activations) to 2 (all of it on "

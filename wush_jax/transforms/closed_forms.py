@@ -7,18 +7,23 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from wush_jax.formats.checks import check_dtype, check_kind, check_size
 from wush_jax.transforms import linalg
 from wush_jax.transforms.checks import check_balance, check_finite_result, check_moments
-from wush_jax.transforms.linalg import hadamard_matrix
 from wush_jax.transforms.pair import BlockTransform
 
 
 def identity_transform(d: int, dtype=jnp.float32) -> BlockTransform:
     """Return ``T = I``, (d, d), shared by all blocks.
 
+    Raises:
+      ValueError: d is no whole number above zero, or dtype no type of floating-point numbers.
+
     >>> identity_transform(2).weight.tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    check_size(d=d)
+    check_dtype(dtype=dtype)
     eye = jnp.eye(d, dtype=dtype)
     return BlockTransform(eye, eye)
 
@@ -31,25 +36,41 @@ def random_transform(key: jax.Array, d: int, dtype=jnp.float32) -> BlockTransfor
       d: block size.
       dtype: of the result.
 
+    Raises:
+      ValueError: as `identity_transform`; or a key that is none.
+
     >>> random_transform(jax.random.key(0), 4).activation.shape
     (4, 4)
     """
+    check_size(d=d)
+    check_dtype(dtype=dtype)
+    _check_key(key)
     # There is no QR of types narrower than float32.
     wide = jnp.promote_types(dtype, jnp.float32)
     rotation = jax.random.orthogonal(key, d, dtype=wide).astype(dtype)
     return BlockTransform(rotation, rotation)
 
 
+def _check_key(key: jax.Array) -> None:
+    """Raise ValueError unless a key is one, of the new kind or of the old, traced or not."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    new = isinstance(key, jax.Array) and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
+    if not new and (dtype != jnp.uint32 or ndim != 1):
+        raise ValueError(f"key is {key!r:.60}; give one such as jax.random.key(0)")
+
+
 def hadamard_transform(d: int, dtype=jnp.float32) -> BlockTransform:
     """Return the normalised Hadamard matrix, (d, d), shared by all blocks.
 
     Raises:
-      ValueError: there is no Hadamard matrix of size d (see `hadamard_matrix`).
+      ValueError: as `identity_transform`; or there is no Hadamard matrix of size d (see
+        `wush_jax.hadamard_matrix`).
 
     >>> hadamard_transform(4).activation[0].tolist()
     [0.5, 0.5, 0.5, 0.5]
     """
-    h = hadamard_matrix(d, dtype)
+    check_dtype(dtype=dtype)
+    h = jnp.asarray(linalg.hadamard_numpy(d, "d"), dtype)
     return BlockTransform(h, h)
 
 
@@ -94,6 +115,7 @@ def wush_transform(
     True
     """
     check_balance(balance)
+    check_kind(bool, "True or False", hadamard=hadamard)
     power = -0.5 * float(balance)
     return _spectral_transform(weight_moment, activation_moment, damping, power, hadamard)
 
@@ -144,6 +166,6 @@ def _construct(weight_moment, activation_moment, damping, *, power, hadamard):
     activation = (s**power)[..., None] * left
     weight = (s ** -(1.0 + power))[..., None] * right
     if hadamard:
-        h = jnp.asarray(linalg.hadamard_numpy(weight_moment.shape[-1]))
+        h = jnp.asarray(linalg.hadamard_numpy(weight_moment.shape[-1], "d"))
         activation, weight = linalg.matmul(h, activation), linalg.matmul(h, weight)
     return activation, weight

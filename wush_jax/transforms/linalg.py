@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from wush_jax.formats.checks import check_dtype, check_size
 from wush_jax.formats.elements import TINY
 
 HIGHEST = lax.Precision.HIGHEST
+# The largest Hadamard matrix that is built: float64, 8 GiB.
+LARGEST = 2**15
 
 
 def hadamard_matrix(n: int, dtype=jnp.float32) -> jax.Array:
@@ -27,45 +30,49 @@ def hadamard_matrix(n: int, dtype=jnp.float32) -> jax.Array:
 
     Args:
       n: size, at least 1.
-      dtype: of the result.
+      dtype: of the result, floating point.
 
     Returns:
       (n, n).
 
     Raises:
-      ValueError: no such construction reaches n.
+      ValueError: n is no whole number from 1 to 2^15, or no such construction reaches it.
 
     Source: Paley, "On orthogonal matrices" (1933).
 
     >>> hadamard_matrix(4)[:2].tolist()
     [[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5]]
     """
+    check_dtype(dtype=dtype)
     return jnp.asarray(hadamard_numpy(n), dtype)
 
 
-def hadamard_numpy(n: int) -> np.ndarray:
-    """Return `hadamard_matrix` as a float64 numpy array: a constant, whatever the x64 switch."""
-    return _hadamard_signs(n) / np.sqrt(n)
+def hadamard_numpy(n: int, name: str = "n") -> np.ndarray:
+    """Return `hadamard_matrix` as a float64 numpy array: a constant, whatever the x64 switch.
+
+    ``name`` is what a refusal calls the size.
+    """
+    check_size(**{name: n})
+    signs = _hadamard_signs(int(n)) if n <= LARGEST else None
+    if signs is None:
+        raise ValueError(
+            f"{name}={n}: no Hadamard matrix of this size is known here; use a power of two, or "
+            "2**k (q+1) with a prime q = 3 mod 4, or 2**(k+1) (q+1) with a prime q = 1 mod 4, up "
+            f"to {LARGEST}"
+        )
+    return signs / np.sqrt(n)
 
 
 @functools.cache
-def _hadamard_signs(n: int) -> np.ndarray:
-    """±1 Hadamard matrix of size n, as an immutable numpy array (a pure function's memo)."""
+def _hadamard_signs(n: int) -> np.ndarray | None:
+    """±1 Hadamard matrix of size n, an immutable array (a pure function's memo), or None."""
     core, doublings = n, 0
-    if n >= 1 and n & (n - 1) == 0:  # Sylvester's own, though Paley reaches 4, 8, 32 as well
+    if n & (n - 1) == 0:  # Sylvester's own, though Paley reaches 4, 8, 32 as well
         core, doublings = 1, n.bit_length() - 1
-    while n >= 1:
-        signs = _paley(core)
-        if signs is not None:
-            break
-        if core % 2 or core < 1:
-            raise ValueError(
-                f"n={n}: no Hadamard matrix of this size is known here; use a power of two, or "
-                "2**k (q+1) with a prime q = 3 mod 4, or 2**(k+1) (q+1) with a prime q = 1 mod 4"
-            )
+    while (signs := _paley(core)) is None:
+        if core % 2:
+            return None
         core, doublings = core // 2, doublings + 1
-    else:
-        raise ValueError(f"n={n} must be at least 1")
     for _ in range(doublings):
         signs = np.block([[signs, signs], [signs, -signs]])
     signs.setflags(write=False)

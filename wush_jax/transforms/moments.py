@@ -46,6 +46,7 @@ def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
     >>> second_moment(jnp.float32([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[5.0, 7.0], [7.0, 10.0]]
     """
+    _check_block(block)
     rows = _rows(x)
     moment = _gram(rows, block) / rows.shape[0]
     check_finite("the second moment of x", moment)
@@ -85,7 +86,8 @@ class Moments:
         With ``rows`` a sample of that many rows is kept beside them, ``weighted`` with the weights
         of their tokens.
         """
-        check_whole(size=size, rows=rows, **({} if block is None else {"block": block}))
+        check_whole(size=size, rows=rows)
+        _check_block(block)
         if rows < 0:
             raise ValueError(f"rows={rows}; give the number of tokens to keep, 0 for none")
         if size < 1 or (block is not None and (block < 1 or size % block)):
@@ -190,7 +192,8 @@ def calibrate_layer(
     >>> quantize_weight(jnp.eye(64), moments, BEST.replace(descent=0, refit=0)).shape
     (64, 64)
     """
-    check_whole(rows=rows, **({} if block is None else {"block": block}))
+    check_whole(rows=rows)
+    _check_block(block)
     if rows < 0:
         raise ValueError(f"rows={rows}; give the number of tokens to keep, 0 for none")
     moments: Moments | None = None
@@ -226,6 +229,11 @@ def _of_mean_one(weights: jax.Array, mask: jax.Array | None, count: jax.Array) -
     total = jnp.sum(weights)
     mean = total / jnp.maximum(count, 1).astype(jnp.float32)
     return jnp.where(mean > 0, weights / jnp.where(mean > 0, mean, 1.0), 1.0)
+
+
+def _check_block(block: int | None) -> None:
+    if block is not None:
+        check_whole(block=block)
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import reference
+from wush_jax.formats.checks import check_arrays
 from wush_jax.transforms import linalg
 from wush_jax.transforms.checks import check_finite
 
@@ -78,6 +79,12 @@ def apply_transform(x: jax.Array, matrix: jax.Array) -> jax.Array:
     >>> apply_transform(jnp.float32([1.0, 2.0, 3.0, 4.0]), jnp.float32([[0, 1], [1, 0]])).tolist()
     [2.0, 1.0, 4.0, 3.0]
     """
+    check_arrays(x=x, matrix=matrix)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}; transform floating-point values: cast x first")
+    if x.ndim == 0 or matrix.ndim < 2:
+        raise ValueError(
+            f"x has shape {x.shape}, matrix {matrix.shape}; give x as (..., K) and matrix as "
+            "(d, d) or (K/d, d, d)"
+        )
     return reference.apply_transform(x, matrix).astype(x.dtype)

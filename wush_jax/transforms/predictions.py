@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from wush_jax.formats.checks import check_choice, check_kind
 from wush_jax.transforms import linalg
 from wush_jax.transforms.checks import check_finite, check_finite_result, check_moments
 from wush_jax.transforms.pair import BlockTransform
@@ -86,8 +87,8 @@ def predicted_loss(
     >>> predicted_loss(jnp.eye(4), jnp.eye(4), identity_transform(4)).item()
     4.0
     """
-    if model not in ("fp", "int"):
-        raise ValueError(f"model={model!r} is unknown; choose 'fp' or 'int'")
+    check_choice(("fp", "int"), model=model)
+    check_kind(BlockTransform, "a pair, such as wush_transform gives", transform=transform)
     check_moments(weight_moment, activation_moment, 0.0)
     loss = _loss(
         weight_moment, activation_moment, transform.activation, transform.weight, model=model
