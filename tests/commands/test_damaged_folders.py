@@ -5,12 +5,14 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoint_tools import quantized
 from folders import write
-from machine import SIZES, WORDS, run
+from machine import SITES, SIZES, WORDS, run
 from token_tools import word_tokenizer
 from weights import random_model
 
-from wush_jax.models import to_tensors
+import wush_jax as wush
+from wush_jax.models import load_pretrained, to_tensors
 
 pytestmark = pytest.mark.files
 RTN = ["--preset", "rtn", "--length", "8"]
@@ -100,6 +102,26 @@ def test_a_link_that_leads_nowhere_is_not_taken_for_no_file(name, folder):
         (folder / name).symlink_to(target)
         for said in refusals(folder, "generate"):
             assert f"{name} is not readable JSON" in said
+
+
+@pytest.mark.parametrize("calibration", ["sequential", "one-shot"])
+def test_companions_that_are_broken_links_are_named_before_any_work(calibration, folder):
+    for name, target in (("LICENSE", "gone"), ("tekken.json", "tekken.json")):
+        (folder / name).symlink_to(target)
+    for said in refusals(folder, calibration):
+        assert f"{folder / 'LICENSE'} is a link to 'gone', which is no file: copy the file" in said
+        assert f"{folder / 'tekken.json'} is a link to 'tekken.json', which is no file" in said
+
+
+def test_an_export_names_companions_that_are_broken_links(folder):
+    model = quantized(load_pretrained(folder), wush.Recipe(transform="hadamard"), SITES)
+    wush.save(folder.parent / "packed", model)
+    (folder.parent / "packed" / "merges.txt").symlink_to("gone")
+    out = folder.parent / "out"
+    code, said = run(["export", folder.parent / "packed", "--out", out, "--layout", "fp_quant"])
+    assert code == 2
+    assert "merges.txt is a link to 'gone', which is no file: copy the file there" in said
+    assert not out.exists()
 
 
 def test_a_fault_of_a_layer_is_told_of_its_model(folder):

@@ -299,7 +299,7 @@ def test_shapes_and_storage(fmt, bound):
         (lambda: wush.INT8.replace(rule="gaussian_mse"), "gaussian_mse.*mid-rise"),
         (lambda: wush.NVFP4.replace(rule="signed_absmax"), "signed_absmax.*full integer.*E4M3"),
         (lambda: wush.NVFP4.replace(short_last=True), "short_last=True.*'ceil'.*not 'absmax'"),
-        (lambda: MX.replace(group_size=0), "group_size=0 must be at least 1"),
+        (lambda: MX.replace(group_size=0), "group_size=0; give a whole number, at least 1"),
         (lambda: MX.replace(global_scale=-1.0), "global_scale=-1.0 must be positive"),
         (lambda: MX.replace(global_scale=float("nan")), "global_scale=nan must be positive"),
     ],

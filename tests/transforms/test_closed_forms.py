@@ -317,7 +317,7 @@ BAD = np.diag(np.float32([1, np.inf, np.nan, 1]))
         ),
         (
             lambda: wush.predicted_loss(EYE, EYE, wush.identity_transform(4), model="x"),
-            "model='x' is unknown; choose 'fp' or 'int'",
+            "model='x' is unknown; choose one of fp, int",
         ),
         (lambda: wush.apply_transform(jnp.ones((2, 6)), EYE), r"\(4, 4\).*\(2, 6\).*K=6"),
         (lambda: wush.apply_transform(jnp.ones((2, 8)), EYE[None]), r"\(1, 4, 4\).*\(2, 8\)"),

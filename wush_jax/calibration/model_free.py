@@ -36,6 +36,7 @@ from wush_jax.solvers.recipe import DATA_FREE, Recipe, RuleBook, Rules
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import (
     SHARD_BYTES,
+    check_companions,
     check_replaceable,
     companions,
     copy_companions,
@@ -113,6 +114,7 @@ def round_folder(
     content = run.content(run.planned())
     config = written(content, LAYOUTS[layout], rotated=rotated)[1]
     said = (*run.notes(), *notes(content, layout))
+    check_companions(source)
     check_replaceable(Path(out), config)
     if plan_only:
         return run.report({}, said)

@@ -62,7 +62,12 @@ from wush_jax.models.placement import Placement
 from wush_jax.models.tokens import check_batches
 from wush_jax.solvers.recipe import Rules
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.storage.folder_writer import check_replaceable, copy_companions, write_folder
+from wush_jax.storage.folder_writer import (
+    check_companions,
+    check_replaceable,
+    copy_companions,
+    write_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ def quantize_folder(
     if not texts:
         raise ValueError("batches is empty; pass at least one calibration batch")
     model = abstract_of(tensors, dtype=dtype, param_dtype=param_dtype)
+    check_companions(source)
     check_replaceable(Path(out), {"quantization_config": records_to_json({})})
     planned = planned or plan(model, rules, texts[0])
     needed = check_host_memory(model, texts, settings.stack.embed, settings.hidden_dtype)

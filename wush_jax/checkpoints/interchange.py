@@ -24,7 +24,12 @@ from wush_jax.formats import Format
 from wush_jax.layers.names import depth, joint_name, pattern_of
 from wush_jax.models.encodings import DecodedFolder, open_folder
 from wush_jax.solvers.site import PackedWeight
-from wush_jax.storage.folder_writer import SHARD_BYTES, copy_companions, write_folder
+from wush_jax.storage.folder_writer import (
+    SHARD_BYTES,
+    check_companions,
+    copy_companions,
+    write_folder,
+)
 from wush_jax.storage.tensor_folder import TensorFolder
 
 WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.write is not None)
@@ -79,6 +84,7 @@ def export(
         content = content_of(source)
         content = dataclasses.replace(content, layers=jax.device_get(dict(content.layers)))
     else:
+        check_companions(source)
         content = _content_of_folder(open_folder(source, mapped=True))
     tensors, config = written(content, chosen, rotated=rotated)
     framework = None if layout == "wush" else "pt"

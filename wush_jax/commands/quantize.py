@@ -49,7 +49,7 @@ from wush_jax.models.hugging_face import FolderTensors, abstract_of, load_pretra
 from wush_jax.models.misfits import check_all_finite
 from wush_jax.solvers.costs import SiteCost
 from wush_jax.solvers.recipe import Recipe, Rules
-from wush_jax.storage.folder_writer import check_replaceable, copy_companions
+from wush_jax.storage.folder_writer import check_companions, check_replaceable, copy_companions
 
 Model = tyro.conf.Positional[Path]
 Free = Annotated[ModelFree, tyro.conf.arg(name="model-free")]
@@ -162,6 +162,7 @@ def quantize(
         return
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
+    check_companions(model)
     check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
     limit = Limit(max_kl, max_bits, max_bytes)
     _check_one_shot(sequential, calibrated, token_weights, limit)

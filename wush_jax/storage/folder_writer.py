@@ -104,12 +104,37 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
       target: the other folder.
 
     Raises:
-      ValueError: one is a link to somewhere outside of its folder.
+      ValueError: as `check_companions`.
     """
+    check_companions(source)
     folder = home(source)
     for name in companions(folder):
-        check_inside(folder / name)
         shutil.copyfile(folder / name, Path(target) / name)
+
+
+def check_companions(source: str | Path) -> None:
+    """Refuse files that `copy_companions` could not copy; before the work that precedes it.
+
+    Args:
+      source: as for `copy_companions`.
+
+    Raises:
+      ValueError: links to somewhere outside of their folder, or to nothing; all of them.
+    """
+    folder, faults = home(source), []
+    for name in companions(folder):
+        try:
+            check_inside(folder / name)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        if not (folder / name).is_file():
+            faults.append(
+                f"{folder / name} is a link to {os.readlink(folder / name)!r}, which is no file: "
+                "copy the file there, or remove the link"
+            )
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 def companions(source: str | Path) -> list[str]:
@@ -117,7 +142,8 @@ def companions(source: str | Path) -> list[str]:
     named = (Path(source) / CONFIG).is_file()
     code = [file.name for file in Path(source).glob("*.py")] if named else []
     own = code if code and "auto_map" in read_config(Path(source)) else []
-    return [name for name in (*COMPANIONS, *sorted(own)) if (Path(source) / name).is_file()]
+    files = (Path(source) / name for name in (*COMPANIONS, *sorted(own)))
+    return [file.name for file in files if file.is_file() or file.is_symlink()]
 
 
 def _beside(path: Path, ending: str) -> Path:
