@@ -215,7 +215,9 @@ def attempt(door, name, value):
         named = name.replace("_", "-") if door == "Text" else name
         if not re.search(rf"\b{named}\b", said):
             return f"names no argument: {type(error).__name__}: {said[:300]}"
-        told = any(word in said.lower() for word in (*REMEDIES, "pass ", "cast", "mend", "divisor"))
+        told = any(
+            word in said.lower() for word in (*REMEDIES, "pass ", "cast", "look for", "divisor")
+        )
         return None if told else f"has no remedy: {said[:300]}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:300]

@@ -17,7 +17,10 @@ from wush_jax.calibration.promise import Limit, Slopes, kl_slopes, with_recipe, 
 from wush_jax.calibration.site_plan import SitePlan, site_cost, split_sites
 from wush_jax.calibration.steps import quantize_planned
 from wush_jax.formats import MXFP8, NVINT4
+from wush_jax.formats.checks import check_kind
 from wush_jax.layers.nnx import DENSE_TYPES, DenseTypes, dense_layers
+from wush_jax.models.tokens import check_batches_given
+from wush_jax.solvers import recipe as recipes
 from wush_jax.solvers.presets import BEST, BEST_WIDE, FAST
 from wush_jax.solvers.recipe import DATA_FREE, Recipe, RuleBook, Rules
 
@@ -97,6 +100,8 @@ def choose_recipes(
     >>> rules[0][0], rules[0][1].transform
     ('0', 'identity')
     """
+    check_kind(nnx.Module, "an NNX module", model=model)
+    _check_transforms(transforms)
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
     limit = Limit(max_kl, max_bits, max_bytes)
     if limit.given:
@@ -150,6 +155,7 @@ def _observed(model, batches, held_out, candidates, options) -> tuple[Calibratio
     """What is known of the inputs, for all candidates, and the batch that is held out."""
     if isinstance(batches, Calibration):
         return batches, batches.first if held_out is None else held_out
+    check_batches_given(batches)
     batches = list(batches)
     if held_out is None:
         if len(batches) < 2:
@@ -159,6 +165,14 @@ def _observed(model, batches, held_out, candidates, options) -> tuple[Calibratio
         held_out = batches.pop()
     found = observe(model, batches, lambda sites, layers, skipped: candidates(sites), **options)
     return found, held_out
+
+
+def _check_transforms(transforms: Sequence[str]) -> None:
+    given = isinstance(transforms, list | tuple) and len(transforms)
+    if not given or any(not isinstance(t, str) or t not in recipes.TRANSFORMS for t in transforms):
+        raise ValueError(
+            f"transforms={transforms!r:.60}; give a list of some of {', '.join(recipes.TRANSFORMS)}"
+        )
 
 
 def _candidates(part: SitePlan, transforms, blocks) -> list[SitePlan]:

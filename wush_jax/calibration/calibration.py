@@ -334,6 +334,9 @@ def observe(
     counted = (batch for batch, _ in zip(itertools.chain([first], batches), seen, strict=False))
     with within_memory(costs):
         options |= {"rows": rows, "progress": progress, "token_weights": token_weights}
-        moments = collect_moments(model, counted, blocks, **options)
+        try:
+            moments = collect_moments(model, counted, blocks, **options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{error}; as batches give what call(model, batch) takes") from error
     shapes = {path: layers[path].weight_shape for site in sites for path in site.layers}
     return Calibration(sites, shapes, moments, first, next(seen), token_weights=token_weights)

@@ -179,7 +179,13 @@ def observe_calls(
     def trace(state: Any, batch: Any) -> Any:
         return run_tagged(nnx.merge(graph, state), inputs_of(batch), call, layers, interpreter, {})
 
-    jax.eval_shape(trace, state, batch)
+    try:
+        jax.eval_shape(trace, state, batch)
+    except TypeError as error:
+        raise ValueError(
+            f"the model's call fails on a batch, the first of batches: {error}; give what "
+            "call(model, batch) takes"
+        ) from error
     found: dict[Any, list[str]] = {}
     for path, seen in inputs.items():
         if path not in faults:

@@ -90,7 +90,8 @@ def check_batches(
 
 def check_batches_given(batches: Any) -> None:
     """Raise ValueError unless batches are several inputs: no text, mapping or number."""
-    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
+    several = isinstance(batches, Iterable) and getattr(batches, "ndim", 1) > 0
+    if not several or isinstance(batches, str | bytes | Mapping):
         raise ValueError(
             f"batches is a {type(batches).__name__}; give a list of the model's inputs, or another "
             "iterable of them"

@@ -194,13 +194,13 @@ def check_replaceable(path: Path, config: Mapping[str, Any]) -> None:
         return
     remedy = "nothing was written; choose another folder or remove it yourself"
     if not path.is_dir():
-        raise ValueError(f"path={str(path)!r} is not a folder; {remedy}")
+        raise ValueError(f"the path {str(path)!r} is not a folder; {remedy}")
     names = os.listdir(path)
     strangers = [name for name in names if not OWN_FILE.fullmatch(name)]
     if strangers:
-        raise ValueError(f"path={str(path)!r} holds other files ({some(strangers)}); {remedy}")
+        raise ValueError(f"the path {str(path)!r} holds other files ({some(strangers)}); {remedy}")
     if names and _kind(read_json(path / CONFIG)) != _kind(config):
-        raise ValueError(f"path={str(path)!r} holds another kind of model; {remedy}")
+        raise ValueError(f"the path {str(path)!r} holds another kind of model; {remedy}")
 
 
 def _kind(config: Mapping[str, Any]) -> tuple[Any, Any]:

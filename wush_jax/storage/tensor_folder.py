@@ -138,7 +138,7 @@ class TensorFolder:
             if aside.is_dir():  # a writer was killed between two renames
                 hint = f"; the one that was to be replaced is {aside}: rename it"
             raise ValueError(
-                f"path={str(path)!r} is not a folder; give the folder of a checkpoint{hint}"
+                f"{str(path)!r} is not a folder; give the path of a checkpoint's folder{hint}"
             )
         self.config: dict[str, Any] = read_config(self.path)
         self.entries: dict[str, Entry] = {}
