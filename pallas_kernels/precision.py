@@ -52,6 +52,7 @@ def check(precision) -> None:
     except (ValueError, TypeError):
         pass
     raise ValueError(
-        f"precision={precision!r} is unknown; None is exact, 'default' allows short sums, "
-        f"{FOLDED!r} weights rounded to FP8, and what jax.default_matmul_precision takes counts"
+        f"precision={precision!r:.60} is unknown; use None, which is exact, 'default', which "
+        f"allows short sums, {FOLDED!r}, weights rounded to FP8, or what "
+        "jax.default_matmul_precision takes"
     )

@@ -4,17 +4,20 @@ One argument of a good call is replaced. ``--hypothesis-profile=machine`` draws 
 """
 
 import contextlib
+import dataclasses
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from machine import REMEDIES
+from oracle import hadamard, random_moment
 from oracle import quantize as oracle_quantize
 from tiny import Net, rows
 
@@ -33,6 +36,9 @@ DTYPES = ["f2", "f4", "f8", "i4", "u1", "?", "c16", "U1", "O", "bfloat16"]
 SHAPES = [(), (64,), (0, 64), (8, 64), (2, 4, 64), (8, 0), (8, 33)]
 PLAIN = [None, True, False, 0, -1, 1, 1.5, float("nan"), "x", "8", b"x", [], ["x"], {}, (), [1, 2]]
 PLAIN += [object(), {"a": W}, wush.MXFP4, RTN, KNOWN, W.tolist()]
+KEY = jax.random.key(0)
+MOMENT = np.float32(random_moment(RANDOM, 8, 100))
+MOMENTS = {"weight_moment": MOMENT, "activation_moment": MOMENT}
 FUNCTIONS = [int, lambda x: x]
 PACKED = wush.quantize_weight(W, KNOWN, RTN)
 TABLE = np.float32(RANDOM.standard_normal((16, 16)))
@@ -83,7 +89,9 @@ def second_moment(x, **options):
 
 def rounded(x, fmt=wush.MXFP4, **options):
     groups = np.asarray(x, np.float64).reshape(-1, fmt.group_size)
-    return oracle_quantize(groups, fmt, fmt.global_scale)[2].reshape(np.shape(x))
+    spoilt = ~np.isfinite(groups).all(-1, keepdims=True)
+    values = oracle_quantize(np.where(spoilt, 0, groups), fmt, fmt.global_scale)[2]
+    return np.where(spoilt, np.nan, values).reshape(np.shape(x))
 
 
 def sample_rows(x):
@@ -119,6 +127,12 @@ def folder_of_weights():
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         wush.save("weights", {"a": PACKED})
         yield Path(name)
+
+
+def transformed(x, matrix):
+    """By one matrix for all blocks."""
+    d = len(matrix)
+    return (np.float64(x).reshape(-1, d) @ np.float64(matrix).T).reshape(np.shape(x))
 
 
 # Each door: a good call, and of the values that it takes, what comes out by numpy alone.
@@ -199,6 +213,46 @@ DOORS = {
         {"reference": table, "model": table, "batches": TOKENS},
         lambda **given: np.zeros(()),
     ),
+    "hadamard_matrix": (
+        wush.hadamard_matrix,
+        {"n": 8, "dtype": "float32"},
+        lambda n, dtype: hadamard(int(n)),
+    ),
+    "hadamard_transform": (
+        lambda **a: wush.hadamard_transform(**a).weight,
+        {"d": 8, "dtype": "float32"},
+        lambda d, dtype: hadamard(int(d)),
+    ),
+    "identity_transform": (
+        lambda **a: wush.identity_transform(**a).weight,
+        {"d": 8, "dtype": "float32"},
+        lambda d, dtype: np.eye(int(d)),
+    ),
+    "random_transform": (wush.random_transform, {"key": KEY, "d": 8, "dtype": "float32"}, None),
+    "apply_transform": (
+        wush.apply_transform,
+        {"x": W, "matrix": np.eye(8, dtype="f4")},
+        transformed,
+    ),
+    "wush_transform": (wush.wush_transform, MOMENTS | {"damping": 0.01, "balance": 1.0}, None),
+    "predicted_gain": (wush.predicted_gain, MOMENTS | {"damping": 0.01}, None),
+    "predicted_loss": (
+        wush.predicted_loss,
+        MOMENTS | {"transform": wush.identity_transform(8), "model": "fp"},
+        None,
+    ),
+    "quantized_dot": (
+        wush.quantized_dot,
+        {"x": W, "packed": PACKED, "precision": None, "implementation": "reference"},
+        None,
+    ),
+    "layer_loss": (wush.layer_loss, {"weight": W, "inputs": X, "packed": PACKED}, None),
+    "Recipe": (wush.Recipe, {f.name: f.default for f in dataclasses.fields(wush.Recipe)}, None),
+    "Format": (
+        wush.Format,
+        {f.name: getattr(wush.MXFP4, f.name) for f in dataclasses.fields(wush.Format)},
+        None,
+    ),
     "Text": (Text, {"text": "a", "length": 8, "samples": 2, "batch": 1, "seed": 3}, None),
 }
 DEAR = {"quantize_model", "calibrate", "choose_recipes"}
@@ -213,7 +267,8 @@ def attempt(door, name, value):
     except (ValueError, TypeError) as error:
         said = str(error)
         named = name.replace("_", "-") if door == "Text" else name
-        if not re.search(rf"\b{named}\b", said):
+        named += "|moments" if door == "Moments.update" else ""  # what is asked for them names them
+        if not re.search(rf"\b({named})\b", said):
             return f"names no argument: {type(error).__name__}: {said[:300]}"
         told = any(
             word in said.lower() for word in (*REMEDIES, "pass ", "cast", "look for", "divisor")
@@ -230,7 +285,7 @@ def attempt(door, name, value):
     spoilt = ~np.isfinite(expected)  # a group with NaN is NaN as a whole
     if np.isfinite(found[spoilt]).any():
         return "finite where the reference is not"
-    difference = np.abs(found - expected)[~spoilt]
+    difference = np.abs(found[~spoilt] - expected[~spoilt])
     largest = np.max(np.abs(expected[~spoilt]), initial=0.0)
     # Two places of bfloat16, in which some are given and come out.
     return None if np.all(difference <= 2**-7 * largest) else f"off by {np.max(difference)}"
@@ -252,3 +307,14 @@ def test_good_calls_are_right(door):
     name, value = next(iter(DOORS[door][1].items()))
     with folder_of_weights():
         assert attempt(door, name, value) is None
+
+
+@pytest.mark.parametrize("door", sorted(set(DOORS) - DEAR))
+def test_the_usual_mistakes_are_named(door):
+    faults = []
+    for name in DOORS[door][1]:
+        for value in ([8], None, "8", Tensor(), np.int64(8), np.float32(2), np.eye(8)):
+            with folder_of_weights():
+                fault = attempt(door, name, value)
+            faults += [] if fault is None else [f"{name}={value!r:.80}: {fault}"]
+    assert not faults, "\n".join(faults)

@@ -113,6 +113,16 @@ def test_companions_that_are_broken_links_are_named_before_any_work(calibration,
         assert f"{folder / 'tekken.json'} is a link to 'tekken.json', which is no file" in said
 
 
+def test_companions_out_of_the_folder_are_named_before_any_work(folder):
+    (folder.parent / "elsewhere").write_text("{}")
+    for name in ("tokenizer_config.json", "LICENSE"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(folder.parent / "elsewhere")
+    for said in refusals(folder, "sequential", "one-shot"):
+        for name in ("tokenizer_config.json", "LICENSE"):
+            assert f"{folder / name} is a link to" in said
+
+
 def test_an_export_names_companions_that_are_broken_links(folder):
     model = quantized(load_pretrained(folder), wush.Recipe(transform="hadamard"), SITES)
     wush.save(folder.parent / "packed", model)

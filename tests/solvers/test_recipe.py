@@ -55,7 +55,7 @@ def test_defaults_follow_the_format():
         ({"format": wush.NVFP4, "activation_format": wush.MXFP4}, "group_size=32 of MXFP4"),
         ({"descent": 3}, "descent=3 revisits GPTQ's codes; use solver='gptq'"),
         ({"solver": "gptq", "descent": -1}, "descent=-1 must be a number of sweeps"),
-        ({"refit": 2}, "refit=2 fits transforms to GPTQ's codes; solver='gptq'"),
+        ({"refit": 2}, "refit=2 fits GPTQ's transforms; use solver='gptq'"),
         ({"solver": "gptq", "refit": -1}, "refit=-1 must be a number of rounds, 0 for none"),
         (
             {"solver": "gptq", "refit": 2, "transform": "hadamard"},
@@ -83,7 +83,10 @@ def test_defaults_follow_the_format():
         ({"damping": float("nan")}, "damping=nan must be finite"),
         ({"format": "mxfp4"}, "format='mxfp4' is not a Format; use wush_jax.MXFP4"),
         ({"format": wush.FP8}, "format=FP8 is for activations, activation_format=FP8; for weights"),
-        ({"format": None}, "format=None is not a Format; exclude a layer with a rule (path, None)"),
+        (
+            {"format": None},
+            "format=None is not a Format; use a rule (path, None) to exclude a layer",
+        ),
     ],
 )
 def test_mistakes_are_named(options, message):

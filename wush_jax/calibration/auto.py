@@ -15,6 +15,7 @@ from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.observe import Call, Site, plain_call
 from wush_jax.calibration.promise import Limit, Slopes, kl_slopes, with_recipe, within
 from wush_jax.calibration.site_plan import SitePlan, site_cost, split_sites
+from wush_jax.calibration.sites import observe_calls
 from wush_jax.calibration.steps import quantize_planned
 from wush_jax.formats import MXFP8, NVINT4
 from wush_jax.formats.checks import check_kind
@@ -163,6 +164,7 @@ def _observed(model, batches, held_out, candidates, options) -> tuple[Calibratio
                 f"batches holds {len(batches)}; pass at least two, the last is held out"
             )
         held_out = batches.pop()
+        observe_calls(model, held_out, **options)  # refused before the others are run
     found = observe(model, batches, lambda sites, layers, skipped: candidates(sites), **options)
     return found, held_out
 

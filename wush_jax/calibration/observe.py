@@ -230,6 +230,6 @@ def check_moments_finite(site: Site, moments: Moments) -> None:
     """Raise ValueError, with the site's name, when its moments hold NaN or infinities."""
     if elements.not_finite(moments.mean):
         raise ValueError(
-            f"site {site.name}: its input is not finite on the calibration batches; look for the "
+            f"site {site.name}: its input is not finite on the calibration batches; mend the "
             "batch or the weights that overflow"
         )

@@ -183,7 +183,7 @@ def observe_calls(
         jax.eval_shape(trace, state, batch)
     except TypeError as error:
         raise ValueError(
-            f"the model's call fails on a batch, the first of batches: {error}; give what "
+            f"the model's call fails on a batch, one of batches: {error}; give what "
             "call(model, batch) takes"
         ) from error
     found: dict[Any, list[str]] = {}

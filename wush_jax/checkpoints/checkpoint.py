@@ -145,12 +145,9 @@ def load(
     True
     """
     check_path(path=path)
-    if model is not None:
-        check_kind(nnx.Module, "an NNX module, or None", model=model)
-    if not (sharding is None or callable(sharding) or isinstance(sharding, Mesh | Sharding)):
-        raise ValueError(
-            f"sharding is a {type(sharding).__name__}; give a mesh, a sharding, a function or None"
-        )
+    check_kind((nnx.Module, type(None)), "an NNX module, or None", model=model)
+    known = (Mesh, Sharding, Callable, type(None))
+    check_kind(known, "a mesh, a sharding, a function or None", sharding=sharding)
     if isinstance(sharding, Mesh) and "model" not in sharding.axis_names:
         raise ValueError(f"sharding={sharding} has no axis called 'model'; name one so")
     folder = open_folder(path)

@@ -162,8 +162,7 @@ def quantize(
         return
     sequential, state = calibration == "sequential", out / "layers"
     _check_place(out, state, sequential, resume)
-    check_companions(model)
-    check_replaceable(out / "checkpoint", {"quantization_config": records_to_json({})})
+    _check_copies(model, out / "checkpoint")
     limit = Limit(max_kl, max_bits, max_bytes)
     _check_one_shot(sequential, calibrated, token_weights, limit)
     weights = divided(mesh, model, data_parallel)
@@ -263,6 +262,12 @@ def _check_place(out: Path, state: Path, sequential: bool, resume: bool) -> None
             f"{state} holds a run that is at work or did not end: add --resume (and no "
             "--calibration one-shot) to continue it, or choose another --out"
         )
+
+
+def _check_copies(model: Path, checkpoint: Path) -> None:
+    """Refuse what could not be written, or copied beside it, after all the work."""
+    check_companions(model)
+    check_replaceable(checkpoint, {"quantization_config": records_to_json({})})
 
 
 def _planned(model: Path, rules: Rules) -> ModelPlan:

@@ -57,6 +57,7 @@ class Format:
     def __post_init__(self):
         check_kind(str, "a name", name=self.name, rule=self.rule, scale_dtype=self.scale_dtype)
         check_kind(Element, "one of wush_jax.formats.elements", element=self.element)
+        check_kind(bool, "True or False", short_last=self.short_last)
         check_size(group_size=self.group_size)
         object.__setattr__(self, "group_size", int(self.group_size))  # as files hold it
         if self.global_scale is not None:

@@ -116,6 +116,10 @@ def layer_loss(
             f"weight has shape {weight.shape}, packed {packed.shape}: give the (N, K) matrix that "
             "was quantized"
         )
+    if inputs.ndim == 0 or inputs.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"inputs has shape {inputs.shape}; give (..., K) with K={weight.shape[-1]} of weight"
+        )
     inputs, weight = inputs.astype(jnp.float32), weight.astype(jnp.float32)
     found = powers(weight, inputs, packed, implementation)
     if massive:

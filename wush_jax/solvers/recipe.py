@@ -114,7 +114,7 @@ class Recipe:
         check_kind(bool, "True or False", **{name: getattr(self, name) for name in SWITCHES})
         if self.format is None:
             raise ValueError(
-                "format=None is not a Format; exclude a layer with a rule (path, None)"
+                "format=None is not a Format; use a rule (path, None) to exclude a layer"
             )
         if isinstance(self.activation_format, str):
             check_choice(("same", "tuned"), activation_format=self.activation_format)
@@ -172,7 +172,7 @@ class Recipe:
         if self.refit < 0:
             raise ValueError(f"refit={self.refit!r} must be a number of rounds, 0 for none")
         if self.refit and not gptq:
-            raise ValueError(f"refit={self.refit} fits transforms to GPTQ's codes; solver='gptq'")
+            raise ValueError(f"refit={self.refit} fits GPTQ's transforms; use solver='gptq'")
         if self.input_error != "ignore" and not gptq:
             raise ValueError(f"input_error={self.input_error!r} is GPTQ's; use solver='gptq'")
         for name in ("block_gain", "refit"):

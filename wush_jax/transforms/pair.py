@@ -80,9 +80,10 @@ def apply_transform(x: jax.Array, matrix: jax.Array) -> jax.Array:
     [2.0, 1.0, 4.0, 3.0]
     """
     check_arrays(x=x, matrix=matrix)
+    x, matrix = jnp.asarray(x), jnp.asarray(matrix)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}; transform floating-point values: cast x first")
-    if x.ndim == 0 or matrix.ndim < 2:
+    if x.ndim == 0 or matrix.ndim < 2 or 0 in matrix.shape:
         raise ValueError(
             f"x has shape {x.shape}, matrix {matrix.shape}; give x as (..., K) and matrix as "
             "(d, d) or (K/d, d, d)"
