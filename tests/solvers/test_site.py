@@ -203,7 +203,7 @@ NAN = np.where(np.arange(K) == 3, np.float32(np.nan), WEIGHT)
                 np.eye(36, dtype="f4"),
                 recipe(format=wush.MXFP4.replace(group_size=18), block_size=18),
             ),
-            "n=18.*use a power of two",
+            "d=18.*use a power of two",
         ),
     ],
 )

@@ -41,13 +41,13 @@ def test_hadamard_sizes(n):
 def test_sizes_without_a_hadamard_matrix(n):
     with pytest.raises(ValueError, match=f"n={n}: no Hadamard.*use a power of two"):
         wush.hadamard_matrix(n)
-    with pytest.raises(ValueError, match=f"n={n}"):
+    with pytest.raises(ValueError, match=f"d={n}"):
         wush.hadamard_transform(n)
 
 
 @pytest.mark.parametrize("n", [0, -4])
 def test_sizes_below_one(n):
-    with pytest.raises(ValueError, match=f"n={n} must be at least 1"):
+    with pytest.raises(ValueError, match=f"n={n}; give a whole number, at least 1"):
         wush.hadamard_matrix(n)
 
 
