@@ -127,7 +127,7 @@ def most_spaced(rows: int, groups: int, spacing: int) -> int:
     """Return how many rows `spaced` gives.
 
     >>> most_spaced(5, 3, 8), most_spaced(100, 2, 8)
-    (40, 120)
+    (32, 120)
     """
     return spacing * most_tiles(rows, groups, spacing)
 
