@@ -20,6 +20,7 @@ from wush_jax.commands.files import bench, export, inspect
 from wush_jax.commands.models import evaluate, generate
 from wush_jax.commands.promise import verify
 from wush_jax.commands.quantize import plan, quantize
+from wush_jax.commands.terminal import warnings_in_a_line
 
 Command = Callable[..., None]
 OF_MODELS: tuple[Command, ...] = (plan, quantize, evaluate, verify, generate, export, inspect)
@@ -52,10 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         app.command(shown)
     try:
         argv = with_config_file(argv)
-        if argv[:1] == ["bench"] and "--help" not in argv:
-            bench(tuple(argv[1:]))  # flags of another parser
-        else:
-            app.cli(args=argv, prog="wush", description=ABOUT, config=(tyro.conf.OmitArgPrefixes,))
+        with warnings_in_a_line():
+            if argv[:1] == ["bench"] and "--help" not in argv:
+                bench(tuple(argv[1:]))  # flags of another parser
+            else:
+                config = (tyro.conf.OmitArgPrefixes,)
+                app.cli(args=argv, prog="wush", description=ABOUT, config=config)
     except (ValueError, OSError, MemoryError, NotImplementedError) as error:
         print(f"wush: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from tiny import BLOCKS, Blocks, rows
 import wush_jax as wush
 from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.observe import Site
-from wush_jax.calibration.ranges import refitted
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.site_plan import SitePlan
 from wush_jax.calibration.steps import quantize_planned
 from wush_jax.formats import NVFP4
 from wush_jax.layers.nnx import dense_layers
+from wush_jax.solvers.ranges import refitted
 
 pytestmark = pytest.mark.once
 
@@ -102,8 +103,32 @@ def test_a_scale_is_derived_only_where_there_are_ranges():
     with pytest.raises(ValueError, match="E4M3 scales and a constant, not of MXFP4: use NVFP4"):
         wush.Recipe(wush.MXFP4, global_scale="derived")
     recipe = wush.Recipe(NVFP4, transform="identity", global_scale="derived")
-    with pytest.raises(ValueError, match="needs the ranges that quantize_model sees"):
+    with pytest.raises(ValueError, match="needs the ranges of the layer's input: give the Moments"):
         wush.quantize_weight(net()[0].kernel[...].T, None, recipe)
+
+
+@pytest.mark.parametrize("inputs", ["spike", "tiny"])
+def test_a_bare_layer_gets_the_scale_that_a_models_gets(inputs):
+    """Where its moments tell the range."""
+    x, weight = INPUTS[inputs], net()[0].kernel[...].T
+    moments = wush.calibrate_layer(x, rows=0)
+    for mode in ("constant", "derived"):
+        recipe = wush.Recipe(NVFP4, transform="identity", global_scale=mode)
+        expected, _ = relative_loss(x, recipe)
+        (shared,) = wush.solvers.quantize_site([weight], moments, recipe)
+        for found in (wush.quantize_weight(weight, moments, recipe), shared):
+            assert jax.tree.structure(found) == jax.tree.structure(expected)  # with both formats
+            np.testing.assert_array_equal(found.weight.codes, expected.weight.codes)
+    assert wush.layer_loss(weight, x, found, relative=True) < 0.03
+
+
+def test_a_compiled_call_keeps_the_constant():
+    """It sees no values; what it does not see harms."""
+    moments, recipe = wush.calibrate_layer(SPIKE, rows=0), wush.Recipe(NVFP4, transform="identity")
+    weight = net()[0].kernel[...].T
+    packed = jax.jit(lambda w, m: wush.quantize_weight(w, m, recipe))(weight, moments)
+    assert packed.input_format == packed.weight.format == NVFP4
+    assert wush.layer_loss(weight, SPIKE, packed, relative=True) > 0.5
 
 
 def test_what_is_out_of_range_is_counted():

@@ -151,6 +151,20 @@ def test_a_continuation_keeps_its_spaces(source, capsys):
     assert "not added again" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("always:prompts of up to")  # as outside of pytest
+def test_a_prompt_beyond_the_models_positions_is_told_in_a_line(source, capsys):
+    """Text comes all the same, as in transformers."""
+    prompt = " ".join(WORDS[:20])
+    command = ["generate", str(source), *FLOAT, "--max-new-tokens", "4", "--prompt", prompt]
+    assert cli.main(command) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(prompt)
+    assert said.err == (
+        "wush: warning: prompts of up to 20 tokens and max_new_tokens=4 need 24 positions; the "
+        "model was made for 16, later text may degrade\n"
+    )
+
+
 def test_an_answer(source, tmp_path, capsys):
     pytest.importorskip("jinja2")
     command = ["generate", str(source), *FLOAT, "--max-new-tokens", "4", "--prompt", "w1", "--chat"]

@@ -272,7 +272,7 @@ def stage_note(packed: Mapping[str, PackedWeight], rows: Sequence[LayerReport]) 
 def _with_constants(
     packed: Mapping[str, PackedWeight], constants: Mapping[str, Sequence[float | None]]
 ) -> dict[str, PackedWeight]:
-    """Give formats the global scales that fit their site (`wush_jax.calibration.ranges`)."""
+    """Give formats the global scales that fit their site (`wush_jax.solvers.ranges`)."""
     found = {}
     for path, p in packed.items():
         weights, inputs = constants[path]

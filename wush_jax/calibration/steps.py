@@ -16,7 +16,6 @@ from wush_jax.calibration.host_memory import device_memory
 from wush_jax.calibration.losses import LayerLoss
 from wush_jax.calibration.observe import Site
 from wush_jax.calibration.planning import dry_rows, site_gain
-from wush_jax.calibration.ranges import refitted
 from wush_jax.calibration.replicas import on_one_device
 from wush_jax.calibration.report import LayerReport, Report
 from wush_jax.calibration.site_plan import SitePlan, site_cost
@@ -24,13 +23,12 @@ from wush_jax.layers.kernel_layout import pack_for_kernels
 from wush_jax.layers.nnx import Dense
 from wush_jax.layers.swap import swap
 from wush_jax.solvers.batched import few_tokens, filled, quantize_alike, quantize_batched
+from wush_jax.solvers.ranges import in_range, refitted
+from wush_jax.solvers.recipe import Recipe
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms.checks import check_weight
 from wush_jax.transforms.moments import Moments
 
-# A constant that saturates shrinks by 2^-4 at a time: eight times span all of float32's magnitudes
-# that a layer may have.
-REFITS = 8
 # More sites at once bring no more speed.
 TOGETHER = 32
 
@@ -48,7 +46,7 @@ def quantize_planned(
 
     Returns:
       Packed weights by path. Where a constant global scale would saturate or lose its digits, it
-      is another one (`wush_jax.calibration.ranges`).
+      is another one (`wush_jax.solvers.ranges`).
 
     Raises:
       ValueError: naming the layer: non-finite weights, or a moment that is not positive definite.
@@ -58,14 +56,12 @@ def quantize_planned(
     for name, weight in zip(names, weights, strict=True):
         check_weight(name, weight)
     _check_seen(item, layers, moments, names)
-    recipe, always = item.recipe.solved_alone, item.recipe.global_scale == "derived"
+
+    def solve(recipe: Recipe) -> list[PackedWeight]:
+        return on_one_device(quantize_batched, weights, moments, recipe=recipe, names=names)
+
     try:
-        for _ in range(REFITS + 1):
-            packed = on_one_device(quantize_batched, weights, moments, recipe=recipe, names=names)
-            better = refitted(recipe, weights, packed, moments, always=always)
-            if better is None:
-                break
-            recipe = better
+        packed = in_range(solve, item.recipe, weights, moments)
     except ValueError as error:
         raise ValueError(f"layers {', '.join(names)}: {error}") from error
     # One site at a time: temporaries of several would not fit a device.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -71,6 +74,22 @@ class Bar:
         count = f"{done}" if total is None else f"{done}/{total:.0f}"
         part, whole = (self.ends[done], self.ends[-1]) if self.ends else (done, total)
         self.bar.update(self.task, completed=part, total=whole, description=what, count=count)
+
+
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Show what the library warns of as the command shows what is wrong: without its source."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, UserWarning):
+                print(f"wush: warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = cast(Any, show)
+        yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ The only place that turns the names of a recipe into transforms and solvers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -19,7 +19,7 @@ from wush_jax import transforms
 from wush_jax.formats import Format, QuantizedArray, dequantize
 from wush_jax.formats.checks import check_arrays, check_kind
 from wush_jax.formats.partition import Partition
-from wush_jax.solvers import noise, scale_search
+from wush_jax.solvers import noise, ranges, scale_search
 from wush_jax.solvers.gptq import gptq
 from wush_jax.solvers.recipe import Recipe
 from wush_jax.solvers.refit import Aim, refit_rounds
@@ -114,13 +114,35 @@ def quantize_weight(
 
     Layers of one shape and recipe compile once; with GPTQ that takes many seconds.
 
+    With `Moments`, which know the input's largest magnitude, a constant global scale that would
+    saturate or lose its digits is another one, as in a model (`wush_jax.solvers.ranges`); not under
+    `jax.jit`, which sees no values.
+
     >>> w = jax.random.normal(jax.random.key(0), (8, 64))
     >>> quantize_weight(w, jnp.eye(64), Recipe()).shape
     (8, 64)
     """
-    return _quantize_alone(
-        weight, activation_moment, recipe, transform=transform, sample=sample, name=name
-    )
+    known = activation_moment
+
+    def solve(recipe: Recipe) -> list[PackedWeight]:
+        return [
+            _quantize_alone(weight, known, recipe, transform=transform, sample=sample, name=name)
+        ]
+
+    return _in_range(solve, recipe, [weight], known)[0]
+
+
+def _in_range(
+    solve: Callable[[Recipe], list[PackedWeight]],
+    recipe: Recipe,
+    weights: Sequence[jax.Array],
+    moments: Moments | jax.Array | None,
+) -> list[PackedWeight]:
+    """Solve with global scales that fit, where what they have to fit is known."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((weights, moments)))
+    if not isinstance(moments, Moments) or not isinstance(recipe, Recipe) or traced:
+        return solve(recipe)
+    return ranges.in_range(solve, recipe, weights, moments)
 
 
 def _quantize_alone(
@@ -179,6 +201,15 @@ def quantize_site(
     Raises:
       ValueError: as for `quantize_weight`.
     """
+
+    def solve(recipe: Recipe) -> list[PackedWeight]:
+        return _quantize_site(weights, activation_moment, recipe, sample, names, notes)
+
+    return _in_range(solve, recipe, weights, activation_moment)
+
+
+def _quantize_site(weights, activation_moment, recipe, sample, names, notes):
+    """As `quantize_site`, with the constants of the recipe."""
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
     if not recipe.share_transform or len(weights) == 1:
         return [

@@ -51,8 +51,9 @@ def known_input(
     """
     if recipe.global_scale == "derived":
         raise ValueError(
-            "recipe: global_scale='derived' needs the ranges that quantize_model sees; for one "
-            "layer give the format a global_scale of its own, or None for that of its weights"
+            "recipe: global_scale='derived' needs the ranges of the layer's input: give the "
+            "Moments that wush_jax.calibrate_layer returns, outside of jax.jit; or give the format "
+            "a global_scale of its own, or None for that of its weights"
         )
     k = _check_weights(weights, recipe)
     refuse_tensors(sample=sample)

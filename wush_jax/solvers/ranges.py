@@ -3,12 +3,14 @@
 A group's E4M3 scale is ``g amax / max``: NVFP4 with g = 10 saturates where a magnitude is above
 268.8, and loses its digits below 0.0094. A site whose weights or inputs lie there gets the
 constant times a power of two, so that few formats exist in a model; all its layers the same.
+Packed weights are those of `wush_jax.solvers.site`, which calls this.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,6 @@ from wush_jax.formats import Format
 from wush_jax.formats.elements import E4M3
 from wush_jax.solvers.recipe import Recipe, has_constant
 from wush_jax.solvers.scale_search import group_metric
-from wush_jax.solvers.site import PackedWeight
 from wush_jax.transforms import linalg
 from wush_jax.transforms.moments import Moments
 
@@ -28,12 +29,41 @@ LOWEST = 4 * 2.0**-6
 HEADROOM = 2.0
 # By how much a constant shrinks at a time where weights saturate: they hide by how much they do.
 SATURATED = 2.0**-4
+# That often, which spans all of float32's magnitudes that a layer may have.
+REFITS = 8
+
+
+def in_range(
+    solve: Callable[[Recipe], list],
+    recipe: Recipe,
+    weights: Sequence[jax.Array],
+    moments: Moments,
+) -> list:
+    """Solve a site, again with other constants where those of the recipe do not fit.
+
+    Args:
+      solve: quantizes the weights by a recipe.
+      recipe: of the site; with ``global_scale="derived"`` constants always follow the ranges.
+      weights: of its layers.
+      moments: of its input.
+
+    Returns:
+      What the last solve gave, packed weights.
+    """
+    always, recipe = recipe.global_scale == "derived", recipe.solved_alone
+    for _ in range(REFITS + 1):
+        packed = solve(recipe)
+        better = refitted(recipe, weights, packed, moments, always=always)
+        if better is None:
+            break
+        recipe = better
+    return packed
 
 
 def refitted(
     recipe: Recipe,
     weights: Sequence[jax.Array],
-    packed: Sequence[PackedWeight],
+    packed: Sequence[Any],
     moments: Moments,
     *,
     always: bool = False,
@@ -80,7 +110,7 @@ def _weight_factor(
     return 2.0 ** math.floor(math.log2(E4M3.max / (HEADROOM * largest)))
 
 
-def _input_factor(fmt: Format, packed: PackedWeight, moments: Moments, always: bool) -> float:
+def _input_factor(fmt: Format, packed: Any, moments: Moments, always: bool) -> float:
     """The same for inputs, from the largest magnitude and the power that calibration has seen."""
     assert fmt.global_scale is not None
     largest, power = input_range(packed, moments)
@@ -91,7 +121,7 @@ def _input_factor(fmt: Format, packed: PackedWeight, moments: Moments, always: b
     return 2.0 ** math.floor(math.log2(E4M3.max / (HEADROOM * largest * scale)))
 
 
-def input_range(packed: PackedWeight, moments: Moments) -> tuple[float, float]:
+def input_range(packed: Any, moments: Moments) -> tuple[float, float]:
     """Return the largest magnitude of a site's transformed input, and its largest channel's rms.
 
     The magnitude is that of one massive value, ``largest |x| max |T_X|``, or four times the rms,
