@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_tools import llama_of
+from checkpoint_tools import llama_of, quantized
 from flax import nnx
 from layout_tools import DERIVED, ROUND_175, model, wide_layer
 from tiny import CONFIG, tokens
@@ -163,6 +163,23 @@ def test_transformers_runs_our_exports(layout, fmt, tmp_path):
     assert error < 0.12
     other = np.asarray(jnp.roll(wanted, 1, axis=-1))
     assert np.linalg.norm(other - wanted) / np.linalg.norm(wanted) > 0.5
+
+
+def test_transformers_runs_a_quantized_head(tmp_path):
+    """Not in `ignore`: there transformers would make a head of random values."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    recipe = wush.Recipe(NVFP4, None, transform="identity")
+    source = quantized(llama_of(recipe), recipe, [["lm_head"]])
+    interchange.export(tmp_path / "model", source, "nvfp4-pack-quantized")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.bfloat16
+    )
+    tokens = np.random.default_rng(0).integers(16, size=(2, 5))
+    with torch.no_grad():
+        found = theirs(torch.tensor(tokens)).logits.float().numpy()
+    wanted = np.asarray(jax.jit(lambda t: source(t))(tokens), np.float32)
+    # bfloat16 there, float32 here; a random head is off by the size of the logits themselves.
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.05
 
 
 NV, MX = "nvfp4-pack-quantized", "mxfp4-pack-quantized"

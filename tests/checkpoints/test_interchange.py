@@ -330,6 +330,13 @@ def test_inspect(tmp_path):
     interchange.export(tmp_path / "a", tmp_path / "model", "fp_quant")
     a = interchange.inspect_folder(tmp_path / "a")
     assert [layer.transform for layer in a.layers] == ["per block 32"] * 2
+    # The copy of the matrix that is there for training is none of the layer's; the file has it.
+    sizes = {layer.name: layer.bytes for layer in a.layers}
+    matrix = 2 * 32 * 32 * 2
+    stored = open_file(tmp_path / "a" / "model.safetensors")
+    whole = {n: sum(len(t[2]) for k, t in stored.items() if k.startswith(f"{n}.")) for n in sizes}
+    assert sizes == {name: size - matrix for name, size in whole.items()}
+    assert a.bytes == sum(len(t[2]) for t in stored.values())
     interchange.export(
         tmp_path / "c", model(NVFP4, "hadamard"), "nvfp4-pack-quantized", rotated=True
     )

@@ -1,13 +1,21 @@
 """Recipes for other libraries' layouts: what they set, and what is refused before any work."""
 
+import dataclasses
+
+import numpy as np
 import pytest
+from folders import write
 from layout_tools import ROUND_175
+from tiny import BYTES
+from weights import random_model
 
 import wush_jax as wush
 from wush_jax import cli
+from wush_jax.checkpoints import read_layers
 from wush_jax.checkpoints.targets import TARGETS, recipe_for
 from wush_jax.commands.options import recipe_of
 from wush_jax.formats import INT4_ABSMAX, MXFP4, NVFP4
+from wush_jax.models import to_tensors
 
 pytestmark = pytest.mark.files
 
@@ -52,6 +60,25 @@ def test_scales_of_fused_layers():
         recipe_for(NV, wush.Recipe(), derived | {"share_transform": False})
     with pytest.raises(ValueError, match="activation formats"):
         recipe_for("fp_quant", wush.Recipe(), {"activation_format": None})
+
+
+def test_a_layout_asked_for_is_what_export_writes(tmp_path):
+    """The command alone: quantized for a layout, exported to it, read back the same."""
+    config = dataclasses.replace(BYTES, num_hidden_layers=1, max_position_embeddings=8)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    write(source, config, to_tensors(random_model(config)))
+    np.save(tmp_path / "x.npy", np.arange(16))
+    flags = ["--tokens", str(tmp_path / "x.npy"), "--for", MX, "--preset", "rtn"]
+    flags += ["--transform", "identity"]
+    assert cli.main(["quantize", str(source), "--out", str(out), *flags]) == 0
+    argv = ["export", str(out / "checkpoint"), "--out", str(tmp_path / "mx"), "--layout", MX]
+    assert cli.main(argv) == 0
+    own, found = (read_layers(folder) for folder in (out / "checkpoint", tmp_path / "mx"))
+    assert found["model.layers.0.mlp.up_proj"].weight.format.rule == "round_175"
+    assert list(found) == list(own)
+    for name, layer in own.items():
+        np.testing.assert_array_equal(layer.weight.codes, found[name].weight.codes)
 
 
 def test_from_the_command(tmp_path, capsys):

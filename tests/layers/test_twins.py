@@ -171,7 +171,9 @@ def test_a_model_in_training_is_warned_of():
 
 def test_misfits_are_named_all_at_once():
     model = nnx.List([nnx.Linear(20, 20, rngs=nnx.Rngs(0)) for _ in range(3)])
-    with pytest.raises(ValueError, match=r"layer 0-2: K=20 is not a multiple"):
+    model.append(nnx.Linear(48, 8, rngs=nnx.Rngs(0)))
+    both = r"layer 0-2: K=20 is not a multiple .*; layer 3: K=48 is not a multiple"
+    with pytest.raises(ValueError, match=both):
         wush.plan(model, INT8)
 
 

@@ -31,6 +31,8 @@ def test_the_generation_config_says_where_texts_end(tmp_path):
 def test_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="1000 tokens are no bytes"):
         Tokenizer.read(folder(tmp_path, vocab_size=1000))
+    with pytest.raises(ValueError, match=r"no tokenizer.json, and config.json no vocab_size: add"):
+        Tokenizer.read(folder(tmp_path))
 
 
 def test_the_tokenizer_of_the_folder(tmp_path):

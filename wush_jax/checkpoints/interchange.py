@@ -161,7 +161,8 @@ class LayerSummary:
       input_format: of the activations, or "none".
       transform: "identity", "shared d" or "per block d".
       global_scale: of the weight, dividing; None where there are several.
-      bytes: of all tensors of the layer.
+      bytes: of the layer's tensors, without those that are of no use here, such as the copy of its
+        matrix that `fp_quant` has for training.
     """
 
     name: str
@@ -244,12 +245,14 @@ def inspect_folder(path: str | Path) -> FolderSummary:
     folder = open_folder(path, mapped=True)
     plain = "quantization_config" not in folder.config
     plain &= not any(layout.claims(folder) for layout in LAYOUTS.values())
-    records = {} if plain else layout_of(folder).records(folder)
+    layout = None if plain else layout_of(folder)
+    records = {} if layout is None else layout.records(folder)
     decoded = folder if isinstance(folder, DecodedFolder) else None
     entries = (folder if decoded is None else decoded.stored).entries
     sizes: Counter[str] = Counter()
     for name, entry in entries.items():
-        sizes[name.rpartition(".")[0]] += entry.nbytes
+        if layout is None or not name.endswith(layout.skipped):
+            sizes[name.rpartition(".")[0]] += entry.nbytes
     layers = [_summary(folder, name, record, sizes[name]) for name, record in records.items()]
     for name, weight in decoded.encoded.items() if decoded is not None else ():
         layer = name.removesuffix(".weight")
@@ -259,7 +262,7 @@ def inspect_folder(path: str | Path) -> FolderSummary:
             layers.append(LayerSummary(layer, weight.shape, stored, "none", "identity", None, size))
     return FolderSummary(
         path=str(folder.path),
-        layout="unquantized" if plain else layout_of(folder).name,
+        layout="unquantized" if layout is None else layout.name,
         formats=Counter(f"{layer.format}/{layer.input_format}" for layer in layers),
         tensors=len(entries),
         bytes=sum(entry.nbytes for entry in entries.values()),

@@ -64,10 +64,12 @@ class Tokenizer:
         settings = read_json(folder / SETTINGS) if present(folder / SETTINGS) else {}
         plain = cls.of_config(folder, config)
         if not present(folder / TOKENIZER):
-            if config.get("vocab_size") != 256:
+            size = config.get("vocab_size")
+            if size != 256:
+                why = "config.json no vocab_size" if size is None else f"{size} tokens are no bytes"
                 raise ValueError(
-                    f"{folder} has no tokenizer.json, and {config.get('vocab_size')} tokens are no "
-                    "bytes: add the tokenizer's file, or give tokens in place of text"
+                    f"{folder} has no tokenizer.json, and {why}: add the tokenizer's file, or give "
+                    "tokens in place of text"
                 )
             return plain
         inner = _read_inner(folder / TOKENIZER)

@@ -77,7 +77,6 @@ def _records(folder: TensorFolder) -> dict[str, LayerRecord]:
             global_scale=float(shared.read_scalar(folder, f"{name}.weight_global_scale")),
             input_global_scale=None if inputs == fmt.global_scale else float(inputs),
         )
-        folder.skip(f"{name}.backward_hadamard_matrix")
     return shared.with_sites(records, digests)
 
 
@@ -205,4 +204,5 @@ LAYOUT = Layout(
     _read,
     _write,
     written_by="FP-Quant, MR-GPTQ; the WUSH authors' code of early 2026",
+    skipped=(".backward_hadamard_matrix",),
 )
