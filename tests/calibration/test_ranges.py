@@ -147,6 +147,19 @@ def test_what_is_out_of_range_is_counted():
     assert (loss.saturated, loss.vanished) == (1 / 64, 4 / 64)
 
 
+@pytest.mark.parametrize(("of_weights", "of_inputs"), [(-60, -40), (50, 50)])
+def test_losses_are_right_where_their_squares_overflow(of_weights, of_inputs):
+    """Powers of two change no digit of MXFP4, and no figure but the loss."""
+    recipe = wush.Recipe(wush.MXFP4, transform="identity")
+    _, usual = relative_loss(SPIKE, recipe)
+    _, row = relative_loss(SPIKE * np.float32(2.0**of_inputs), recipe, 2.0**of_weights)
+    assert 0 < usual.typical_loss != usual.relative_loss
+    # The least values, of no weight, fall below float32's normal numbers.
+    for name, factor in (("relative_loss", 1), ("typical_loss", 1), ("loss", 4.0)):
+        expected = getattr(usual, name) * factor ** (of_weights + of_inputs)
+        assert getattr(row, name) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_report_says_what_is_wrong():
     row = LayerReport("a", "a", (8, 64), "NVFP4/NVFP4", "wush", "gptq", 16, 1, 1)
     rows = [

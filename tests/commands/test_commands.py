@@ -344,4 +344,5 @@ def test_bad_input_ends_with_two_and_a_message(command, message, source, tmp_pat
     error = capsys.readouterr().err
     assert error.startswith("wush: ")
     assert message in error
+    assert "path=" not in error  # an argument of Python's, which nobody wrote
     assert not (tmp_path / "out").exists()

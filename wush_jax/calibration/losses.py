@@ -63,10 +63,10 @@ def layer_losses(
     }
 
 
-def _scaled(loss: float, *others: float, batch: Any) -> LayerLoss:
+def _scaled(unit: float, loss: float, *others: float, batch: Any) -> LayerLoss:
     """The means are over all tokens, with zeros for padding: over those that count."""
     share = float(jnp.mean(batch.mask.astype(jnp.float32))) if isinstance(batch, Masked) else 1.0
-    return LayerLoss(loss / share, *others)
+    return LayerLoss(unit**2 * loss / share, *others)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -86,11 +86,13 @@ def _losses(weight, rows, packed) -> tuple[jax.Array, ...]:
     powers_on, transformed = (
         (_group_powers, _transformed_groups) if grouped else (powers, _transformed)
     )
-    found = jax.tree.map(jnp.mean, over_batch(powers_on, lead)(weight, rows, packed))
+    each = over_batch(powers_on, lead)(weight, rows, packed)
+    unit = jnp.max(each.unit)
+    found = jax.tree.map(lambda power: jnp.mean(power * (each.unit / unit) ** 2), each)
     typical = over(found.typical_error, found.typical_output)
     measure = partial(_out_of_range, transformed)
     shares = jax.tree.map(jnp.mean, over_batch(measure, lead)(rows, packed))
-    return found.error, over(found.error, found.output), typical, *shares
+    return unit, found.error, over(found.error, found.output), typical, *shares
 
 
 def _float(leaf: jax.Array) -> jax.Array:

@@ -268,15 +268,15 @@ def _nbytes(tree: Any) -> int:
 
 
 def site_gain(item: SitePlan, layers: Mapping[str, Dense], moments: Moments) -> float | None:
-    """Mean over blocks of `predicted_gain`; None where a moment without damping has none."""
+    """Mean over blocks of `predicted_gain`; None where the moments have none in float32."""
     weights = [layers[path].weight for path in item.site.layers]
     gains = []
     for index in np.ndindex(weights[0].shape[:-2]):
         blocks = moments.mean[index]
         if blocks.ndim == 2:
             blocks = linalg.diagonal_blocks(blocks, item.recipe.block)
-        weight_moment = site_weight_moment([w[index] for w in weights], blocks)
         try:
+            weight_moment = site_weight_moment([w[index] for w in weights], blocks)
             gains.append(predicted_gain(weight_moment, blocks, damping=item.recipe.damping))
         except ValueError:
             return None

@@ -18,9 +18,10 @@ MASSIVE = 32.0
 
 
 class Powers(NamedTuple):
-    """Mean squares over outputs and tokens.
+    """Mean squares over outputs and tokens, in a unit squared: no float32 of theirs overflows.
 
     Attributes:
+      unit: a power of two, as large as the largest output.
       error: of ``q(W) q(x) - W x``.
       output: of ``W x``.
       typical_error: of the error, massive tokens counted as zero.
@@ -28,6 +29,7 @@ class Powers(NamedTuple):
       typical: share of the tokens that are not massive.
     """
 
+    unit: jax.Array
     error: jax.Array
     output: jax.Array
     typical_error: jax.Array
@@ -56,16 +58,30 @@ def powers(
 
 def powers_of(inputs: jax.Array, error: jax.Array, output: jax.Array) -> Powers:
     """Return the powers of an error (..., N) and an output (..., N), on inputs (..., K)."""
+    unit = unit_of(output)
+    error, output, inputs = error / unit, output / unit, inputs / unit_of(inputs)
     size = jnp.max(jnp.abs(inputs), axis=-1)
     typical = (size <= MASSIVE * jnp.sqrt(jnp.mean(inputs**2))).astype(jnp.float32)
     lost, power = (jnp.mean(y * y, axis=-1) for y in (error, output))
     return Powers(
+        unit,
         jnp.mean(lost),
         jnp.mean(power),
         jnp.mean(lost * typical),
         jnp.mean(power * typical),
         jnp.mean(typical),
     )
+
+
+def unit_of(x: jax.Array) -> jax.Array:
+    """Return the largest power of two up to the largest magnitude; 1 where all is zero.
+
+    >>> unit_of(jnp.float32([3.0, -9.0])).item()
+    8.0
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+    unit = jnp.ldexp(jnp.float32(1), jnp.frexp(largest)[1] - 1)
+    return jnp.where(jnp.isfinite(largest) & (largest > 0), unit, 1)
 
 
 def over(part: jax.Array, whole: jax.Array) -> jax.Array:
@@ -122,8 +138,7 @@ def layer_loss(
         )
     inputs, weight = inputs.astype(jnp.float32), weight.astype(jnp.float32)
     found = powers(weight, inputs, packed, implementation)
-    if massive:
-        return over(found.error, found.output) if relative else found.error
-    if relative:
-        return over(found.typical_error, found.typical_output)
-    return over(found.typical_error, found.typical)
+    lost, power, share = found.error, found.output, jnp.float32(1)
+    if not massive:
+        lost, power, share = found.typical_error, found.typical_output, found.typical
+    return over(lost, power) if relative else over(lost, share) * found.unit * found.unit
