@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,12 +56,26 @@ def layer_losses(
     graph, state = nnx.split(model)
     layers, _ = dense_layers(model, dense_types)
     inputs = _site_inputs(graph, tuple(sites), call, dense_types, state, batch)
-    # One small compilation per shape of layer, not one large one per model.
-    return {
-        path: _scaled(*map(float, _losses(layers[path].weight, rows, packed[path])), batch=batch)
-        for site, rows in zip(sites, inputs, strict=True)
-        for path in site.layers
-    }
+    found = {}
+    for site, rows in zip(sites, inputs, strict=True):
+        for path in site.layers:
+            # One small compilation per shape of layer, not one large one per model.
+            own = packed[path] if isinstance(rows, GroupedRows) else _in_blocks(packed[path])
+            losses = map(float, _losses(layers[path].weight, rows, own))
+            found[path] = _scaled(*losses, batch=batch)
+    return found
+
+
+def _in_blocks(packed: PackedWeight) -> PackedWeight:
+    """Give each block a transform of its own, so that one program serves every transform."""
+    *lead, _, k = packed.shape
+    transform = packed.transform
+    if transform is None:  # an identity is exact
+        transform = jnp.eye(packed.weight.format.group_size, dtype=jnp.bfloat16)
+    elif transform.ndim == len(lead) + 2:
+        transform = transform[..., None, :, :]
+    d = transform.shape[-1]
+    return replace(packed, transform=jnp.broadcast_to(transform, (*lead, k // d, d, d)))
 
 
 def _scaled(unit: float, loss: float, *others: float, batch: Any) -> LayerLoss:

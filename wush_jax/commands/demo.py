@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from wush_jax import formats
 from wush_jax.checkpoints.checkpoint import save
 from wush_jax.commands.terminal import console, progress_bar
 from wush_jax.evaluation.study import Outcome, Study, compare
+from wush_jax.layers.nnx import dense_layers
 from wush_jax.models.demo import load_demo_model, split_text, stdlib_text, token_batches
 from wush_jax.models.hugging_face import load_pretrained
 from wush_jax.models.text import Tokenizer
+from wush_jax.solvers.ahead import compile_ahead
 from wush_jax.solvers.presets import BEST, BEST_WIDE, PAPER
 from wush_jax.solvers.recipe import Recipe
 
@@ -73,12 +77,13 @@ def demo(
     network, batches = _yours(model, text, counts) if model and text else _embedded(counts)
     settings = settings_of(quick=quick, all=all)
     out.mkdir(parents=True, exist_ok=True)
-    with progress_bar(terminal) as bar:
+    with progress_bar(terminal) as bar, _compiled_ahead(network, settings) as compiled:
         task = bar.add_task("start", total=len(settings) + 1)
 
         def step(name: str) -> None:
             done = 0 if name == "calibrate" else list(settings).index(name) + 1
             bar.update(task, description=name, completed=done)
+            wait(compiled.get(name, ()))
 
         best: list[tuple[Outcome, nnx.Module]] = []
 
@@ -96,6 +101,30 @@ def demo(
     terminal.print(f"best by KL: {outcome.name}; its checkpoint: {out / 'checkpoint'}")
     terminal.print(f"report.json and plot.png are in {out}; ", end="")
     terminal.print(f"{time.perf_counter() - start:.0f} s on {jax.devices()[0].device_kind}")
+
+
+@contextmanager
+def _compiled_ahead(
+    network: nnx.Module, settings: Mapping[str, Recipe]
+) -> Iterator[dict[str, list[Future]]]:
+    """Compile the solvers of all settings beside what runs: tasks by the name of a setting.
+
+    On a CPU only: accelerators solve many layers in one program.
+    """
+    if jax.default_backend() != "cpu":
+        yield {}
+        return
+    layers, _ = dense_layers(network)
+    shapes = {(layer.contraction.shape, layer.kernel.dtype) for layer in layers.values()}
+    weights = [jax.ShapeDtypeStruct(*shape) for shape in sorted(shapes, key=str)]
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield {
+            name: [pool.submit(compile_ahead, weight, recipe) for weight in weights]
+            for name, recipe in settings.items()
+        }
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def settings_of(*, quick: bool = False, all: bool = False) -> dict[str, Recipe]:

@@ -112,8 +112,9 @@ def dense_layers(
     """
     layers, skipped = {}, {}
     inner: set[int] = set()
+    modules = list(nnx.iter_modules(model))
     # From the outside in, so that a layer that wraps another one comes first.
-    for path, module in sorted(nnx.iter_modules(model), key=lambda item: len(item[0])):
+    for path, module in sorted(modules, key=lambda item: len(item[0])):
         if id(module) in inner:
             continue
         try:
@@ -128,7 +129,7 @@ def dense_layers(
             kind = getattr(module, "kind", type(module).__name__)
             skipped[dotted(path)] = f"{kind} is no registered dense layer; it holds {matrices}"
     skipped |= _bare(model, {*layers, *skipped})
-    order = [dotted(path) for path, _ in nnx.iter_modules(model)]
+    order = [dotted(path) for path, _ in modules]
     return {path: layers[path] for path in order if path in layers}, skipped
 
 

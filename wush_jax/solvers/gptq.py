@@ -39,7 +39,7 @@ HEADROOM = 2.0
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     """The static arguments of one compilation."""
 
     fmt: Format
@@ -138,14 +138,14 @@ def gptq(
     if descent < 0:
         raise ValueError(f"descent={descent} must be a number of sweeps, 0 for none")
     steps = scale_search.offsets(fmt, scales)
-    options = _Options(fmt, block, steps, activation_order, jnp.dtype(dtype).name, rule, descent)
+    options = Options(fmt, block, steps, activation_order, jnp.dtype(dtype).name, rule, descent)
     dampings = hessians.dampings(damping)
     # Under a trace the steps are traced as they are: vmap would batch the jaxpr of an inner jit
     # outside the x64 context and lose its float64 products.
     arrays = jax.tree.leaves((weight, hessian, cross_moment, pairs, given))
     traced = any(isinstance(a, jax.core.Tracer) for a in arrays)
     solve = _steps if traced else _compiled_steps
-    with jax.enable_x64(True) if options.dtype == "float64" else contextlib.nullcontext():
+    with _wide(options.dtype):
         quantized, used, attempts, finite = solve(
             weight, hessian, cross_moment, pairs, given, jnp.asarray(dampings, dtype), options
         )
@@ -183,7 +183,7 @@ def _check(weight, hessian, block, fmt, damping, scales, dtype, name) -> None:
     check_finite(f"hessian of {name}", hessian)
 
 
-def _steps(weight, hessian, cross, pairs, transform, dampings, options: _Options):
+def _steps(weight, hessian, cross, pairs, transform, dampings, options: Options):
     """Everything of `gptq` but the checks; also the dampings tried, and whether all is finite."""
     d, n, fmt = options.block, weight.shape[0], options.fmt
     weight, hessian = weight.astype(options.dtype), hessian.astype(options.dtype)
@@ -217,7 +217,7 @@ def _steps(weight, hessian, cross, pairs, transform, dampings, options: _Options
     return packed, used, attempts, functools.reduce(jnp.logical_and, finite)
 
 
-def _descend(codes, scale, weight, hessian, shift, used, global_scale, options: _Options):
+def _descend(codes, scale, weight, hessian, shift, used, global_scale, options: Options):
     """Coordinate descent in transformed coordinates, on the same damped Hessian."""
     n, k = weight.shape
     t_x, t_w = (t.astype(weight.dtype) for t in (used.activation, used.weight))
@@ -230,6 +230,30 @@ def _descend(codes, scale, weight, hessian, shift, used, global_scale, options: 
 
 
 _compiled_steps = jax.jit(_steps, static_argnames="options")
+
+
+def compile_steps(
+    weight: jax.ShapeDtypeStruct,
+    hessian: jax.ShapeDtypeStruct,
+    given: BlockTransform | None,
+    dampings: list[float],
+    options: Options,
+) -> tuple[QuantizedArray, BlockTransform]:
+    """Compile what `gptq` runs for arrays of these shapes, and return the shapes of its results."""
+    with _wide(options.dtype):
+        tried = jnp.asarray(dampings, options.dtype)
+        lowered = _compiled_steps.lower(weight, hessian, None, None, given, tried, options)
+    lowered.compile()
+    return shapes_of(lowered.out_info[:2])
+
+
+def shapes_of(infos):
+    """Return what `jax.stages.Lowered` says of its results as a tree of shapes."""
+    return jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), infos)
+
+
+def _wide(dtype: str) -> contextlib.AbstractContextManager:
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
 
 def _order(marginal: jax.Array) -> jax.Array:
@@ -257,7 +281,7 @@ def _permute_both(x: jax.Array, order: jax.Array | None, d: int) -> jax.Array:
     return _permute_columns(_permute_columns(x, order, d).T, order, d).T
 
 
-def _global_scale(weight, marginal, transform, dampings, options: _Options) -> jax.Array:
+def _global_scale(weight, marginal, transform, dampings, options: Options) -> jax.Array:
     if options.fmt.global_scale is not None:
         return jnp.float32(options.fmt.global_scale)
     if transform is None:
@@ -284,7 +308,7 @@ def _build(rule, weight_moment, activation_moment, dampings) -> BlockTransform:
     return lax.while_loop(failed, attempt, (jnp.int32(0), nothing))[1]
 
 
-def _blocks(weight, unit, roots, marginal, transform, dampings, global_scale, options: _Options):
+def _blocks(weight, unit, roots, marginal, transform, dampings, global_scale, options: Options):
     """Scan over blocks: codes (B, G, g, N), scales (B, G, N) and the transforms used."""
     d, g = options.block, options.fmt.group_size
     if transform is not None:

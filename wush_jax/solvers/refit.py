@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import lax
 from wush_jax.formats import QuantizedArray, dequantize
 from wush_jax.solvers import hessian as hessians
 from wush_jax.solvers.descent import descend
+from wush_jax.solvers.gptq import shapes_of
 from wush_jax.transforms import BlockTransform, apply_transform, inverse_transpose, linalg
 
 # Blocks see each other's changes; the second sweep brings what little that leaves.
@@ -79,6 +80,24 @@ def refit_rounds(
         better = (found.loss < best.loss) | jnp.isnan(best.loss)
         best = jax.tree.map(partial(jnp.where, better), found, best)
     return best.quantized, best.transform
+
+
+def compile_rounds(
+    quantized: QuantizedArray,
+    transform: BlockTransform,
+    weight: Any,
+    hessian: Any,
+    *,
+    damping: float,
+    descent: int,
+) -> None:
+    """Compile what `refit_rounds` runs, without the error of the inputs, for these shapes."""
+    tried = jnp.asarray(hessians.dampings(damping), jnp.float32)
+    given = quantized, transform, weight, Aim(hessian, None, None), tried
+    _arrive.lower(*given, descent=0).compile()
+    arrived = _arrive.lower(*given, descent=descent)
+    arrived.compile()
+    _move.lower(shapes_of(arrived.out_info), damping).compile()
 
 
 class _State(NamedTuple):

@@ -144,7 +144,7 @@ def _check_sample(sample: Any, k: int) -> None:
     with jax.ensure_compile_time_eval():  # a constant under jit is no tracer
         if shape[0] == 0 or not (_traced(sample.count) or jnp.max(sample.count)):
             faults.append("it is empty: update it with rows of the layer's input")
-        bad = 0 if _traced(sample.rows) else int(elements.not_finite(sample.rows))
+        bad = 0 if _traced(sample.rows) else elements.not_finite(sample.rows)
     if bad:
         faults.append(f"{bad} of its values are not finite: leave out the rows that hold them")
     if faults:

@@ -48,7 +48,7 @@ def check_finite(name: str, x: jax.Array) -> None:
     if isinstance(x, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():  # a constant under jit is no tracer
-        bad = int(elements.not_finite(x))
+        bad = elements.not_finite(x)
     if bad:
         raise ValueError(
             f"{name} {jnp.shape(x)} has {bad} non-finite values; find the layer or batch that "
@@ -58,7 +58,7 @@ def check_finite(name: str, x: jax.Array) -> None:
 
 def check_weight(name: str, weight: jax.Array) -> None:
     """Raise ValueError, with the layer's name, when its weight holds NaN or infinities."""
-    if bad := int(elements.not_finite(weight)):
+    if bad := elements.not_finite(weight):
         raise ValueError(
             f"layer {name}: its weight has non-finite values, {bad} of {jnp.shape(weight)}; mend "
             "the checkpoint"
@@ -70,7 +70,7 @@ def check_finite_result(name: str, x: jax.Array, damping) -> None:
     if isinstance(x, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
-        bad = bool(elements.not_finite(x))
+        bad = elements.not_finite(x)
     if bad:
         raise ValueError(
             f"{name}={damping} leaves a moment that is not positive definite; use a larger "
