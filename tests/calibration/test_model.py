@@ -1,5 +1,7 @@
 """A whole model in, a quantized model and a report out."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,15 +211,18 @@ class Two(nnx.Module):
         return self.down(jnp.tanh(self.up(x, out_sharding=spec)))
 
 
-def test_explicit_mesh_axes(eight_devices):
+@pytest.mark.parametrize("entered", [True, False], ids=["set_mesh", "no context"])
+def test_explicit_mesh_axes(eight_devices, entered):
     """Rows over the devices; the codes are those of one device."""
     recipe = wush.Recipe(wush.INT8, transform="identity", solver="rtn")
     x = np.random.default_rng(0).standard_normal((16, 3, 32)).astype(np.float32)
     alone, _ = wush.quantize_model(Two(), [x], recipe)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    spec = PartitionSpec("data")
-    with jax.set_mesh(mesh):
-        rows = jax.device_put(x, NamedSharding(mesh, spec))
+    # outside of the mesh's context jax takes no spec alone
+    spec = NamedSharding(mesh, PartitionSpec("data"))
+    spec = spec.spec if entered else spec
+    with jax.set_mesh(mesh) if entered else contextlib.nullcontext():
+        rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
         quantized, report = wush.quantize_model(Two(), [rows], recipe, call=lambda m, x: m(x, spec))
         y = nnx.jit(lambda m, x: m(x, spec))(quantized, rows)
         assert jax.typeof(y).sharding.spec == PartitionSpec("data", None, None)

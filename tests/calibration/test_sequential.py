@@ -1,5 +1,6 @@
 """Calibration layer after layer: what each site sees, what is compiled, what is refused."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -229,10 +230,18 @@ def test_settings_that_make_no_sense():
         wush.Sequential(resume=True)
 
 
-def test_explicit_mesh_axes_are_refused(eight_devices):
+@pytest.mark.parametrize("entered", [True, False], ids=["set_mesh", "no context"])
+def test_explicit_mesh_axes(model, layer_by_layer, eight_devices, entered):
+    """Hidden states over the devices, on a mesh as the newest `jax.make_mesh` makes it."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    with pytest.raises(ValueError, match="are explicit"):
-        wush.Sequential(sharding=NamedSharding(mesh, PartitionSpec("data")))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    settings = dataclasses.replace(FLOAT32, sharding=sharding)
+    with jax.set_mesh(mesh) if entered else contextlib.nullcontext():
+        sharded = run(model, settings)
+    for path, gain in sharded.gains().items():
+        assert gain == pytest.approx(layer_by_layer.gains()[path], **GAIN)
+    found, expected = codes(sharded.model), codes(layer_by_layer.model)
+    assert_near(found, expected, list(found))
 
 
 def test_too_much_for_the_host_is_refused_before_it_starts(model, monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from checkpoint_tools import (
     refuse,
 )
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import wush_jax as wush
 from wush_jax.checkpoints import interchange
@@ -216,8 +216,10 @@ def test_sharding(folder, eight_devices):
     assert {leaf.sharding for leaf in leaves} == {place}
 
 
-def test_a_mesh_takes_rows(folder, eight_devices):
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_mesh_takes_rows(folder, eight_devices, kind):
+    devices = np.array(jax.devices()).reshape(2, 4)
+    mesh = Mesh(devices, ("data", "model"), axis_types=(kind,) * 2)
     loaded = wush.load(folder, nnx.eval_shape(lambda: Pair(nnx.Rngs(0))), sharding=mesh)
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (["model"], []))
     for layer in (loaded.up, loaded.gate):

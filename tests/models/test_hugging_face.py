@@ -101,12 +101,13 @@ def test_weights_go_straight_onto_a_mesh(tmp_path):
 
 
 @pytest.mark.usefixtures("eight_devices")
-def test_quantized_layers_go_straight_onto_a_mesh(tmp_path):
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_quantized_layers_go_straight_onto_a_mesh(tmp_path, kind):
     """The same placement serves a quantized checkpoint: block (d = 32) by block."""
     recipe = wush.Recipe(transform="hadamard")
     model, _ = wush.quantize_model(random_model(CONFIG), tokens(1), recipe)
     wush.save(tmp_path / "saved", model)
-    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType[kind],))
     spread = wush.load(tmp_path / "saved", sharding=tensor_parallel(mesh))
     up, down = spread.layers[0].mlp.up_proj, spread.layers[0].mlp.down_proj
     assert up.codes[...].addressable_shards[0].data.shape == (32, 32)

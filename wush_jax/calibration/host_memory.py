@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wush_jax.calibration.sites import inputs_of
+
 
 def check_host_memory(
     model: nnx.Module,
@@ -43,7 +45,8 @@ def check_host_memory(
     needed = 0
     for shapes, count in counts.items():
         hidden = jax.eval_shape(
-            lambda state, batch: embed(nnx.merge(graph, state), batch), state, examples[shapes]
+            lambda state, batch: embed(nnx.merge(graph, state), inputs_of(batch)),
+            *(state, examples[shapes]),
         )
         needed += count * hidden.size * jnp.dtype(dtype).itemsize
     free = host_memory()

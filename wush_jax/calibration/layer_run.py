@@ -13,17 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Sharding
+from jax.sharding import Sharding
 
 from wush_jax.calibration.host_memory import within_memory
 from wush_jax.calibration.losses import layer_losses
 from wush_jax.calibration.observe import (
     ROUNDED,
     Call,
+    Masked,
     Progress,
     Site,
     collect_moments,
+    inputs_of,
     plain_call,
 )
 from wush_jax.calibration.pass_costs import StageCost
@@ -32,6 +35,7 @@ from wush_jax.calibration.report import LayerReport
 from wush_jax.calibration.resume import RunState
 from wush_jax.calibration.site_plan import SitePlan, site_cost
 from wush_jax.calibration.steps import measured_rows, quantize_planned
+from wush_jax.layers.meshes import is_explicit
 from wush_jax.layers.nnx import Dense, DenseTypes, dense_layers
 from wush_jax.layers.swap import swap
 from wush_jax.solvers.costs import total_costs
@@ -85,13 +89,6 @@ class Sequential:
             raise ValueError(f"granularity={self.granularity!r} is unknown; use 'site' or 'layer'")
         if self.resume and self.state_dir is None:
             raise ValueError("resume=True needs the state_dir of the run to continue")
-        mesh = getattr(self.sharding, "mesh", None)
-        if mesh is not None and AxisType.Explicit in mesh.axis_types:
-            raise ValueError(
-                f"sharding: the mesh axes {mesh.axis_names} are explicit, but moments are reduced "
-                "by the compiler: make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * "
-                f"{len(mesh.axis_names)}"
-            )
 
 
 class Counter:
@@ -146,6 +143,8 @@ class LayerRun:
 
     def keep(self, hidden: Any) -> Any:
         """Bring hidden states to where they wait: the host, with this process's rows, or not."""
+        if isinstance(hidden, Masked):
+            return replace(hidden, inputs=self.keep(hidden.inputs), mask=self.keep(hidden.mask))
         if self.resident:
             return jnp.asarray(hidden)
         if isinstance(hidden, np.ndarray):
@@ -175,7 +174,8 @@ class LayerRun:
 
     def _forward(self, module: nnx.Module, call: Call, chunk: Any) -> Any:
         options = (self.settings.hidden_dtype, self.settings.sharding)
-        return self.keep(_forward(*nnx.split(module), call, *options, chunk))
+        hidden = _forward(*nnx.split(module), call, *options, inputs_of(chunk))
+        return self.keep(replace(chunk, inputs=hidden) if isinstance(chunk, Masked) else hidden)
 
     def passes(self, sites: Sequence[SitePlan]) -> list[list[SitePlan]]:
         """Return which sites of a layer are calibrated in one pass over the chunks."""
@@ -236,7 +236,10 @@ class LayerRun:
 @partial(jax.jit, static_argnums=(2, 3, 4), compiler_options=ROUNDED)
 def _forward(graph, state, call, dtype, sharding, chunk):
     hidden = call(nnx.merge(graph, state), chunk).astype(dtype)
-    return hidden if sharding is None else jax.lax.with_sharding_constraint(hidden, sharding)
+    if sharding is None:
+        return hidden
+    explicit = is_explicit(hidden)
+    return (jax.sharding.reshard if explicit else lax.with_sharding_constraint)(hidden, sharding)
 
 
 def local_sites(planned: ModelPlan, prefix: str) -> list[SitePlan]:

@@ -47,6 +47,7 @@ from wush_jax.models import Llama
 from wush_jax.models.encodings import DecodedFolder, open_folder
 from wush_jax.models.hugging_face import EMBEDDING, FLOATS
 from wush_jax.models.misfits import check_repeated, sizes_named
+from wush_jax.models.placement import compiled_mesh
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
@@ -150,6 +151,8 @@ def load(
     check_kind(known, "a mesh, a sharding, a function or None", sharding=sharding)
     if isinstance(sharding, Mesh) and "model" not in sharding.axis_names:
         raise ValueError(f"sharding={sharding} has no axis called 'model'; name one so")
+    if isinstance(sharding, Mesh) and (model is None or isinstance(model, Llama)):
+        sharding = compiled_mesh(sharding)
     folder = open_folder(path)
     layout = layout_of(folder)
     decoded = isinstance(folder, DecodedFolder)

@@ -183,7 +183,7 @@ class QuantizedDense(nnx.Module):
             return self._finished(dot(self.rows(x), packed, *more), bias)
 
         arguments = (x, self.packed, bias, *more)
-        spec = None
+        spec = None  # of all axes on every device, where weights alone are on explicit axes
         if is_explicit(x):
             ndim = jax.eval_shape(product, *map(shapes_of, arguments)).ndim
             lead = tuple(jax.typeof(x).sharding.spec)[: min(x.ndim, ndim) - 1]

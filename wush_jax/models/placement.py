@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 #: One sharding for all tensors, or a function of a tensor's name in the files, for the array as
 #: the model holds it; None is where jax puts it.
@@ -14,6 +14,19 @@ Placement = Sharding | Callable[[str], Sharding | None] | None
 SPLIT_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 SPLIT_INPUTS = ("o_proj", "down_proj")
 PACKED = ("e2m1", "codes", "scale_quant")
+
+
+def compiled_mesh(mesh: Mesh) -> Mesh:
+    """Return a mesh of the same devices and axes, all of type Auto.
+
+    A decoder names no shardings between its layers: they are the compiler's to choose, which
+    explicit axes, as the newest `jax.make_mesh` makes them, would forbid.
+
+    >>> compiled_mesh(jax.make_mesh((1,), ("model",))).axis_types
+    (Auto,)
+    """
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    return mesh if mesh.axis_types == types else Mesh(mesh.devices, mesh.axis_names, types)
 
 
 def tensor_parallel(mesh: Mesh, axis: str = "model") -> Callable[[str], NamedSharding]:
@@ -25,7 +38,7 @@ def tensor_parallel(mesh: Mesh, axis: str = "model") -> Callable[[str], NamedSha
     weights of :func:`load_pretrained` and the quantized ones of :func:`wush_jax.load`.
 
     Args:
-        mesh: of devices, its axes of type Auto.
+        mesh: of devices; explicit axes are taken as `compiled_mesh` does.
         axis: its axis to split over; must divide heads, widths and vocabulary.
 
     Raises:
@@ -33,12 +46,13 @@ def tensor_parallel(mesh: Mesh, axis: str = "model") -> Callable[[str], NamedSha
 
     Source: Shoeybi et al., Megatron-LM (2019), section 3.
 
-    >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> mesh = jax.make_mesh((1,), ("model",))
     >>> tuple(tensor_parallel(mesh)("model.layers.0.mlp.down_proj.weight").spec)
     ('model', None)
     """
     if axis not in mesh.axis_names:
         raise ValueError(f"axis={axis!r} is none of the mesh's {mesh.axis_names}; choose one")
+    mesh = compiled_mesh(mesh)
 
     def placement(name: str) -> NamedSharding:
         layer, _, part = name.rpartition(".")
