@@ -237,7 +237,7 @@ def test_explicit_mesh_axes(model, layer_by_layer, eight_devices, entered):
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     settings = dataclasses.replace(FLOAT32, sharding=sharding)
     with jax.set_mesh(mesh) if entered else contextlib.nullcontext():
-        sharded = run(model, settings)
+        sharded = run(model, settings, rules=[("layers.0.*", RECIPE)])
     for path, gain in sharded.gains().items():
         assert gain == pytest.approx(layer_by_layer.gains()[path], **GAIN)
     found, expected = codes(sharded.model), codes(layer_by_layer.model)
