@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from wush_jax.checkpoints import model_names
 from wush_jax.checkpoints.content import content_of, written
@@ -29,6 +28,7 @@ from wush_jax.checkpoints.layouts import layout_of, read_all
 from wush_jax.checkpoints.layouts.layout import Layout, quantization_config
 from wush_jax.checkpoints.layouts.wush import LAYOUT as NATIVE
 from wush_jax.checkpoints.packed_layout import Place
+from wush_jax.checkpoints.places import Placement, checked, place_on
 from wush_jax.checkpoints.quantization_config import LayerRecord
 from wush_jax.checkpoints.stacks import read_stack, stack_record, stacked_experts
 from wush_jax.formats.checks import check_kind, check_path, check_size
@@ -47,14 +47,11 @@ from wush_jax.models import Llama
 from wush_jax.models.encodings import DecodedFolder, open_folder
 from wush_jax.models.hugging_face import EMBEDDING, FLOATS
 from wush_jax.models.misfits import check_repeated, sizes_named
-from wush_jax.models.placement import compiled_mesh
 from wush_jax.models.stored_names import stored_experts
 from wush_jax.solvers.site import PackedWeight
 from wush_jax.storage.folder_writer import SHARD_BYTES, write_folder
 from wush_jax.storage.json_file import CONFIG
 from wush_jax.storage.tensor_folder import MisfitError, TensorFolder
-
-Placement = Mesh | Sharding | Callable[[str], Sharding | None] | None
 
 
 def save(
@@ -147,18 +144,13 @@ def load(
     """
     check_path(path=path)
     check_kind((nnx.Module, type(None)), "an NNX module, or None", model=model)
-    known = (Mesh, Sharding, Callable, type(None))
-    check_kind(known, "a mesh, a sharding, a function or None", sharding=sharding)
-    if isinstance(sharding, Mesh) and "model" not in sharding.axis_names:
-        raise ValueError(f"sharding={sharding} has no axis called 'model'; name one so")
-    if isinstance(sharding, Mesh) and (model is None or isinstance(model, Llama)):
-        sharding = compiled_mesh(sharding)
+    sharding = checked(sharding, model)
     folder = open_folder(path)
     layout = layout_of(folder)
     decoded = isinstance(folder, DecodedFolder)
     for note in folder.notes if isinstance(folder, DecodedFolder) else ():
         warnings.warn(f"{folder.path}: {note}", stacklevel=2)
-    place = partial(_place, sharding)
+    place = partial(place_on, sharding)
     quantization = quantization_config(folder)
     naming, stacks = quantization.get("naming"), quantization.get("stacks", {})
     if naming == model_names.WEIGHTS and model is None:
@@ -336,16 +328,3 @@ def _fill(model: nnx.Module, folder: TensorFolder, place: Place, kinds: Sequence
         bare = not isinstance(variable, nnx.Variable)
         filled.append((path, new if bare else variable.replace(new)))
     nnx.update(model, nnx.from_flat_state(filled))
-
-
-def _place(sharding: Placement, name: str, value: np.ndarray) -> jax.Array:
-    if isinstance(sharding, Mesh):
-        return jax.device_put(value, _by_rows(sharding, name, value))
-    chosen = sharding(name) if callable(sharding) else sharding
-    return jax.device_put(value, chosen)
-
-
-def _by_rows(mesh: Mesh, name: str, value: np.ndarray) -> Sharding:
-    packed = name.endswith((".e2m1", ".codes", ".scale_quant"))
-    split = packed and value.shape[0] % mesh.shape["model"] == 0
-    return NamedSharding(mesh, PartitionSpec("model") if split else PartitionSpec())
