@@ -206,6 +206,16 @@ def test_more_positions_than_the_model_was_made_for_are_warned_of():
     np.testing.assert_array_equal(more.tokens[:, :2], few.tokens)
 
 
+def test_logits_that_are_none_are_refused():
+    """The likeliest of NaN would be token 0, again and again."""
+    model = random_model(CONFIG)
+    model.norm.scale[...] = model.norm.scale[...].at[3].set(jnp.nan)
+    with pytest.raises(ValueError, match="logits are NaN in 2 of 2 rows, the first 0: look"):
+        generate(model, PROMPTS, max_new_tokens=5)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        next(generation.stream(model, PROMPTS, max_new_tokens=5))
+
+
 def test_bfloat16_and_random_draws():
     tensors = wush.models.to_tensors(random_model(CONFIG))
     model = wush.models.from_tensors(CONFIG, tensors, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from wush_jax.models.llama import Cache, Llama
-from wush_jax.models.prompts import bucket, chance_of, checked, padded
+from wush_jax.models.prompts import bucket, chance_of, check_logits, checked, padded
 
 SHOWN = 8  # tokens from one sight of them to the next
 CHUNK = 16  # tokens from one look at whether all rows have ended to the next
@@ -140,7 +140,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, ids outside of the model's vocabulary, lengths that do not fit,
-            a temperature without a key.
+            a temperature without a key; logits of the first tokens that are NaN.
 
     Warns:
         UserWarning: more positions than the model was made for; it goes on all the same.
@@ -275,7 +275,8 @@ def _read(
         go_on = chunk if some.shape[1] == PROMPT_CHUNK else last
         (logits, cache), *more = go_on(state, some, lengths, logits, cache, np.int32(start))
         compiling, reading = compiling + more[0], reading + more[1]
-    chosen, *more = _Program(_draw)(logits, *chance)
+    (chosen, spoilt), *more = _Program(_draw)(logits, *chance)
+    check_logits(spoilt)
     compiling, reading = compiling + more[0], reading + more[1]
     return chosen, cache, Seconds(compiling, reading, read=int(lengths.sum()))
 
@@ -293,7 +294,7 @@ def _go_on(graph, state, prompts, lengths, logits, cache, start):
 
 @jax.jit
 def _draw(logits, key, temperature, top_p):
-    return sample(logits, jax.random.fold_in(key, 0), temperature, top_p)
+    return sample(logits, jax.random.fold_in(key, 0), temperature, top_p), jnp.isnan(logits).any(-1)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

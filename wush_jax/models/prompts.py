@@ -25,6 +25,16 @@ def checked(model, lengths, max_new_tokens, temperature, top_p, stop_tokens, key
     return stops
 
 
+def check_logits(spoilt: jax.Array) -> None:
+    """Refuse rows (batch,) whose logits are NaN: their tokens would be some, and mean nothing."""
+    rows = np.flatnonzero(np.asarray(spoilt))
+    if len(rows):
+        raise ValueError(
+            f"prompts: the model's logits are NaN in {len(rows)} of {len(spoilt)} rows, the first "
+            f"{rows[0]}: look at its weights, or use float32"
+        )
+
+
 def chance_of(temperature: float, top_p: float, key: jax.Array | None) -> tuple:
     """Return how tokens are drawn, as the compiled programs take it."""
     key = jax.random.key(0) if key is None else key
