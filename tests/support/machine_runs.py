@@ -146,8 +146,9 @@ def quantize(r):
     twin = reference(quantized_twin(folders[1], r.work / "rounded"))
     rows = (np.arange(32) % 61 + 3).reshape(8, 4)
     expected = None if twin is None else cross_entropy(twin, rows)
-    if code != 0:  # finite weights may overflow, in the reference as well
+    if code != 0:  # finite weights may overflow, in the reference as well, or predict nothing
         overflows = expected is not None and not np.isfinite(expected) and "not finite" in said
+        overflows |= expected is not None and expected > 709 and "beyond float64" in said
         return None if overflows else f"the result cannot be evaluated: {said[-300:]}"
     found = json.loads(out.read_text())["cross_entropy"]
     return None if expected is None else differs(found, expected, 1e-3)
