@@ -212,10 +212,12 @@ def test_a_stack_that_does_not_run_is_told_what_it_needs():
 
 
 def test_a_model_without_the_stack():
-    with pytest.raises(
-        ValueError, match=r"model Net has no layers in \.layers; describe its Stack"
-    ):
+    """What it needs is said, and which lists of alike modules there are."""
+    needs = r"describe its Stack by wush_jax.calibration.Stack\(layers='layers', embed="
+    with pytest.raises(ValueError, match=rf"model Net has no layers in \.layers; {needs}"):
         wush.quantize_model(Net(), rows(1), RECIPE, sequential=FLOAT32)
+    with pytest.raises(ValueError, match=rf"in \.layers \(\.floors has 2 of Net\); {needs}"):
+        wush.quantize_model(Tower(), rows(1), RECIPE, sequential=FLOAT32)
 
 
 def test_no_batches(model):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 from zoo_models import Case
 
 from wush_jax.layers.linen import LinenModel
@@ -111,7 +112,96 @@ class Holder(nnx.Pytree):
         return self.inner(x)
 
 
+def run_custom(m, x):
+    """A layer inside of a function with a gradient of its own."""
+    graph, state = nnx.split(m.a)
+
+    def plain(state, x):
+        return jnp.tanh(nnx.merge(graph, state)(x))
+
+    function = jax.custom_vjp(plain)
+    function.defvjp(lambda *given: jax.vjp(plain, *given), lambda pullback, g: pullback(g))
+    return function(state, x)
+
+
+def run_sharded(m, x):
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.devices()[:1])
+    spec = PartitionSpec("data")
+    return jax.shard_map(lambda x: jnp.tanh(m.a(x)), mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+
+class Attending(nnx.Module):
+    """A block of a transformer, as ViT and Whisper have it: attention, perhaps across, and MLP."""
+
+    def __init__(self, rngs, across=False):
+        self.norms = nnx.List([nnx.LayerNorm(D, rngs=rngs) for _ in range(3)])
+        self.attention = attention(rngs)
+        self.across = attention(rngs) if across else None
+        self.up, self.down = linear(rngs, 64), nnx.Linear(64, D, rngs=rngs)
+
+    def __call__(self, x, seen=None, mask=None):
+        x = x + self.attention(self.norms[0](x), mask=mask)
+        if self.across is not None:
+            x = x + self.across(self.norms[1](x), seen)
+        return x + self.down(nnx.gelu(self.up(self.norms[2](x))))
+
+
+def blocks(rngs, across=False):
+    return nnx.List([Attending(rngs, across) for _ in range(2)])
+
+
+def run_vit(m, images):
+    """Patches by a convolution, a class token, blocks, a head."""
+    x = m.patches(images).reshape(images.shape[0], -1, D)
+    token = jnp.broadcast_to(m.token[...], (images.shape[0], 1, D))
+    x = jnp.concatenate([token, x], axis=1) + m.positions[...]
+    for block in m.blocks:
+        x = block(x)
+    return m.head(m.norm(x[:, 0]))
+
+
+def vit():
+    case = nnx_case(
+        run_vit,
+        patches=lambda rngs: nnx.Conv(3, D, (4, 4), strides=4, padding="VALID", rngs=rngs),
+        token=lambda rngs: nnx.Param(jnp.zeros((1, 1, D))),
+        positions=lambda rngs: nnx.Param(jnp.zeros((1, 5, D))),
+        blocks=blocks,
+        norm=lambda rngs: nnx.LayerNorm(D, rngs=rngs),
+        head=linear,
+    )
+    images = np.random.default_rng(0).standard_normal((8, 8, 8, 3))
+    return Case(case.make, jnp.asarray(images, jnp.float32))
+
+
+def run_whisper(m, features):
+    """Convolutions over time, an encoder, a decoder of what it says so far."""
+    x = nnx.gelu(m.strided(nnx.gelu(m.narrow(features))))
+    for block in m.encoder:
+        x = block(x)
+    y, mask = m.tokens(jnp.arange(12).reshape(2, 6)), nnx.make_causal_mask(jnp.ones((2, 6)))
+    for block in m.decoder:
+        y = block(y, x, mask)
+    return m.head(y)
+
+
+def whisper():
+    return nnx_case(
+        run_whisper,
+        narrow=lambda rngs: nnx.Conv(D, D, (3,), rngs=rngs),
+        strided=lambda rngs: nnx.Conv(D, D, (3,), strides=2, rngs=rngs),
+        tokens=lambda rngs: nnx.Embed(16, D, rngs=rngs),
+        encoder=blocks,
+        decoder=lambda rngs: blocks(rngs, across=True),
+        head=linear,
+    )
+
+
 NNX_CASES = {
+    "nnx, ViT": vit,
+    "nnx, Whisper-like": whisper,
+    "jax.custom_vjp": lambda: nnx_case(run_custom, a=linear),
+    "jax.shard_map": lambda: nnx_case(run_sharded, a=linear),
     "nnx.MultiHeadAttention": lambda: nnx_case(lambda m, x: m.a(x), a=attention),
     "nnx.RNN(LSTMCell)": lambda: nnx_case(
         lambda m, x: m.o(m.r(x)),
@@ -178,6 +268,14 @@ class Normed(nn.Module):
         return nn.Dense(D, name="b")(nn.relu(nn.WeightNorm(nn.Dense(D, name="a"))(x)))
 
 
+class Bridged(nn.Module):
+    """A layer of NNX in a linen model, which stays as it is."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(D, name="b")(nnx.bridge.to_linen(nnx.Linear, D, D, name="a")(x))
+
+
 class Shared(nn.Module):
     """Its layers' parameters are its own, as in gemma's feed forward."""
 
@@ -234,6 +332,7 @@ LINEN_CASES = {
     "linen nn.scan(variable_broadcast)": lambda: linen_case(Twice()),
     "linen nn.share_scope": lambda: linen_case(Shared()),
     "linen nn.WeightNorm": lambda: linen_case(Normed()),
+    "linen nnx.bridge.to_linen": lambda: linen_case(Bridged()),
     "linen nn.jit": lambda: linen_case(nn.jit(Two)()),
     "linen nn.remat": lambda: linen_case(nn.remat(Two)()),
     "linen, MaxText-like stack at axis 1": lambda: linen_case(MaxTextStack()),

@@ -83,8 +83,8 @@ def quantize_sequentially(
     layers = getattr(model, stack.layers, None)
     if layers is None or not len(layers):
         raise ValueError(
-            f"model {type(model).__name__} has no layers in .{stack.layers}; describe its Stack, "
-            "or calibrate in one shot"
+            f"model {type(model).__name__} has no layers in .{stack.layers}{_lists(model)}; "
+            f"{_remedy(stack)}"
         )
     _check_stack(model, settings.stack, batches[0])
     options: dict[str, Any] = {"call": call, "dense_types": dense_types}
@@ -148,11 +148,30 @@ def _check_stack(model: nnx.Module, stack: Stack, batch: Any) -> None:
         fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if fault:
         raise ValueError(
-            f"sequential.stack does not run {type(model).__name__}: {fault}; describe it by "
-            f"wush_jax.calibration.Stack(layers={stack.layers!r}, embed=lambda model, batch: the "
-            "first layer's input, layer=lambda layer, hidden: its output, of the same shape), with "
-            "positions and masks made inside of layer, or calibrate in one shot"
+            f"sequential.stack does not run {type(model).__name__}: {fault}; {_remedy(stack)}"
         )
+
+
+def _remedy(stack: Stack) -> str:
+    return (
+        f"describe its Stack by wush_jax.calibration.Stack(layers={stack.layers!r}, "
+        "embed=lambda model, batch: the first layer's input, layer=lambda layer, hidden: its "
+        "output, of the same shape), with positions and masks made inside of layer, or calibrate "
+        "in one shot"
+    )
+
+
+def _lists(model: nnx.Module) -> str:
+    """Say which attributes of a model hold several modules of one class."""
+    found = [
+        f".{name} has {len(value)} of {type(value[0]).__name__}"
+        for name, value in vars(model).items()
+        if isinstance(value, (nnx.List, list, tuple))
+        and len(value) > 1
+        and isinstance(value[0], nnx.Module)
+        and len(set(map(type, value))) == 1
+    ]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _costs(run: LayerRun, model, layers, stages, rest, batches) -> list[float]:
