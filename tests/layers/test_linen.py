@@ -274,3 +274,21 @@ def test_other_collections_and_arguments():
 def test_variables_without_params():
     with pytest.raises(ValueError, match="must hold 'params'"):
         LinenModel(nn.Dense(4), {"batch_stats": {}}, X)
+
+
+def test_layers_left_alone_are_saved_and_loaded(tmp_path):
+    """Also into shapes alone: those of a layer's calls are no tensors of the model's."""
+
+    class Pair(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(32, name="b")(nn.Dense(64, name="a")(x))
+
+    def make():
+        return LinenModel(Pair(), Pair().init(jax.random.key(0), X), X)
+
+    quantized, _ = wush.quantize_model(make(), [X], [("a", None), ("b", RTN)])
+    wush.save(tmp_path / "saved", quantized)
+    for source in (make(), nnx.eval_shape(make)):
+        loaded = wush.load(tmp_path / "saved", source)
+        np.testing.assert_array_equal(run(loaded, X), run(quantized, X))

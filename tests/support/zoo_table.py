@@ -37,7 +37,7 @@ def planned(case):
     counts = {k: v for k, v in report.details.items() if k.startswith("parameters_")}
     assert sum(counts.values()) == sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     quantized, alone = counts["parameters_quantized"], counts["parameters_left_alone"]
-    names = ", ".join(f"`{name}`" for name in grouped_paths(report.skipped))
+    names = ", ".join(f"`{name or 'model'}`" for name in grouped_paths(report.skipped))
     share = f"{100 * quantized / (quantized + alone):.0f} %"
     return model, [str(len(report.layers)), share, names]
 

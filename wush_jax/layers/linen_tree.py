@@ -74,7 +74,7 @@ class LinenDense(nnx.Module):
     def __init__(self, module: nn.Module, view: View, arguments: tuple[tuple, ...], params: Any):
         self.linen = Held(module)
         self.view = view
-        self.arguments = arguments
+        self.arguments = Held(arguments)  # shapes, which are no arrays of the model's
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
     def dense_view(self) -> Dense:
@@ -83,16 +83,16 @@ class LinenDense(nnx.Module):
         Raises:
           ValueError: calls that differ in more than the input, or have not one input.
         """
-        kinds = {tuple(None if is_array(a) else a for a in call) for call in self.arguments}
+        kinds = {tuple(None if is_array(a) else a for a in call) for call in self.arguments.value}
         if len(kinds) > 1:
             raise ValueError(f"it is called in different ways: {sorted(map(str, kinds))}")
-        if sum(map(is_array, self.arguments[0])) != 1:
-            raise ValueError(f"its call does not have one input: {self.arguments[0]}")
-        return self.view(self.linen.value, self.params, *self.arguments[0])
+        if sum(map(is_array, self.arguments.value[0])) != 1:
+            raise ValueError(f"its call does not have one input: {self.arguments.value[0]}")
+        return self.view(self.linen.value, self.params, *self.arguments.value[0])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the linen layer."""
-        arguments = [x if is_array(a) else a for a in self.arguments[0]]
+        arguments = [x if is_array(a) else a for a in self.arguments.value[0]]
         return self.linen.value.apply({PARAMS: values(self.params)}, *arguments)
 
 
