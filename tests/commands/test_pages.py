@@ -25,10 +25,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def commands(page):
     """Yield the words of every shell command of a page; "..." is what was given before."""
+    before = "MODEL --out OUT"
     for block in re.findall(r"^```(?:sh|text)?\n(.*?)^```$", page.read_text("utf8"), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if re.match(r"(wush|python3?) ", line):
-                words = shlex.split(line.replace("...", "MODEL --out OUT"), comments=True)
+                words = shlex.split(line.replace("...", before), comments=True)
+                if words[:2] == ["wush", "quantize"]:
+                    before = shlex.join(words[2:])
                 for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
                     yield shlex.split(part)
 
