@@ -25,7 +25,7 @@ def compiled(caplog, function):
     ("recipe", "programs"),
     [
         (wush.PAPER.replace(damping=0.02), 1),
-        (wush.BEST.replace(format=wush.NVFP4, descent=1, refit=1, damping=0.02), 4),
+        (wush.BEST.replace(format=wush.NVFP4, descent=1, refit=1, damping=0.02), 3),
         (wush.PAPER.replace(transform="hadamard", solver_dtype="float64", damping=0.02), 1),
         (wush.Recipe(), 0),
         (wush.PAPER.replace(input_error="model", interleave=False), 0),

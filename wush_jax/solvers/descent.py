@@ -17,7 +17,7 @@ def descend(
     hessian: jax.Array,
     fmt: Format,
     global_scale: jax.Array,
-    sweeps: int,
+    sweeps: jax.Array | int,
 ) -> jax.Array:
     """Lower ``tr(E^T A E)``, ``E = decode(codes) - target``, one code after the other.
 
@@ -73,12 +73,11 @@ def descend(
         codes = lax.dynamic_update_slice_in_dim(codes, new_codes, i * g, axis=0)
         return (codes, lax.dynamic_update_slice_in_dim(error, new, i * g, axis=0)), None
 
-    def sweep(state, _):
+    def sweep(_, state):
         index = jnp.arange(k // g, dtype=jnp.int32)
-        return lax.scan(group, state, (index, rows, diagonal, scale))[0], None
+        return lax.scan(group, state, (index, rows, diagonal, scale))[0]
 
     groups = codes.reshape(k // g, g, n).mT
     values = fmt.decode_with(groups, scale, global_scale).mT.reshape(k, n)
     start = codes, values.astype(target.dtype) - target
-    (codes, _), _ = lax.scan(sweep, start, length=sweeps)
-    return codes
+    return lax.fori_loop(0, sweeps, sweep, start)[0]

@@ -73,10 +73,10 @@ def refit_rounds(
             "refit need one for each, (K/d, d, d)"
         )
     tried = jnp.asarray(hessians.dampings(damping), jnp.float32)
-    best = _arrive(quantized, transform, weight, aim(transform), tried, descent=0)
+    best = _arrive(quantized, transform, weight, aim(transform), tried, 0)
     for _ in range(rounds):
         moved = _move(best, damping)
-        found = _arrive(best.quantized, moved, weight, aim(moved), tried, descent=descent)
+        found = _arrive(best.quantized, moved, weight, aim(moved), tried, descent)
         better = (found.loss < best.loss) | jnp.isnan(best.loss)
         best = jax.tree.map(partial(jnp.where, better), found, best)
     return best.quantized, best.transform
@@ -93,9 +93,7 @@ def compile_rounds(
 ) -> None:
     """Compile what `refit_rounds` runs, without the error of the inputs, for these shapes."""
     tried = jnp.asarray(hessians.dampings(damping), jnp.float32)
-    given = quantized, transform, weight, Aim(hessian, None, None), tried
-    _arrive.lower(*given, descent=0).compile()
-    arrived = _arrive.lower(*given, descent=descent)
+    arrived = _arrive.lower(quantized, transform, weight, Aim(hessian, None, None), tried, descent)
     arrived.compile()
     _move.lower(shapes_of(arrived.out_info), damping).compile()
 
@@ -119,16 +117,16 @@ def _move(state: _State, damping) -> BlockTransform:
     return refit(state.transform, values, state.target, state.hessian, damping)
 
 
-@partial(jax.jit, static_argnames="descent")
-def _arrive(quantized, transform, weight, aim: Aim, tried, *, descent: int) -> _State:
+# The number of sweeps is a value: none at first, some later, in one program.
+@jax.jit
+def _arrive(quantized, transform, weight, aim: Aim, tried, sweeps) -> _State:
     """Aim anew under a transform, move the codes there, and measure."""
     d = transform.block_size
     _, _, target, shift, _ = hessians.factor(aim.hessian, weight, aim.cross, d, tried)
     damped = aim.hessian + jnp.diag(shift)
     if aim.pairs is not None:
         target = hessians.with_unit_slope(target, weight, *aim.pairs)
-    if descent:
-        quantized = _descend(quantized, transform, target, damped, descent)
+    quantized = _descend(quantized, transform, target, damped, sweeps)
     loss = jnp.float32(jnp.nan)
     if aim.pairs is not None:
         # sum_s ||W_eff x_q,s - W x_s||^2
@@ -140,7 +138,7 @@ def _arrive(quantized, transform, weight, aim: Aim, tried, *, descent: int) -> _
     return _State(quantized, transform, target, damped, loss)
 
 
-def _descend(quantized, transform, target, damped, sweeps: int) -> QuantizedArray:
+def _descend(quantized, transform, target, damped, sweeps) -> QuantizedArray:
     fmt, (n, k) = quantized.format, target.shape
     t_x, t_w = (t.astype(jnp.float32) for t in (transform.activation, transform.weight))
     moved = apply_transform(apply_transform(damped, t_x).T, t_x)
