@@ -64,11 +64,11 @@ def quantized_ragged_dot(
     (5, 32)
     """
     several = packed if isinstance(packed, tuple) else (packed,)
-    group_sizes = group_sizes if hasattr(group_sizes, "dtype") else np.asarray(group_sizes)
-    check_arrays(x=x, group_sizes=group_sizes)
+    sizes = group_sizes if hasattr(group_sizes, "dtype") else np.asarray(group_sizes)
+    check_arrays(x=x, group_sizes=sizes)
     for weight in several:
         check_kind(PackedWeight, "packed weights of experts, stacked", packed=weight)
-    products = _dot(implementation, x, several, jnp.asarray(group_sizes))
+    products = _dot(implementation, x, several, jnp.asarray(sizes))
     return products if isinstance(packed, tuple) else products[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,8 @@ def random_transform(key: jax.Array, d: int, dtype=jnp.float32) -> BlockTransfor
 
 def _check_key(key: jax.Array) -> None:
     """Raise ValueError unless a key is one, of the new kind or of the old, traced or not."""
-    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    dtype: Any = getattr(key, "dtype", None)
+    ndim = getattr(key, "ndim", None)
     new = isinstance(key, jax.Array) and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
     if not new and (dtype != jnp.uint32 or ndim != 1):
         raise ValueError(f"key is {key!r:.60}; give one such as jax.random.key(0)")

@@ -109,11 +109,11 @@ def _reader(file: Path) -> Any:
         raise ValueError(f"{file} needs the gguf package: pip install 'wush-jax[gguf]'") from error
 
     class Bounded(gguf.GGUFReader):
-        def _get(self, offset: int, dtype: Any, count: Any = 1, **options: Any) -> Any:
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
             size = int(count) * np.dtype(dtype).itemsize
             if not 0 <= int(offset) <= int(offset) + size <= len(self.data):
                 raise ValueError(f"it ends before byte {int(offset) + size}")
-            return super()._get(offset, dtype, count, **options)
+            return super()._get(offset, dtype, count, override_order)
 
     try:
         return Bounded(file)
