@@ -210,6 +210,9 @@ def layer():
     return wush.quantize_weight(weight, None, RECIPES["hadamard"])
 
 
+BASE = wush.Recipe(transform="wush", solver="rtn", block_size=32)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -218,6 +221,10 @@ def layer():
         (lambda i: wush.second_moment(i, 0), "block=0 does not divide"),
         (lambda i: wush.Moments.init(0), "size=0"),
         (lambda i: wush.second_moment(1e25 * i.astype(jnp.float32)), "second moment of x .*64 non"),
+        (
+            lambda _: wush.quantize_weight(jnp.full((8, K), 1e25), jnp.eye(K), BASE),
+            "of weight .*non",
+        ),
     ],
 )
 def test_mistakes_are_named(call, message):

@@ -152,6 +152,7 @@ def test_config_reads_hugging_face_dictionaries():
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
+        "model_type": "llama",
     }
     qwen2 = LlamaConfig.from_dict(sizes | {"model_type": "qwen2", "tie_word_embeddings": True})
     assert (qwen2.attention_bias, qwen2.output_bias, qwen2.qk_norm) == (True, False, False)
@@ -165,6 +166,10 @@ def test_config_reads_hugging_face_dictionaries():
         LlamaConfig.from_dict(sizes | {"model_type": "gemma2", "use_bidirectional_attention": True})
     with pytest.raises(NotImplementedError, match="longrope"):
         LlamaConfig.from_dict(sizes | {"rope_scaling": {"rope_type": "longrope"}})
+    del sizes["model_type"]
+    assert LlamaConfig.from_dict(sizes | {"architectures": ["Qwen3ForCausalLM"]}).qk_norm
+    with pytest.raises(ValueError, match="model_type is missing; add it, one of llama"):
+        LlamaConfig.from_dict(sizes)
 
 
 def test_mistakes_are_named():

@@ -152,6 +152,9 @@ def test_files_that_are_no_tokenizers_are_named(content, tmp_path):
 def test_ids_that_are_none_are_named(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"{name}="):
         Tokenizer.read(folder(tmp_path, vocab_size=256, **{name: value}))
+    (tmp_path / "generation_config.json").write_text(f'{{"{name}": 3}}')
+    with pytest.raises(ValueError, match=f"{name}="):
+        Tokenizer.read(tmp_path)
 
 
 def test_text_that_is_no_unicode(tmp_path):

@@ -34,7 +34,9 @@ def read_fields(given: Mapping[str, Any]) -> Fields:
     """
     kind = _model_type(given)
     values = TypedValues(given, FAMILIES[kind].defaults if kind in FAMILIES else LLAMA)
-    if kind not in FAMILIES:
+    if kind is None:
+        values.faults.append(f"model_type is missing; add it, one of {', '.join(FAMILIES)}")
+    elif kind not in FAMILIES:
         values.lack(f"model_type = {kind!r}", f"is not one of {', '.join(FAMILIES)}")
     family = FAMILIES.get(kind, FAMILIES["llama"])
     values.need("is_causal", True)
@@ -100,10 +102,12 @@ def contradictions(fields: Mapping[str, Any], unknown: Collection[str] = ()) -> 
 
 
 def _model_type(given: Mapping[str, Any]) -> Any:
-    """Return the family's name; files without one are told by their architecture, or Llama's."""
+    """Return the family's name, which files without one tell by their architecture; or None."""
     if "model_type" in given:
         return str(given["model_type"])[:40]
-    names = given.get("architectures") or ["LlamaForCausalLM"]
+    names = given.get("architectures")
+    if not names:
+        return None
     first = names[0] if isinstance(names, list) else names
     return str(first).removesuffix("ForCausalLM").lower()
 

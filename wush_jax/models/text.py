@@ -58,6 +58,7 @@ class Tokenizer:
             the package that reads it is missing.
         """
         config = open_config(folder)
+        cls.of_config(folder, config)  # its own faults, though generation's ids stand before them
         folder = home(folder)
         if present(folder / GENERATION):
             config = {**config, **read_json(folder / GENERATION)}

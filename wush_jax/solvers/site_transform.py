@@ -111,7 +111,7 @@ def site_weight_moment(weights: Sequence[jax.Array], activation_blocks: jax.Arra
     ``1 / sum_b tr(M_W,l,b M_X,b)``.
     """
     d = activation_blocks.shape[-1]
-    each = [moments.second_moment(w, d) for w in weights]
+    each = [moments.second_moment(w, d, name="weight") for w in weights]
     return each[0] if len(each) == 1 else _at_unit_power(each, activation_blocks)
 
 

@@ -25,7 +25,7 @@ TOGETHER = 64
 PANEL = 128
 
 
-def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
+def second_moment(x: jax.Array, block: int | None = None, *, name: str = "x") -> jax.Array:
     """Return the second moment over all leading axes: ``M = sum_t x_t x_t^T / T``.
 
     Of activations (..., K) it is M_X; of weights (N, K) it is M_W.
@@ -33,6 +33,7 @@ def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
     Args:
       x: (..., K).
       block: block size d for the diagonal blocks only; None for the full matrix.
+      name: what errors call x.
 
     Returns:
       float32 (K, K), or (K/d, d, d); products at the highest precision.
@@ -47,9 +48,9 @@ def second_moment(x: jax.Array, block: int | None = None) -> jax.Array:
     [[5.0, 7.0], [7.0, 10.0]]
     """
     _check_block(block)
-    rows = _rows(x)
+    rows = _rows(x, name)
     moment = _gram(rows, block) / rows.shape[0]
-    check_finite("the second moment of x", moment)
+    check_finite(f"the second moment of {name}", moment)
     return moment
 
 
@@ -236,10 +237,10 @@ def _check_block(block: int | None) -> None:
         check_whole(block=block)
 
 
-def _rows(x: jax.Array) -> jax.Array:
-    check_arrays(x=x)
+def _rows(x: jax.Array, name: str = "x") -> jax.Array:
+    check_arrays(**{name: x})
     if x.ndim < 2 or x.size == 0:
-        raise ValueError(f"x has shape {x.shape}; it must be (..., K) with at least one row")
+        raise ValueError(f"{name} has shape {x.shape}; it must be (..., K) with at least one row")
     if x.dtype in (jnp.bfloat16, jnp.float16):
         # Rounded as the layer reads it, which compilers may leave out on the way to float32.
         bits = jnp.finfo(x.dtype)
