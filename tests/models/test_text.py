@@ -12,7 +12,7 @@ from wush_jax.models.text import Tokenizer
 
 
 def folder(path, **config):
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
     return path
 
 
