@@ -58,8 +58,8 @@ class Tokenizer:
             the package that reads it is missing.
         """
         config = open_config(folder)
-        cls.of_config(folder, config)  # its own faults, though generation's ids stand before them
         folder = home(folder)
+        cls.of_config(folder, config)  # its own faults, though generation's ids stand before them
         if present(folder / GENERATION):
             config = {**config, **read_json(folder / GENERATION)}
         settings = read_json(folder / SETTINGS) if present(folder / SETTINGS) else {}
