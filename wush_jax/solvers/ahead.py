@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from wush_jax.solvers import hessian as hessians
 from wush_jax.solvers import scale_search
 from wush_jax.solvers.gptq import Options, compile_steps
-from wush_jax.solvers.recipe import Recipe
+from wush_jax.solvers.recipe import DATA_FREE, Recipe
 from wush_jax.solvers.refit import compile_rounds
 from wush_jax.solvers.site_transform import TransformRule
 from wush_jax.transforms import BlockTransform
@@ -36,7 +36,7 @@ def compile_ahead(weight: jax.ShapeDtypeStruct, recipe: Recipe) -> None:
     recipe = recipe.fitted(k)
     if recipe.solver != "gptq" or (recipe.input_error != "ignore" and recipe.input_format):
         return
-    d, one = recipe.block, recipe.transform in ("identity", "random", "hadamard")
+    d, one = recipe.block, recipe.transform in DATA_FREE
     given = None
     if not recipe.interleaved:
         blocks = (d, d) if one or recipe.shared_blocks else (k // d, d, d)
